@@ -1,0 +1,4 @@
+//! Federated learning without a server: the peers take turns to aggregate.
+
+pub mod types;
+pub mod weights;

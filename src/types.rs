@@ -1,0 +1,237 @@
+//! The words that every floor uses: who ([`PeerId`]), when ([`Round`], [`Term`]), what ([`Digest`])
+//! and how well ([`Metrics`]).
+
+use std::fmt;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+/// The longest [`PeerId`], in bytes: it is one level of every topic.
+pub const PEER_ID_BYTES_MAX: usize = 64;
+
+/// A peer's name: one level of an MQTT topic, stable over restarts (it is kept in the state directory).
+///
+/// 1 to 64 of `A–Z a–z 0–9 - _ .`; the word `all` is taken by the topic for every receiver.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct PeerId(Arc<str>);
+
+/// A text that cannot be a [`PeerId`].
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("peer id {0:?} is not 1 to 64 of A-Z a-z 0-9 - _ . (and not the reserved word \"all\")")]
+pub struct PeerIdError(String);
+
+impl PeerId {
+    /// Checks `name` and takes it as an id.
+    pub fn new(name: &str) -> Result<Self, PeerIdError> {
+        let valid = !name.is_empty()
+            && name.len() <= PEER_ID_BYTES_MAX
+            && name != "all"
+            && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));
+        if valid {
+            Ok(Self(name.into()))
+        } else {
+            Err(PeerIdError(name.chars().take(2 * PEER_ID_BYTES_MAX).collect()))
+        }
+    }
+
+    /// The id as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl TryFrom<String> for PeerId {
+    type Error = PeerIdError;
+    fn try_from(name: String) -> Result<Self, PeerIdError> {
+        Self::new(&name)
+    }
+}
+
+impl FromStr for PeerId {
+    type Err = PeerIdError;
+    fn from_str(name: &str) -> Result<Self, PeerIdError> {
+        Self::new(name)
+    }
+}
+
+impl From<PeerId> for String {
+    fn from(id: PeerId) -> Self {
+        id.0.as_ref().to_owned()
+    }
+}
+
+impl fmt::Display for PeerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&self.0)
+    }
+}
+
+impl fmt::Debug for PeerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// One turn of evaluate, elect, train, gather, aggregate, commit; counted from 1. Round 0 is the genesis.
+#[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Round(pub u64);
+
+impl Round {
+    /// The round whose decree holds the initial weights.
+    pub const GENESIS: Round = Round(0);
+
+    /// The round after this one.
+    #[must_use]
+    pub fn next(self) -> Round {
+        Round(self.0 + 1)
+    }
+}
+
+impl fmt::Display for Round {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl fmt::Debug for Round {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "r{}", self.0)
+    }
+}
+
+/// One leadership attempt inside a round, counted from 0: the ballot number of single-decree Paxos.
+#[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Term(pub u32);
+
+impl Term {
+    /// The term after this one.
+    #[must_use]
+    pub fn next(self) -> Term {
+        Term(self.0.saturating_add(1))
+    }
+}
+
+impl fmt::Display for Term {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl fmt::Debug for Term {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "t{}", self.0)
+    }
+}
+
+/// A blake3 hash (32 bytes): the name of a blob, a decree, a layout or a configuration.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Digest(pub [u8; 32]);
+
+impl Digest {
+    /// The digest of `bytes`.
+    pub fn of(bytes: &[u8]) -> Self {
+        Self(*blake3::hash(bytes).as_bytes())
+    }
+
+    /// The first 8 hexadecimal digits, for people.
+    pub fn short(&self) -> String {
+        self.to_string()[..8].to_owned()
+    }
+
+    /// 64 bits that all peers who know this digest share: the seed of agreed choices.
+    pub fn shared_seed(&self) -> u64 {
+        let (first, _) = self.0.split_first_chunk::<8>().expect("a digest has 32 bytes");
+        u64::from_le_bytes(*first)
+    }
+}
+
+/// A text that is not 64 hexadecimal digits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("a digest is 64 hexadecimal digits")]
+pub struct DigestError;
+
+impl FromStr for Digest {
+    type Err = DigestError;
+    fn from_str(text: &str) -> Result<Self, DigestError> {
+        let hash = blake3::Hash::from_hex(text).map_err(|_| DigestError)?;
+        Ok(Self(*hash.as_bytes()))
+    }
+}
+
+impl fmt::Display for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&blake3::Hash::from_bytes(self.0).to_hex())
+    }
+}
+
+impl fmt::Debug for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "#{}", self.short())
+    }
+}
+
+/// How well a model does on some examples.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Metrics {
+    /// How many examples the means are taken over.
+    pub num_examples: u64,
+    /// Mean loss per example (cross-entropy, in nats).
+    pub loss: f64,
+    /// Share of examples whose label was predicted, 0 to 1.
+    pub accuracy: f64,
+}
+
+impl Metrics {
+    /// The mean of several peers' metrics, each weighted by its `num_examples`.
+    ///
+    /// `None` when there is no example at all. Sums run in the order given: a caller that wants the same
+    /// bits on every machine gives the same order.
+    pub fn weighted_mean<'a>(parts: impl IntoIterator<Item = &'a Metrics>) -> Option<Metrics> {
+        let (mut num_examples, mut loss, mut accuracy) = (0u64, 0.0, 0.0);
+        for part in parts {
+            num_examples = num_examples.saturating_add(part.num_examples);
+            loss += part.loss * part.num_examples as f64;
+            accuracy += part.accuracy * part.num_examples as f64;
+        }
+        let total = num_examples as f64;
+        (num_examples > 0).then(|| Metrics { num_examples, loss: loss / total, accuracy: accuracy / total })
+    }
+
+    /// Whether both values are finite: what a peer reports may be anything.
+    pub fn is_finite(&self) -> bool {
+        self.loss.is_finite() && self.accuracy.is_finite()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_peer_id_is_one_topic_level() {
+        for good in ["a", "peer-1", "ward_3.lab", &"x".repeat(64)] {
+            assert_eq!(PeerId::new(good).unwrap().as_str(), good);
+        }
+        for bad in ["", "all", "a/b", "a+b", "#", "$x", "é", "a b", &"x".repeat(65)] {
+            assert!(PeerId::new(bad).is_err(), "{bad:?} was taken");
+        }
+    }
+
+    #[test]
+    fn a_digest_survives_its_text() {
+        let digest = Digest::of(b"rodizio");
+        assert_eq!(digest.to_string().parse::<Digest>(), Ok(digest));
+        assert_eq!("12".parse::<Digest>(), Err(DigestError));
+    }
+
+    #[test]
+    fn metrics_are_weighted_by_examples() {
+        let small = Metrics { num_examples: 1, loss: 4.0, accuracy: 0.0 };
+        let large = Metrics { num_examples: 3, loss: 0.0, accuracy: 1.0 };
+        let mean = Metrics::weighted_mean([&small, &large]).unwrap();
+        assert_eq!(mean, Metrics { num_examples: 4, loss: 1.0, accuracy: 0.75 });
+        assert_eq!(Metrics::weighted_mean([]), None);
+    }
+}
