@@ -1,4 +1,6 @@
 //! Federated learning without a server: the peers take turns to aggregate.
 
+pub mod aggregation;
+pub mod transfer;
 pub mod types;
 pub mod weights;

@@ -1,0 +1,596 @@
+//! Properties of the arithmetic floors: aggregation, codecs and transfer.
+//!
+//! Transfers run in virtual time: the network below is a queue of arrivals, and the clock jumps to the next one.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use proptest::prelude::*;
+use proptest::test_runner::RngSeed;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use rodizio::aggregation::{Contribution, Rule};
+use rodizio::transfer::{
+    Assembly, CHUNK_BYTES_MIN, ChunkSet, Codec, Grants, Inserted, Manifest, Route, Serve, join_verified,
+};
+use rodizio::types::{Digest, PeerId};
+use rodizio::weights::{Layout, TensorSpec, Weights};
+
+/// `cases` cases, the same ones on every run.
+fn cases(cases: u32) -> ProptestConfig {
+    let rng_seed = RngSeed::Fixed(0x0d12_1021_0000_0001);
+    ProptestConfig { cases, rng_seed, failure_persistence: None, ..ProptestConfig::default() }
+}
+
+// Aggregation
+
+fn finite() -> impl Strategy<Value = f32> {
+    use proptest::num::f32::{NEGATIVE, NORMAL, POSITIVE, SUBNORMAL, ZERO};
+    POSITIVE | NEGATIVE | NORMAL | SUBNORMAL | ZERO
+}
+
+/// Values that are far apart, or neighbours of one value: the mean of neighbours is where rounding could step out.
+fn column(parts: usize) -> impl Strategy<Value = Vec<f32>> {
+    let neighbours = (finite(), prop::collection::vec(any::<bool>(), parts)).prop_map(|(value, ups)| {
+        let up = if value == f32::MAX { value } else { value.next_up() };
+        ups.into_iter().map(|is_up| if is_up { up } else { value }).collect()
+    });
+    prop_oneof![prop::collection::vec(finite(), parts), neighbours]
+}
+
+fn num_examples() -> impl Strategy<Value = u64> {
+    prop_oneof![1..100u64, 1..=u64::MAX]
+}
+
+/// Updates of one model: examples and values of each.
+fn updates() -> impl Strategy<Value = Vec<(u64, Weights)>> {
+    (1..8usize).prop_flat_map(|parts| {
+        let columns = prop::collection::vec(column(parts), 1..40);
+        (prop::collection::vec(num_examples(), parts), columns).prop_map(|(counts, columns)| {
+            let layout = Arc::new(layout(columns.len()));
+            let row = |part: usize| columns.iter().map(|column| column[part]).collect();
+            let weights = |part| Weights::new(Arc::clone(&layout), row(part)).unwrap();
+            counts.into_iter().enumerate().map(|(part, count)| (count, weights(part))).collect()
+        })
+    })
+}
+
+fn layout(values: usize) -> Layout {
+    Layout { tensors: vec![TensorSpec { name: "w".into(), shape: vec![values] }] }
+}
+
+fn fedavg<'a>(updates: impl IntoIterator<Item = &'a (u64, Weights)>) -> Vec<f32> {
+    let contributions: Vec<_> = updates
+        .into_iter()
+        .map(|(num_examples, weights)| Contribution { num_examples: *num_examples, weights })
+        .collect();
+    Rule::FedAvg.aggregate(&contributions).unwrap().into_values()
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|value| value.to_bits()).collect()
+}
+
+/// The largest magnitude of each value over all updates: what rounding errors are relative to.
+fn magnitudes(updates: &[(u64, Weights)]) -> Vec<f64> {
+    let magnitude = |i: usize| updates.iter().map(|(_, w)| f64::from(w.values()[i].abs())).fold(0.0, f64::max);
+    (0..updates[0].1.values().len()).map(magnitude).collect()
+}
+
+/// Asserts that two rows agree to the last bit or so of an `f32` of the inputs' magnitude.
+fn assert_close(left: &[f32], right: &[f32], magnitudes: &[f64]) {
+    assert_eq!(left.len(), right.len());
+    for ((&left, &right), &magnitude) in left.iter().zip(right).zip(magnitudes) {
+        let tolerance = magnitude * f64::from(f32::EPSILON) + f64::from(f32::from_bits(1));
+        assert!((f64::from(left) - f64::from(right)).abs() <= tolerance, "{left:e} and {right:e} of {magnitude:e}");
+    }
+}
+
+proptest! {
+    #![proptest_config(cases(1024))]
+
+    #[test]
+    fn a_mean_lies_between_its_inputs(updates in updates()) {
+        for (i, mean) in fedavg(&updates).into_iter().enumerate() {
+            let inputs = || updates.iter().map(|(_, weights)| weights.values()[i]);
+            let (min, max) = (inputs().fold(f32::INFINITY, f32::min), inputs().fold(f32::NEG_INFINITY, f32::max));
+            prop_assert!((min..=max).contains(&mean), "{mean:e} is not in {min:e}..={max:e}");
+        }
+    }
+
+    #[test]
+    fn a_mean_is_weighted_by_examples(updates in updates()) {
+        let total: f64 = updates.iter().map(|(count, _)| *count as f64).sum();
+        let expected: Vec<f32> = (0..updates[0].1.values().len())
+            .map(|i| updates.iter().map(|(n, w)| *n as f64 * f64::from(w.values()[i])).sum::<f64>() / total)
+            .map(|mean| mean as f32)
+            .collect();
+        assert_close(&fedavg(&updates), &expected, &magnitudes(&updates));
+    }
+
+    #[test]
+    fn an_update_shared_by_two_peers_counts_once(updates in updates(), part in any::<prop::sample::Index>()) {
+        let mut halves = updates.clone();
+        let (count, weights) = &mut halves[part.index(updates.len())];
+        let (first, weights) = (*count / 2, weights.clone());
+        *count -= first;
+        halves.push((first, weights));
+        assert_close(&fedavg(&halves), &fedavg(&updates), &magnitudes(&updates));
+    }
+
+    #[test]
+    fn the_order_of_arrival_does_not_matter(
+        (updates, arrived) in updates().prop_flat_map(|updates| {
+            let arrived = (0..updates.len()).collect::<Vec<_>>();
+            (Just(updates), Just(arrived).prop_shuffle())
+        })
+    ) {
+        let mean = fedavg(&updates);
+        assert_close(&fedavg(arrived.iter().map(|&part| &updates[part])), &mean, &magnitudes(&updates));
+        let by_id: BTreeMap<_, _> = arrived.iter().map(|&part| (part, &updates[part])).collect();
+        prop_assert_eq!(bits(&fedavg(by_id.into_values())), bits(&mean));
+    }
+}
+
+// Codecs and wire forms
+
+proptest! {
+    #![proptest_config(cases(1024))]
+
+    #[test]
+    fn the_f32_codec_keeps_every_bit(words in prop::collection::vec(any::<u32>(), 0..200)) {
+        let layout = Arc::new(layout(words.len()));
+        let weights = Weights::new(Arc::clone(&layout), words.iter().copied().map(f32::from_bits).collect()).unwrap();
+        let blob = Codec::F32.encode(&weights);
+        prop_assert_eq!(blob.len() as u64, Codec::F32.encoded_bytes(&layout));
+        let decoded = Codec::F32.decode(&blob, &layout).unwrap();
+        prop_assert_eq!(bits(decoded.values()), words);
+    }
+
+    #[test]
+    fn a_manifest_from_the_wire_is_harmless(bytes in prop::collection::vec(any::<u8>(), 32..60)) {
+        let Ok(manifest) = postcard::from_bytes::<Manifest>(&bytes) else { return Ok(()) };
+        let accepted = manifest.check(&layout(1000)).is_ok();
+        prop_assert_eq!(accepted, manifest.bytes == 4000 && manifest.chunk_bytes >= CHUNK_BYTES_MIN
+            && manifest.chunk_bytes <= 64 << 20);
+        let mut assembly = Assembly::new(manifest);
+        for index in [0, 1, u32::MAX] {
+            let range = manifest.chunk_range(index);
+            prop_assert!(range.start <= range.end && range.end as u64 <= manifest.bytes);
+            let whole = assembly.insert(index, Bytes::from_static(&[7; 3]));
+            prop_assert_eq!(whole.is_ok(), index < manifest.chunks() && range.len() == 3);
+        }
+    }
+
+    #[test]
+    fn a_manifest_survives_the_wire_and_no_part_of_it_does(
+        digest in any::<[u8; 32]>(), bytes in any::<u64>(), chunk_bytes in any::<u32>(),
+    ) {
+        let manifest = Manifest { digest: Digest(digest), bytes, chunk_bytes, codec: Codec::F32 };
+        let wire = postcard::to_stdvec(&manifest).unwrap();
+        prop_assert_eq!(postcard::from_bytes(&wire), Ok(manifest));
+        for len in 0..wire.len() {
+            prop_assert!(postcard::from_bytes::<Manifest>(&wire[..len]).is_err());
+        }
+    }
+
+    #[test]
+    fn a_chunk_set_survives_the_wire_and_no_part_of_it_does(indices in prop::collection::btree_set(0..500u32, 0..80)) {
+        let set = ChunkSet::new(indices.iter().copied()).unwrap();
+        prop_assert!(set.iter().eq(indices.iter().copied()));
+        prop_assert_eq!(set.len() as usize, indices.len());
+        let wire = postcard::to_stdvec(&set).unwrap();
+        prop_assert_eq!(postcard::from_bytes(&wire), Ok(set));
+        for len in 0..wire.len() {
+            prop_assert!(postcard::from_bytes::<ChunkSet>(&wire[..len]).is_err());
+        }
+    }
+
+    #[test]
+    fn a_chunk_set_from_the_wire_is_ascending_or_refused(
+        wire in prop_oneof![
+            prop::collection::vec(any::<u8>(), 0..200),
+            prop::collection::vec((0..30u32, 0..5u32), 0..5).prop_map(|ranges| postcard::to_stdvec(&ranges).unwrap()),
+            prop::collection::vec(any::<(u32, u32)>(), 0..3).prop_map(|ranges| postcard::to_stdvec(&ranges).unwrap()),
+        ],
+        chunks in 1..100u32,
+    ) {
+        let Ok(set) = postcard::from_bytes::<ChunkSet>(&wire) else { return Ok(()) };
+        let indices: Vec<_> = set.iter().take(1000).collect();
+        prop_assert!(indices.is_sorted_by(|a, b| a < b));
+        prop_assert_eq!(set.is_empty(), indices.is_empty());
+        prop_assert_eq!(indices.len() as u32, set.len().min(1000));
+        if set.check(chunks).is_ok() {
+            prop_assert!(set.len() <= chunks && indices.iter().all(|&index| index < chunks));
+        }
+        let sends = Serve::new(chunks, RETRY).granted(&peer(0), &set, Instant::now(), true);
+        prop_assert!(sends.iter().all(|(index, _)| *index < chunks));
+    }
+}
+
+// Transfer
+
+const RETRY: Duration = Duration::from_millis(100);
+const VIRTUAL_TIME_MAX: Duration = Duration::from_secs(600);
+
+fn peer(number: usize) -> PeerId {
+    PeerId::new(&format!("peer-{number}")).unwrap()
+}
+
+fn random_blob(bytes: usize, seed: u64) -> Bytes {
+    let mut blob = vec![0; bytes];
+    ChaCha8Rng::seed_from_u64(seed).fill(&mut blob[..]);
+    Bytes::from(blob)
+}
+
+/// What happens to a message between holder and receiver, in either direction.
+#[derive(Clone, Debug)]
+struct Link {
+    /// One way, least and most: unequal delays reorder.
+    delay_ms: (u64, u64),
+    /// The share of messages that is lost, and that arrives twice.
+    loss: f64,
+    duplication: f64,
+    /// The share of chunks published to all that is lost besides.
+    deafness: f64,
+    /// How long a chunk occupies the link.
+    chunk_time: Duration,
+}
+
+impl Link {
+    /// A link that keeps order and loses nothing.
+    fn clean(delay_ms: u64) -> Self {
+        let chunk_time = Duration::ZERO;
+        Self { delay_ms: (delay_ms, delay_ms), loss: 0.0, duplication: 0.0, deafness: 0.0, chunk_time }
+    }
+}
+
+fn any_link() -> impl Strategy<Value = Link> {
+    (1..20u64, 0..25u64, 0.0..0.4, 0.0..0.2).prop_map(|(least, more, loss, duplication)| Link {
+        delay_ms: (least, least + more),
+        loss,
+        duplication,
+        ..Link::clean(0)
+    })
+}
+
+/// One holder and its receivers.
+struct Transfer {
+    blob: Bytes,
+    manifest: Manifest,
+    serve: Serve,
+    receivers: Vec<Receiver>,
+    window: u32,
+    /// The chance that a receiver restarts when something arrives.
+    restarts: f64,
+    rng: ChaCha8Rng,
+    start: Instant,
+    now: Instant,
+    /// By time of arrival, then by time of sending.
+    arrivals: BTreeMap<(Instant, u64), Arrival>,
+    sent: u64,
+    log: Log,
+}
+
+struct Receiver {
+    link: Link,
+    link_free: Instant,
+    assembly: Assembly,
+    grants: Grants,
+    /// Chunks between holder and this receiver.
+    in_flight: usize,
+    finished: Option<Duration>,
+}
+
+enum Arrival {
+    Grant { from: usize, set: Vec<u8> },
+    Chunk { to: usize, index: u32, chunk: Bytes },
+}
+
+/// What can be asserted of a transfer that is over.
+#[derive(Default)]
+struct Log {
+    to_all: Vec<u32>,
+    to_one: Vec<(usize, u32)>,
+    /// How many chunks arrived that were there already.
+    duplicates: usize,
+    /// The most chunks that were between holder and receiver, by receiver.
+    in_flight_max: Vec<usize>,
+}
+
+impl Transfer {
+    fn new(chunks: usize, window: u32, links: &[Link], seed: u64) -> Self {
+        // The last chunk is a short one.
+        let blob = random_blob((CHUNK_BYTES_MIN as usize * chunks).saturating_sub(seed as usize % 1000), seed);
+        let manifest = Manifest::of(&blob, CHUNK_BYTES_MIN, Codec::F32).unwrap();
+        let start = Instant::now();
+        let receiver = |link: &Link| Receiver {
+            link: link.clone(),
+            link_free: start,
+            assembly: Assembly::new(manifest),
+            grants: Grants::new(window, RETRY),
+            in_flight: 0,
+            finished: None,
+        };
+        Self {
+            receivers: links.iter().map(receiver).collect(),
+            serve: Serve::new(manifest.chunks(), RETRY),
+            blob,
+            manifest,
+            window,
+            restarts: 0.0,
+            rng: ChaCha8Rng::seed_from_u64(seed),
+            start,
+            now: start,
+            arrivals: BTreeMap::new(),
+            sent: 0,
+            log: Log { in_flight_max: vec![0; links.len()], ..Log::default() },
+        }
+    }
+
+    /// Runs until every receiver has the blob, verified; fails if that takes too long.
+    fn run(mut self) -> (Vec<Duration>, Log) {
+        loop {
+            for number in 0..self.receivers.len() {
+                self.grant(number);
+            }
+            if self.receivers.iter().all(|receiver| receiver.finished.is_some()) {
+                break;
+            }
+            self.step();
+        }
+        let finished = self.receivers.iter().map(|receiver| receiver.finished.unwrap()).collect();
+        for receiver in self.receivers {
+            assert_eq!(join_verified(&self.manifest, receiver.assembly.into_chunks()), Ok(self.blob.clone()));
+        }
+        (finished, self.log)
+    }
+
+    fn grant(&mut self, number: usize) {
+        let receiver = &mut self.receivers[number];
+        let set = receiver.grants.next(&receiver.assembly, self.now);
+        assert!(receiver.grants.outstanding() <= self.window as usize, "more is outstanding than the window");
+        if receiver.assembly.is_complete() {
+            assert_eq!((set, receiver.grants.deadline()), (None, None), "a complete blob is waited for");
+            receiver.finished.get_or_insert(self.now - self.start);
+            return;
+        }
+        let deadline = receiver.grants.deadline().expect("a deadline while something is missing");
+        assert!(deadline > self.now, "a deadline in the past would be polled for ever");
+        if let Some(set) = set {
+            assert!(set.iter().all(|index| !receiver.assembly.has(index)), "a chunk was granted that is there");
+            let set = postcard::to_stdvec(&set).unwrap();
+            self.send(number, Duration::ZERO, |from| Arrival::Grant { from, set: set.clone() });
+        }
+    }
+
+    /// Jumps to the next arrival or deadline.
+    fn step(&mut self) {
+        let deadline = self.receivers.iter().filter_map(|receiver| receiver.grants.deadline()).min();
+        let arrival = self.arrivals.first_key_value().map(|((at, _), _)| *at);
+        self.now = deadline.into_iter().chain(arrival).min().expect("something is due while a blob is incomplete");
+        assert!(self.now - self.start < VIRTUAL_TIME_MAX, "the transfer does not finish");
+        if arrival != Some(self.now) {
+            return;
+        }
+        match self.arrivals.pop_first().expect("an arrival is due").1 {
+            Arrival::Grant { from, set } => self.serve(from, &set),
+            Arrival::Chunk { to, index, chunk } => self.receive(to, index, chunk),
+        }
+    }
+
+    fn serve(&mut self, from: usize, set: &[u8]) {
+        let set: ChunkSet = postcard::from_bytes(set).unwrap();
+        set.check(self.manifest.chunks()).unwrap();
+        let several = self.receivers.len() > 1;
+        for (index, route) in self.serve.granted(&peer(from), &set, self.now, several) {
+            let chunk = self.manifest.chunk(&self.blob, index).unwrap();
+            if let Route::One(receiver) = route {
+                assert_eq!(receiver, peer(from));
+                self.log.to_one.push((from, index));
+                self.send_chunk(from, index, &chunk);
+            } else {
+                self.log.to_all.push(index);
+                for to in 0..self.receivers.len() {
+                    if !self.rng.random_bool(self.receivers[to].link.deafness) {
+                        self.send_chunk(to, index, &chunk);
+                    }
+                }
+            }
+        }
+    }
+
+    fn receive(&mut self, to: usize, index: u32, chunk: Bytes) {
+        let restart = self.rng.random_bool(self.restarts);
+        let receiver = &mut self.receivers[to];
+        receiver.in_flight -= 1;
+        let had = receiver.assembly.has(index);
+        let inserted = receiver.assembly.insert(index, chunk).unwrap();
+        assert_eq!(inserted == Inserted::Duplicate, had);
+        self.log.duplicates += usize::from(had);
+        receiver.grants.received(index, self.now);
+        if restart {
+            receiver.grants.restart(self.now);
+        }
+    }
+
+    fn send_chunk(&mut self, to: usize, index: u32, chunk: &Bytes) {
+        let copies = self.send(to, self.receivers[to].link.chunk_time, |to| {
+            let chunk = chunk.clone();
+            Arrival::Chunk { to, index, chunk }
+        });
+        let receiver = &mut self.receivers[to];
+        receiver.in_flight += copies;
+        self.log.in_flight_max[to] = self.log.in_flight_max[to].max(receiver.in_flight);
+    }
+
+    /// Sends over receiver `number`'s link; returns how many copies will arrive.
+    fn send(&mut self, number: usize, occupies: Duration, arrival: impl Fn(usize) -> Arrival) -> usize {
+        let Receiver { link, link_free, .. } = &mut self.receivers[number];
+        *link_free = self.now.max(*link_free) + occupies;
+        let sent = if occupies.is_zero() { self.now } else { *link_free };
+        let lost = self.rng.random_bool(link.loss);
+        let copies = if lost { 0 } else { 1 + usize::from(self.rng.random_bool(link.duplication)) };
+        for _ in 0..copies {
+            let delay = self.rng.random_range(link.delay_ms.0..=link.delay_ms.1);
+            self.sent += 1;
+            self.arrivals.insert((sent + Duration::from_millis(delay), self.sent), arrival(number));
+        }
+        copies
+    }
+}
+
+proptest! {
+    #![proptest_config(cases(512))]
+
+    #[test]
+    fn every_receiver_gets_the_blob_whatever_is_lost_reordered_or_repeated(
+        chunks in 0..40usize,
+        window in 1..12u32,
+        links in prop::collection::vec(any_link(), 1..5),
+        restarts in prop_oneof![Just(0.0), 0.0..0.05],
+        seed in any::<u64>(),
+    ) {
+        let mut transfer = Transfer::new(chunks, window, &links, seed);
+        transfer.restarts = restarts;
+        let (_, log) = transfer.run();
+        let published: BTreeSet<_> = log.to_all.iter().collect();
+        prop_assert_eq!(published.len(), log.to_all.len(), "a chunk was published to all twice");
+        if links.len() == 1 {
+            prop_assert!(log.to_all.is_empty());
+        }
+    }
+
+    #[test]
+    fn on_clean_links_each_chunk_is_published_once_to_all(
+        chunks in 0..40usize,
+        window in 1..12u32,
+        delays in prop::collection::vec(1..20u64, 2..6),
+        seed in any::<u64>(),
+    ) {
+        let links: Vec<_> = delays.iter().copied().map(Link::clean).collect();
+        let transfer = Transfer::new(chunks, window, &links, seed);
+        let expected: Vec<_> = (0..transfer.manifest.chunks()).collect();
+        let (_, log) = transfer.run();
+        prop_assert_eq!(log.to_all, expected);
+        prop_assert_eq!(log.to_one, []);
+        // The quickest sets the pace: what is under way to it, whoever granted it, has not reached that one either.
+        let quickest = (0..links.len()).min_by_key(|&to| delays[to]).unwrap();
+        prop_assert!(log.in_flight_max[quickest] <= window as usize * links.len());
+    }
+
+    #[test]
+    fn on_a_link_that_keeps_order_nothing_is_sent_beyond_the_window_or_twice_for_nothing(
+        chunks in 0..60usize,
+        window in 1..12u32,
+        loss in 0.0..0.3,
+        delay_ms in 1..20u64,
+        seed in any::<u64>(),
+    ) {
+        let link = Link { loss, ..Link::clean(delay_ms) };
+        let transfer = Transfer::new(chunks, window, &[link], seed);
+        let (_, log) = transfer.run();
+        prop_assert!(log.in_flight_max[0] <= window as usize);
+        prop_assert_eq!(log.duplicates, 0, "a chunk was granted again that was not lost");
+    }
+
+    #[test]
+    fn a_slow_link_is_not_filled_with_repeats(
+        chunks in 1..40usize,
+        window in 1..8u32,
+        retries_a_chunk in 2..12u32,
+        seed in any::<u64>(),
+    ) {
+        let link = Link { chunk_time: retries_a_chunk * RETRY, ..Link::clean(5) };
+        let transfer = Transfer::new(chunks, window, &[link], seed);
+        let chunks = transfer.manifest.chunks() as usize;
+        let (_, log) = transfer.run();
+        // Until the first chunk tells the pace, each doubling of the retry time repeats the window.
+        let repeats = (retries_a_chunk + 2).ilog2() as usize * window as usize;
+        prop_assert!(log.to_one.len() <= chunks + repeats, "{} sends of {chunks} chunks", log.to_one.len());
+    }
+
+    #[test]
+    fn a_receiver_that_misses_what_all_get_is_served_alone_and_does_not_hold_up_the_rest(
+        chunks in 1..40usize,
+        window in 1..12u32,
+        delays in prop::collection::vec(1..20u64, 2..5),
+        seed in any::<u64>(),
+    ) {
+        let mut links: Vec<_> = delays.into_iter().map(Link::clean).collect();
+        let (alone, _) = Transfer::new(chunks, window, &links, seed).run();
+        links.push(Link { deafness: 1.0, ..Link::clean(20) });
+        let (finished, log) = Transfer::new(chunks, window, &links, seed).run();
+        let deaf = links.len() - 1;
+        for (with, without) in finished.iter().zip(&alone) {
+            prop_assert!(with <= without, "{with:?} with the deaf receiver, {without:?} without it");
+        }
+        prop_assert!(log.to_one.iter().all(|(to, _)| *to == deaf));
+        let served: BTreeSet<_> = log.to_one.iter().map(|(_, index)| index).collect();
+        prop_assert_eq!(served.len(), chunks.min(log.to_all.len()));
+        prop_assert_eq!(served.len(), log.to_one.len(), "a chunk was sent to it twice");
+    }
+
+    #[test]
+    fn split_and_assemble_are_inverses_in_any_order(
+        (bytes, order) in (0..30_000usize).prop_flat_map(|bytes| {
+            let chunks = bytes.div_ceil(CHUNK_BYTES_MIN as usize) as u32;
+            let twice: Vec<u32> = (0..chunks).chain(0..chunks).collect();
+            (Just(bytes), Just(twice).prop_shuffle())
+        }),
+        seed in any::<u64>(),
+    ) {
+        let blob = random_blob(bytes, seed);
+        let manifest = Manifest::of(&blob, CHUNK_BYTES_MIN, Codec::F32).unwrap();
+        let mut assembly = Assembly::new(manifest);
+        let mut missing: BTreeSet<_> = (0..manifest.chunks()).collect();
+        for index in order {
+            let inserted = assembly.insert(index, manifest.chunk(&blob, index).unwrap());
+            let expected = if missing.remove(&index) { Inserted::New } else { Inserted::Duplicate };
+            prop_assert_eq!(inserted, Ok(expected));
+            prop_assert!(assembly.missing().eq(missing.iter().copied()));
+            prop_assert_eq!(assembly.is_complete(), missing.is_empty());
+        }
+        prop_assert_eq!(join_verified(&manifest, assembly.into_chunks()), Ok(blob));
+    }
+
+    #[test]
+    fn a_damaged_chunk_is_noticed(bytes in 1..10_000usize, at in any::<prop::sample::Index>(), seed in any::<u64>()) {
+        let blob = random_blob(bytes, seed);
+        let manifest = Manifest::of(&blob, CHUNK_BYTES_MIN, Codec::F32).unwrap();
+        let mut damaged = blob.to_vec();
+        damaged[at.index(bytes)] ^= 1;
+        let damaged = Bytes::from(damaged);
+        let chunks = (0..manifest.chunks()).map(|index| manifest.chunk(&damaged, index).unwrap()).collect();
+        prop_assert!(join_verified(&manifest, chunks).is_err());
+    }
+}
+
+proptest! {
+    #![proptest_config(cases(1024))]
+
+    #[test]
+    fn whoever_asks_twice_is_answered_and_nothing_is_published_to_all_twice(
+        asks in prop::collection::vec((0..4usize, prop::collection::btree_set(0..10u32, 1..6), 0..150u64), 1..60),
+        several in any::<bool>(),
+    ) {
+        let (mut serve, mut now) = (Serve::new(10, RETRY), Instant::now());
+        let (mut to_all, mut asked) = (BTreeSet::new(), BTreeSet::new());
+        for (from, indices, later_ms) in asks {
+            now += Duration::from_millis(later_ms);
+            let set = ChunkSet::new(indices.iter().copied()).unwrap();
+            let sends: BTreeMap<_, _> = serve.granted(&peer(from), &set, now, several).into_iter().collect();
+            for index in indices {
+                match sends.get(&index) {
+                    Some(Route::All) => prop_assert!(several && to_all.insert(index)),
+                    Some(Route::One(to)) => prop_assert_eq!(to, &peer(from)),
+                    None => prop_assert!(!asked.contains(&(from, index)) && to_all.contains(&index)),
+                }
+                asked.insert((from, index));
+            }
+        }
+    }
+}
