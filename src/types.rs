@@ -29,11 +29,7 @@ impl PeerId {
             && name.len() <= PEER_ID_BYTES_MAX
             && name != "all"
             && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));
-        if valid {
-            Ok(Self(name.into()))
-        } else {
-            Err(PeerIdError(name.chars().take(2 * PEER_ID_BYTES_MAX).collect()))
-        }
+        if valid { Ok(Self(name.into())) } else { Err(PeerIdError(name.chars().take(2 * PEER_ID_BYTES_MAX).collect())) }
     }
 
     /// The id as text.

@@ -1,0 +1,180 @@
+//! What a round decides.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use crate::protocol::config::Config;
+use crate::protocol::roster::Roster;
+use crate::transfer::Manifest;
+use crate::types::{Digest, Metrics, PeerId, Round, Term};
+
+/// What a round decides: at most one decree commits per round, whatever happens.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Decree {
+    /// The round it decides.
+    pub round: Round,
+    /// The digest of the decree before it; of the first roster, for the genesis.
+    pub parent: Digest,
+    /// The leader that formed it. A later leader that finds it accepted proposes it as it stands.
+    pub leader: PeerId,
+    /// The term in which it was formed.
+    pub term: Term,
+    /// A new global model, or the end.
+    pub outcome: Outcome,
+    /// Whose updates the model is the aggregate of, in `PeerId` order.
+    pub contributors: Vec<Contributor>,
+    /// How the parent model did on the members' held-out data; `None` when nobody could say.
+    pub parent_metrics: Option<Metrics>,
+    /// The evaluations so far, this round's included.
+    pub record: Record,
+    /// Who may vote in the next round.
+    pub next_roster: Roster,
+}
+
+/// What becomes of the model.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Outcome {
+    /// The next global model.
+    Model(Manifest),
+    /// No more rounds: the parent's model is the last.
+    Finish(Reason),
+}
+
+/// Why a federation finishes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Reason {
+    /// All `rounds` are done.
+    Rounds,
+    /// The validation accuracy reached `target_accuracy`.
+    TargetAccuracy,
+    /// The validation loss improved by less than `tolerance` over `patience` rounds.
+    Patience,
+}
+
+impl Reason {
+    /// The word for scripts.
+    pub fn name(self) -> &'static str {
+        match self {
+            Reason::Rounds => "rounds",
+            Reason::TargetAccuracy => "target_accuracy",
+            Reason::Patience => "patience",
+        }
+    }
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Reason::Rounds => "all rounds are done",
+            Reason::TargetAccuracy => "the target accuracy is reached",
+            Reason::Patience => "the validation loss no longer improves",
+        })
+    }
+}
+
+/// One trainer's share in a model.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Contributor {
+    /// Whose update.
+    pub peer: PeerId,
+    /// The update's blob.
+    pub update: Digest,
+    /// Its weight in the mean.
+    pub num_examples: u64,
+    /// How training went, on the trainer's own examples.
+    pub metrics: Metrics,
+}
+
+/// What the stopping rules need to know of all rounds so far. It travels in the decrees, so that any leader, also a
+/// newcomer, stops where every other would.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    /// The lowest validation loss, and the round whose model had it.
+    pub best: Option<(f64, Round)>,
+    /// How many models in a row did not improve on it by more than `tolerance`.
+    pub stale: u32,
+}
+
+impl Record {
+    /// The record after the model of `round` was measured.
+    #[must_use]
+    pub fn with(self, metrics: &Metrics, round: Round, tolerance: f64) -> Record {
+        match self.best {
+            Some((best, at)) if metrics.loss >= best - tolerance => {
+                let best = if metrics.loss < best { (metrics.loss, round) } else { (best, at) };
+                Record { best: Some(best), stale: self.stale.saturating_add(1) }
+            }
+            _ => Record { best: Some((metrics.loss, round)), stale: 0 },
+        }
+    }
+}
+
+impl Decree {
+    /// What names this decree.
+    pub fn digest(&self) -> Digest {
+        Digest::of(&postcard::to_stdvec(self).expect("a decree holds nothing that postcard refuses"))
+    }
+
+    /// The new global model, if there is one.
+    pub fn model(&self) -> Option<&Manifest> {
+        match &self.outcome {
+            Outcome::Model(manifest) => Some(manifest),
+            Outcome::Finish(_) => None,
+        }
+    }
+
+    /// Whether the federation ends here, and why.
+    pub fn reason(&self) -> Option<Reason> {
+        match &self.outcome {
+            Outcome::Model(_) => None,
+            Outcome::Finish(reason) => Some(*reason),
+        }
+    }
+}
+
+/// Which stopping rule is met in `round`, if its parent's model (of the round before) measured `metrics`.
+pub(super) fn stop(config: &Config, round: Round, metrics: Option<&Metrics>, record: &Record) -> Option<Reason> {
+    // Weights that no round has trained are no result, however well they do.
+    let trained = round > Round(1);
+    let reached = |metrics: &Metrics| config.target_accuracy.is_some_and(|target| metrics.accuracy >= target);
+    if trained && metrics.is_some_and(reached) {
+        Some(Reason::TargetAccuracy)
+    } else if trained && config.patience > 0 && record.stale >= config.patience {
+        Some(Reason::Patience)
+    } else if round > Round(config.rounds) {
+        Some(Reason::Rounds)
+    } else {
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn metrics(loss: f64, accuracy: f64) -> Metrics {
+        Metrics { num_examples: 10, loss, accuracy }
+    }
+
+    #[test]
+    fn an_improvement_within_the_tolerance_is_none() {
+        let record = Record::default().with(&metrics(1.0, 0.5), Round(0), 0.1);
+        let record = record.with(&metrics(0.95, 0.5), Round(1), 0.1);
+        assert_eq!(record, Record { best: Some((0.95, Round(1))), stale: 1 });
+        assert_eq!(record.with(&metrics(0.5, 0.5), Round(2), 0.1).stale, 0);
+        assert_eq!(record.with(&metrics(2.0, 0.5), Round(2), 0.1), Record { best: Some((0.95, Round(1))), stale: 2 });
+    }
+
+    #[test]
+    fn the_first_stopping_rule_that_is_met_names_the_reason() {
+        let config = Config { rounds: 3, target_accuracy: Some(0.9), patience: 2, ..Config::default() };
+        let stale = |stale| Record { best: Some((1.0, Round(0))), stale };
+        let good = metrics(1.0, 0.9);
+        assert_eq!(stop(&config, Round(2), Some(&metrics(1.0, 0.8)), &stale(0)), None);
+        assert_eq!(stop(&config, Round(2), Some(&good), &stale(2)), Some(Reason::TargetAccuracy));
+        assert_eq!(stop(&config, Round(1), Some(&good), &stale(0)), None);
+        assert_eq!(stop(&config, Round(3), None, &stale(2)), Some(Reason::Patience));
+        assert_eq!(stop(&config, Round(4), None, &stale(0)), Some(Reason::Rounds));
+    }
+}

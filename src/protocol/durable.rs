@@ -1,0 +1,89 @@
+//! What a peer has persisted before it sends anything that depends on it.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::protocol::decree::Decree;
+use crate::protocol::message::{Head, Update};
+use crate::protocol::roster::Roster;
+use crate::transfer::Manifest;
+use crate::types::{Digest, PeerId, Round, Term};
+
+/// A peer's promises: with them a restarted peer goes on as if it had only been slow.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Durable {
+    /// The newest committed decree.
+    pub head: Option<Head>,
+    /// The newest global model that is held: what a finished federation leaves.
+    pub model: Option<Manifest>,
+    /// How the first roster came, or comes, about.
+    pub founding: Founding,
+    /// The round after `head`.
+    pub open: Open,
+}
+
+/// A peer's part in founding a federation.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Founding {
+    /// The number of the peer's own last call.
+    pub last_call: Term,
+    /// The call that the peer joined: the candidate and the number of its call.
+    pub joined: Option<(PeerId, Term)>,
+    /// The first roster, once founded.
+    pub roster: Option<Roster>,
+}
+
+/// A peer's promises in the round after its head.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Open {
+    /// The round.
+    pub round: Round,
+    /// Messages of lower terms are refused.
+    pub promised: Term,
+    /// For whom the peer voted in each term.
+    pub ballots: BTreeMap<Term, PeerId>,
+    /// The decree it accepted last, and in which term.
+    pub accepted: Option<(Term, Decree)>,
+    /// Its own update: nobody trains a round twice.
+    pub update: Option<Update>,
+}
+
+impl Durable {
+    /// The digest of the newest decree; of the first roster before the genesis decree.
+    pub fn parent(&self) -> Option<Digest> {
+        match &self.head {
+            Some(head) => Some(head.decree.digest()),
+            None => self.founding.roster.as_ref().map(Roster::digest),
+        }
+    }
+
+    /// Who may vote in the open round, if that is known.
+    pub fn roster(&self) -> Option<&Roster> {
+        match &self.head {
+            Some(head) => Some(&head.decree.next_roster),
+            None => self.founding.roster.as_ref(),
+        }
+    }
+
+    /// The blobs that these promises rest on, which are to be kept.
+    pub fn manifests(&self) -> impl Iterator<Item = &Manifest> {
+        let head = self.head.as_ref().and_then(|head| head.decree.model());
+        let accepted = self.open.accepted.as_ref().and_then(|(_, decree)| decree.model());
+        let update = self.open.update.as_ref().map(|update| &update.manifest);
+        head.into_iter().chain(&self.model).chain(accepted).chain(update)
+    }
+
+    /// The bytes to store.
+    pub fn encode(&self) -> Vec<u8> {
+        postcard::to_stdvec(self).expect("promises hold nothing that postcard refuses")
+    }
+
+    /// Reads what [`encode`](Self::encode) wrote; `None` if it did not.
+    pub fn decode(bytes: &[u8]) -> Option<Self> {
+        match postcard::take_from_bytes(bytes) {
+            Ok((durable, [])) => Some(durable),
+            _ => None,
+        }
+    }
+}

@@ -1,0 +1,472 @@
+//! The protocol of a federation: pure decisions, from (event, now) to actions.
+//!
+//! ```text
+//!        hello            genesis                     one round: one decree, by single-decree Paxos
+//!  ┌──────────────┐   ┌─────────────┐   ┌──────────────────────────────────────────────────────────────┐
+//!  │ who is there?│──▶│ first roster│──▶│ evaluate ─▶ train ─▶ update ╲                                │
+//!  │ same config? │   │  (all join) │   │ elect (ballots → leader) ────▶ gather ─▶ aggregate ─▶ propose│
+//!  └──────────────┘   └─────────────┘   │                 members: pull, verify, persist ─▶ accept     │
+//!                                       │ commit (a quorum accepted) ─▶ head ─▶ the next round         │
+//!                                       └──────────────────────────────────────────────────────────────┘
+//! ```
+//!
+//! [`Peer::handle`] takes what happened and when, and returns what to do, in order: an [`Action::Persist`] stands
+//! before every message that depends on it. There is no clock, no IO and no randomness here. Events only record facts;
+//! `advance` then does whatever the facts and the time allow, so it does not matter in which order they came.
+
+pub mod config;
+pub mod decree;
+pub mod durable;
+pub mod election;
+pub mod message;
+mod notice;
+mod phases;
+pub mod roster;
+mod timer;
+pub mod topic;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+
+use crate::transfer::Manifest;
+use crate::types::{Digest, Metrics, PeerId, Round, Term};
+use crate::weights::Layout;
+
+pub use config::Config;
+pub use decree::{Contributor, Decree, Outcome, Reason};
+pub use durable::Durable;
+pub use election::Policy;
+pub use notice::{Committed, Difference, Notice, Seconds, Waiting};
+pub use roster::Roster;
+pub use topic::{Topic, Topics};
+
+use message::{Body, Envelope, Hello, VERSION};
+use phases::genesis::Genesis;
+use phases::round::OpenRound;
+use phases::transfer::Transfers;
+use timer::Timers;
+
+/// What happened to a peer.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// Time has passed: [`Peer::deadline`] is due.
+    Tick,
+    /// The broker is reached; nothing was said yet on this connection.
+    Connected,
+    /// The broker is lost.
+    Disconnected,
+    /// A message came.
+    Message(Bytes),
+    /// Slow work ended.
+    Done(Done),
+}
+
+/// What a peer wants done, in this order.
+#[derive(Clone, Debug)]
+pub enum Action {
+    /// Make this durable before anything that follows.
+    Persist(Box<Durable>),
+    /// Send a message.
+    Publish {
+        /// Where to.
+        topic: Topic,
+        /// Whether the broker keeps it for newcomers.
+        retain: bool,
+        /// The message.
+        message: Bytes,
+    },
+    /// Send one chunk of a blob that the peer holds.
+    SendChunk {
+        /// Where to.
+        topic: Topic,
+        /// The encoded envelope; the chunk's bytes follow it.
+        header: Bytes,
+        /// The blob.
+        manifest: Manifest,
+        /// Which chunk.
+        index: u32,
+    },
+    /// Do slow work; its end comes back as [`Event::Done`].
+    Start(Job),
+    /// Training for this round is no longer wanted.
+    CancelTraining(Round),
+    /// Every other blob may be deleted.
+    Retain(BTreeSet<Digest>),
+    /// Tell people and journals.
+    Notify(Notice),
+    /// The peer is done: say goodbye and leave.
+    Stop,
+}
+
+/// Slow work. What it makes is durable before its [`Done`] is reported.
+#[derive(Clone, Debug)]
+pub enum Job {
+    /// Encode the initial weights.
+    Initial,
+    /// Measure a model on held-out data.
+    Evaluate {
+        /// The model's blob.
+        model: Digest,
+    },
+    /// Train one round from a model.
+    Train {
+        /// The round.
+        round: Round,
+        /// The parent model's blob.
+        model: Digest,
+    },
+    /// Join chunks, check digest, layout and that every value is finite, and keep the blob.
+    Verify {
+        /// What the blob should be.
+        manifest: Manifest,
+        /// Its chunks, in order.
+        chunks: Vec<Bytes>,
+    },
+    /// Aggregate updates, in this order.
+    Aggregate {
+        /// The round.
+        round: Round,
+        /// Each update's blob and its number of examples.
+        parts: Vec<(Digest, u64)>,
+    },
+}
+
+/// The end of a [`Job`]; errors are sentences.
+#[derive(Clone, Debug)]
+pub enum Done {
+    /// The initial weights' blob.
+    Initial(Result<Manifest, String>),
+    /// A model's metrics.
+    Evaluated {
+        /// The model's blob.
+        model: Digest,
+        /// Its metrics.
+        result: Result<Metrics, String>,
+    },
+    /// An update's blob, and how training went.
+    Trained {
+        /// The round.
+        round: Round,
+        /// The update.
+        result: Result<(Manifest, Metrics), String>,
+    },
+    /// Whether a pulled blob is what it should be.
+    Verified {
+        /// The blob.
+        manifest: Manifest,
+        /// If it is not: why.
+        result: Result<(), String>,
+    },
+    /// The aggregate's blob.
+    Aggregated {
+        /// The round.
+        round: Round,
+        /// The new model.
+        result: Result<Manifest, String>,
+    },
+}
+
+/// What only this peer knows when it starts.
+#[derive(Clone, Debug)]
+pub struct Identity {
+    /// Its name.
+    pub peer: PeerId,
+    /// Names and shapes of its model.
+    pub layout: Arc<Layout>,
+    /// How many training examples it has.
+    pub num_examples: u64,
+}
+
+/// Another peer, as far as it was heard.
+#[derive(Clone, Debug)]
+struct Neighbour {
+    hello: Option<Hello>,
+    heard: Instant,
+    /// Said goodbye, or its last will did.
+    gone: bool,
+}
+
+/// How a peer's part ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ended {
+    /// The federation finished.
+    Finished,
+    /// It does not fit the federation.
+    Refused,
+}
+
+/// Rules that tests switch off to see that the simulator notices.
+#[cfg(test)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Flaws {
+    /// A leader commits when it alone accepted.
+    pub(crate) commit_alone: bool,
+    /// A leader ignores decrees that members accepted in earlier terms.
+    pub(crate) forget_accepted: bool,
+}
+
+/// One peer's protocol state.
+///
+/// Contract: call [`handle`](Self::handle) with every event and with [`Event::Tick`] when
+/// [`deadline`](Self::deadline) has come, with a `now` that never goes back; carry out the actions in order, also if
+/// the peer is stopped in between. No input from the network makes it panic.
+#[derive(Debug)]
+pub struct Peer {
+    me: PeerId,
+    config: Config,
+    layout: Arc<Layout>,
+    layout_digest: Digest,
+    entries: BTreeMap<String, String>,
+    num_examples: u64,
+    durable: Durable,
+    neighbours: BTreeMap<PeerId, Neighbour>,
+    genesis: Genesis,
+    open: OpenRound,
+    transfers: Transfers,
+    timers: Timers,
+    connected: bool,
+    ended: Option<Ended>,
+    stopped: bool,
+    last_waiting: Option<Waiting>,
+    head_told: Option<Instant>,
+    /// The model whose metrics were told last, and the round that made it.
+    metrics_told: Option<(Round, Digest)>,
+    /// The finished federation of this name whose retained head was told of.
+    earlier_federation: Option<Round>,
+    bad_senders: BTreeSet<Option<PeerId>>,
+    bad_messages: u64,
+    actions: Vec<Action>,
+    #[cfg(test)]
+    pub(crate) flaws: Flaws,
+}
+
+impl Peer {
+    /// A peer that starts, or starts again with what it had persisted and the blobs that were `held`.
+    pub fn new(
+        config: Config,
+        identity: Identity,
+        durable: Option<Durable>,
+        held: &BTreeSet<Digest>,
+        now: Instant,
+    ) -> Self {
+        let durable = durable.unwrap_or_default();
+        let transfers = Transfers::new(durable.manifests().filter(|manifest| held.contains(&manifest.digest)));
+        let mut peer = Self {
+            entries: config.entries(),
+            config,
+            me: identity.peer,
+            layout_digest: identity.layout.digest(),
+            layout: identity.layout,
+            num_examples: identity.num_examples,
+            durable,
+            neighbours: BTreeMap::new(),
+            genesis: Genesis::default(),
+            open: OpenRound::new(now),
+            transfers,
+            timers: Timers::default(),
+            connected: false,
+            ended: None,
+            stopped: false,
+            last_waiting: None,
+            head_told: None,
+            metrics_told: None,
+            earlier_federation: None,
+            bad_senders: BTreeSet::new(),
+            bad_messages: 0,
+            actions: Vec::new(),
+            #[cfg(test)]
+            flaws: Flaws::default(),
+        };
+        if peer.durable.roster().is_some() {
+            peer.enter_round(now);
+        }
+        peer
+    }
+
+    /// Takes what happened at `now`; returns what to do, in order.
+    pub fn handle(&mut self, event: Event, now: Instant) -> Vec<Action> {
+        match event {
+            Event::Tick => {}
+            Event::Connected => self.on_connected(now),
+            Event::Disconnected => self.connected = false,
+            Event::Message(message) => self.on_message(&message, now),
+            Event::Done(done) => self.on_done(done, now),
+        }
+        self.advance(now);
+        std::mem::take(&mut self.actions)
+    }
+
+    /// When [`Event::Tick`] is due, if ever.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.timers.next().into_iter().chain(self.transfers.deadline()).min()
+    }
+
+    /// The peer's name.
+    pub fn id(&self) -> &PeerId {
+        &self.me
+    }
+
+    /// The round that is open: the one after the newest committed decree.
+    pub fn round(&self) -> Round {
+        self.durable.open.round
+    }
+
+    /// What the peer has persisted.
+    pub fn durable(&self) -> &Durable {
+        &self.durable
+    }
+
+    /// How many messages could not be read.
+    pub fn bad_messages(&self) -> u64 {
+        self.bad_messages
+    }
+
+    /// The message that the broker shall send when this peer dies.
+    pub fn last_will(&self) -> (Topic, Bytes) {
+        (Topic::Init(self.me.clone()), self.envelope(Body::Goodbye).encode())
+    }
+
+    /// Does what the facts and the time allow; after a commit also in the next round.
+    fn advance(&mut self, now: Instant) {
+        loop {
+            let round = self.round();
+            if self.ended.is_none() {
+                self.advance_genesis(now);
+                self.advance_election(now);
+                self.advance_member(now);
+                self.advance_leader(now);
+            }
+            if self.round() == round {
+                break;
+            }
+        }
+        self.advance_finish(now);
+        self.advance_transfers(now);
+        self.advance_hello(now);
+        self.advance_waiting(now);
+    }
+
+    fn on_message(&mut self, message: &Bytes, now: Instant) {
+        let (envelope, tail) = match Envelope::decode(message) {
+            Ok(decoded) => decoded,
+            Err(error) => return self.bad_message(None, error.to_string()),
+        };
+        if envelope.sender == self.me {
+            return;
+        }
+        self.hear(&envelope, now);
+        let Envelope { sender, round, term, body, .. } = envelope;
+        match body {
+            Body::Hello(hello) => self.on_hello(sender, round, hello, now),
+            Body::Goodbye => self.on_goodbye(&sender),
+            Body::Call { roster, released } => self.on_call(&sender, term, roster, &released, now),
+            Body::Join { gave_up } => self.on_join(sender, term, gave_up),
+            Body::Bound { candidate, call } => self.on_bound(sender, term, candidate, call),
+            Body::Founded(roster) => self.on_founded(roster, now),
+            Body::Ballot { candidate, accepted } => self.on_ballot(sender, round, term, &candidate, accepted, now),
+            Body::Evaluation(metrics) => self.on_evaluation(sender, round, metrics),
+            Body::Leader(leading) => self.on_leader(&sender, round, term, leading, now),
+            Body::Proposal(decree) => self.on_proposal(sender, round, term, decree, now),
+            Body::Update(update) => self.on_update(sender, round, update, now),
+            Body::Status => {}
+            Body::Decline { why } => self.on_decline(sender, round, why),
+            Body::Accept { decree } => self.on_accept(sender, round, term, decree),
+            Body::Refuse { promised } => self.on_refuse(sender, round, term, promised),
+            Body::Grant { blob, chunks } => self.on_grant(&sender, blob, &chunks, now),
+            Body::Chunk { blob, index } => self.on_chunk(blob, index, tail, now),
+            Body::Head(head) => self.on_head(head, now),
+        }
+    }
+
+    fn on_done(&mut self, done: Done, now: Instant) {
+        match done {
+            Done::Initial(result) => self.on_initial(result, now),
+            Done::Evaluated { model, result } => self.on_evaluated(model, result, now),
+            Done::Trained { round, result } => self.on_trained(round, result, now),
+            Done::Verified { manifest, result } => self.on_verified(manifest, result, now),
+            Done::Aggregated { round, result } => self.on_aggregated(round, result, now),
+        }
+    }
+
+    /// Notes that a peer lives, and of which term it speaks.
+    fn hear(&mut self, envelope: &Envelope, now: Instant) {
+        let heard = Neighbour { hello: None, heard: now, gone: false };
+        let neighbour = self.neighbours.entry(envelope.sender.clone()).or_insert(heard);
+        neighbour.heard = now;
+        if !matches!(envelope.body, Body::Goodbye) {
+            neighbour.gone = false;
+        }
+        if envelope.round == self.round() && self.is_member(&envelope.sender) {
+            self.open.seen_term = self.open.seen_term.max(envelope.term);
+        }
+    }
+
+    fn bad_message(&mut self, sender: Option<PeerId>, why: String) {
+        self.bad_messages += 1;
+        if self.bad_senders.insert(sender.clone()) {
+            self.notify(Notice::BadMessage { sender, why });
+        }
+    }
+
+    fn envelope(&self, body: Body) -> Envelope {
+        let (round, term) = (self.round(), self.durable.open.promised);
+        Envelope { version: VERSION, sender: self.me.clone(), signature: Vec::new(), round, term, body }
+    }
+
+    /// Sends a message of the open round and the promised term.
+    fn publish(&mut self, topic: Topic, body: Body) {
+        self.publish_in(self.promised(), topic, body);
+    }
+
+    fn publish_in(&mut self, term: Term, topic: Topic, body: Body) {
+        let message = Envelope { term, ..self.envelope(body) }.encode();
+        self.actions.push(Action::Publish { topic, retain: false, message });
+    }
+
+    fn publish_retained(&mut self, topic: Topic, body: Body) {
+        let message = self.envelope(body).encode();
+        self.actions.push(Action::Publish { topic, retain: true, message });
+    }
+
+    fn persist(&mut self) {
+        self.actions.push(Action::Persist(Box::new(self.durable.clone())));
+    }
+
+    fn notify(&mut self, notice: Notice) {
+        self.actions.push(Action::Notify(notice));
+    }
+
+    fn heartbeat(&self) -> Duration {
+        self.config.heartbeat()
+    }
+
+    /// How long a peer may be silent before nobody waits for it.
+    fn silence(&self) -> Duration {
+        2 * self.config.election_timeout
+    }
+
+    fn is_member(&self, peer: &PeerId) -> bool {
+        self.durable.roster().is_some_and(|roster| roster.contains(peer))
+    }
+
+    /// Whether `peer` was heard of late and did not say goodbye.
+    fn is_live(&self, peer: &PeerId, now: Instant) -> bool {
+        *peer == self.me
+            || self
+                .neighbours
+                .get(peer)
+                .is_some_and(|n| !n.gone && now.saturating_duration_since(n.heard) < self.silence())
+    }
+
+    fn gone(&self) -> BTreeSet<PeerId> {
+        self.neighbours.iter().filter(|(_, neighbour)| neighbour.gone).map(|(peer, _)| peer.clone()).collect()
+    }
+
+    /// The term of this round's messages that a leader sends.
+    fn promised(&self) -> Term {
+        self.durable.open.promised
+    }
+}

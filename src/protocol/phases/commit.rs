@@ -1,0 +1,131 @@
+//! Committing: a quorum holds the decree and its model, so the round is decided.
+
+use std::collections::BTreeSet;
+use std::time::Instant;
+
+use crate::protocol::message::{Body, Head};
+use crate::protocol::{Action, Committed, Notice, Peer, Topic};
+use crate::transfer::Manifest;
+use crate::types::{PeerId, Round};
+
+impl Peer {
+    pub(in crate::protocol) fn advance_commit(&mut self, now: Instant) {
+        let (Some(leading), Some(roster)) = (&self.open.leading, self.durable.roster()) else { return };
+        let Some(decree) = &leading.proposal else { return };
+        let decided = roster.is_quorum(&leading.accepts);
+        #[cfg(test)]
+        let decided = decided || self.flaws.commit_alone;
+        if !decided {
+            return;
+        }
+        let genesis = self.head().map_or_else(|| decree.digest(), |head| head.genesis);
+        let head = Head { decree: decree.clone(), accepts: leading.accepts.iter().cloned().collect(), genesis };
+        self.open.marks.accepted = Some(now);
+        self.commit(head, true, now);
+    }
+
+    pub(in crate::protocol) fn on_head(&mut self, head: Head, now: Instant) {
+        let newer = self.head().is_none_or(|known| known.decree.round < head.decree.round);
+        if !newer || self.ended.is_some() {
+            return;
+        }
+        match self.head() {
+            // A federation of this name that finished before this peer's began.
+            None if self.durable.founding.roster.is_none() && head.decree.reason().is_some() => {
+                return self.tell_earlier_federation(head.decree.round);
+            }
+            Some(known) if known.genesis != head.genesis => {
+                return self.bad_message(None, "it is of another federation with the same name".into());
+            }
+            _ => {}
+        }
+        let next = head.decree.round == self.round() && self.durable.roster().is_some();
+        if next && !self.durable.roster().is_some_and(|roster| roster.is_quorum(&head.accepts)) && !self.lax() {
+            return self.bad_message(None, "it calls a decree committed without a quorum of accepts".into());
+        }
+        self.commit(head, false, now);
+    }
+
+    /// Whether tests have switched off the quorum, so that heads without one go round.
+    fn lax(&self) -> bool {
+        #[cfg(test)]
+        return self.flaws.commit_alone;
+        #[cfg(not(test))]
+        false
+    }
+
+    fn tell_earlier_federation(&mut self, round: Round) {
+        if self.earlier_federation != Some(round) {
+            self.earlier_federation = Some(round);
+            self.notify(Notice::EarlierFederation { round });
+        }
+    }
+
+    fn commit(&mut self, head: Head, led: bool, now: Instant) {
+        self.cancel_training();
+        if let Some(metrics) = head.decree.parent_metrics.filter(|_| head.decree.round == self.round()) {
+            self.tell_parent_metrics(metrics);
+        }
+        let committed = Committed {
+            decree: head.decree.clone(),
+            digest: head.decree.digest(),
+            members: self.durable.roster().map_or(0, |roster| roster.len()),
+            accepts: head.accepts.clone(),
+            term: self.promised(),
+            led,
+            seconds: self.open.marks.seconds(now),
+            decided: now,
+        };
+        self.durable.head = Some(head.clone());
+        self.durable.founding = crate::protocol::durable::Founding::default();
+        self.note_model_held();
+        self.durable.open = Default::default();
+        self.durable.open.round = head.decree.round.next();
+        self.persist();
+        if led {
+            self.publish_retained(Topic::Head, Body::Head(head));
+        }
+        self.notify(Notice::Committed(Box::new(committed)));
+        self.forget_old_blobs();
+        self.enter_round(now);
+    }
+
+    /// The head's model, once held, is the one that a restart or the end falls back on.
+    pub(in crate::protocol) fn note_model_held(&mut self) -> bool {
+        let Some(head) = &self.durable.head else { return false };
+        let Some(model) = head.decree.model().filter(|model| self.transfers.holds(&model.digest)).copied() else {
+            return false;
+        };
+        let round = head.decree.round;
+        if self.durable.model == Some(model) {
+            return false;
+        }
+        self.durable.model = Some(model);
+        self.notify(Notice::ModelHeld { round, model: model.digest });
+        true
+    }
+
+    fn forget_old_blobs(&mut self) {
+        let keep: BTreeSet<_> = self.durable.manifests().map(|manifest| manifest.digest).collect();
+        self.transfers.retain(&keep);
+        self.actions.push(Action::Retain(keep));
+    }
+
+    /// The parent model, while it is not held, and who holds it: those who accepted it, its leader first.
+    pub(in crate::protocol) fn head_to_pull(&self) -> Option<(Manifest, Vec<PeerId>)> {
+        let head = self.head()?;
+        let wanted = self.is_member(&self.me) || self.ended.is_some();
+        let model = head.decree.model().filter(|_| wanted)?;
+        let leader = head.accepts.iter().filter(|peer| **peer == head.decree.leader);
+        let others = head.accepts.iter().filter(|peer| **peer != head.decree.leader);
+        Some((*model, leader.chain(others).filter(|peer| **peer != self.me).cloned().collect()))
+    }
+
+    /// The last round that made a model.
+    pub(in crate::protocol) fn last_model_round(&self) -> Round {
+        self.head().map_or(Round::GENESIS, |head| match head.decree.reason() {
+            Some(_) => Round(head.decree.round.0.saturating_sub(1)),
+            None => head.decree.round,
+        })
+    }
+}

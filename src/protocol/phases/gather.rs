@@ -1,0 +1,161 @@
+//! Gathering: the leader pulls every live trainer's update and starts the aggregation.
+
+use std::time::Instant;
+
+use crate::protocol::message::Update;
+use crate::protocol::phases::round::{Aggregate, Work};
+use crate::protocol::timer::Timer;
+use crate::protocol::{Action, Job, Notice, Peer};
+use crate::transfer::Manifest;
+use crate::types::{PeerId, Round};
+
+impl Peer {
+    pub(in crate::protocol) fn on_update(&mut self, sender: PeerId, round: Round, update: Update, now: Instant) {
+        let fits = round == self.round() && self.is_member(&sender) && self.is_training_round();
+        if !fits || Some(update.parent) != self.parent() || self.open.leading.is_none() {
+            return;
+        }
+        if let Err(error) = update.manifest.check(&self.layout) {
+            return self.leave_out(sender, error.to_string());
+        }
+        if update.num_examples == 0 {
+            return self.leave_out(sender, "it was trained on no example".into());
+        }
+        if self.open.updates.insert(sender, update).is_none() {
+            self.open.marks.trained = Some(now);
+        }
+    }
+
+    pub(in crate::protocol) fn on_decline(&mut self, sender: PeerId, round: Round, why: String) {
+        if round == self.round() && self.is_member(&sender) && self.open.leading.is_some() {
+            self.leave_out(sender, why);
+        }
+    }
+
+    /// This round goes on without a member's update.
+    pub(in crate::protocol) fn leave_out(&mut self, peer: PeerId, why: String) {
+        self.open.updates.remove(&peer);
+        if self.open.left_out.insert(peer.clone()) {
+            self.notify(Notice::LeftOut { peer, why });
+        }
+    }
+
+    /// Whether a member is still waited for: it lives, as far as the leader has had time to see.
+    pub(in crate::protocol) fn is_awaited(&self, peer: &PeerId, since: Instant, now: Instant) -> bool {
+        let gone = self.neighbours.get(peer).is_some_and(|neighbour| neighbour.gone);
+        let early = now.saturating_duration_since(since) < self.silence();
+        !gone && (early || self.is_live(peer, now))
+    }
+
+    /// The members whose verified update is here, in `PeerId` order.
+    fn gathered(&self) -> Vec<PeerId> {
+        let held = |update: &Update| self.transfers.holds(&update.manifest.digest);
+        self.open.updates.iter().filter(|(_, update)| held(update)).map(|(peer, _)| peer.clone()).collect()
+    }
+
+    /// Updates that the leader has yet to pull, and from whom: a few at a time, the first announced of each name first.
+    pub(in crate::protocol) fn updates_to_pull(&self) -> Vec<(Manifest, PeerId)> {
+        let gathering =
+            matches!(&self.open.leading, Some(l) if matches!(l.aggregate, Aggregate::Gathering) && l.bound.is_none());
+        if !gathering {
+            return Vec::new();
+        }
+        let missing = self.open.updates.iter().filter(|(_, update)| !self.transfers.holds(&update.manifest.digest));
+        missing.map(|(peer, update)| (update.manifest, peer.clone())).collect()
+    }
+
+    pub(in crate::protocol) fn advance_gathering(&mut self, now: Instant) {
+        let Some(leading) = &self.open.leading else { return };
+        if leading.bound.is_some() || !matches!(leading.aggregate, Aggregate::Gathering) || !self.is_training_round() {
+            return;
+        }
+        let (since, told) = (leading.since, leading.told);
+        let gathered = self.gathered();
+        let Some(roster) = self.durable.roster() else { return };
+        let trains = |peer: &&PeerId| **peer != self.me || self.trains() || self.open.updates.contains_key(*peer);
+        let awaited = |peer: &&PeerId| {
+            !gathered.contains(peer) && !self.open.left_out.contains(*peer) && self.is_awaited(peer, since, now)
+        };
+        let missing = roster.members().iter().filter(trains).filter(awaited).count();
+        let trainers = roster.members().iter().filter(trains).count();
+        let count = (gathered.len(), gathered.len() + missing);
+        // A roster may have fewer trainers than `min_updates` asks for.
+        let needed = self.config.min_updates.min(trainers).max(1);
+        if told != Some(count) {
+            let round = self.round();
+            self.notify(Notice::Gathered { round, done: count.0, total: count.1 });
+            self.with_leadership(|leading| leading.told = Some(count));
+        }
+        let late = !self.timers.is_running(Timer::Gather) || self.timers.fired(Timer::Gather, now);
+        let moving = late && self.transfers.is_moving(now, self.silence());
+        if gathered.len() >= needed && (missing == 0 || late && !moving) {
+            self.aggregate(gathered, now);
+        }
+    }
+
+    /// Whether the round's time is over with too few updates: (in, needed).
+    pub(in crate::protocol) fn lacks_updates(&self) -> Option<(usize, usize)> {
+        let leading = self.open.leading.as_ref()?;
+        let open = matches!(leading.aggregate, Aggregate::Gathering) && leading.bound.is_none();
+        let late = open && self.is_training_round() && !self.timers.is_running(Timer::Gather);
+        late.then(|| (self.gathered().len(), self.config.min_updates))
+    }
+
+    fn aggregate(&mut self, peers: Vec<PeerId>, now: Instant) {
+        let part =
+            |peer: &PeerId| self.open.updates.get(peer).map(|update| (update.manifest.digest, update.num_examples));
+        let parts = peers.iter().filter_map(part).collect();
+        let round = self.round();
+        self.open.marks.gathered = Some(now);
+        self.with_leadership(|leading| leading.aggregate = Aggregate::Running(peers));
+        self.actions.push(Action::Start(Job::Aggregate { round, parts }));
+    }
+
+    pub(in crate::protocol) fn on_aggregated(&mut self, round: Round, result: Result<Manifest, String>, now: Instant) {
+        let mine = round == self.round();
+        let Some(leading) = self.open.leading.as_mut().filter(|_| mine) else { return };
+        let Aggregate::Running(peers) = &leading.aggregate else { return };
+        match result {
+            Ok(manifest) => {
+                leading.aggregate = Aggregate::Done(manifest, peers.clone());
+                self.transfers.hold(manifest);
+                self.open.marks.aggregated = Some(now);
+            }
+            Err(why) => {
+                leading.aggregate = Aggregate::Failed;
+                self.notify(Notice::Failed { what: "aggregating the updates", why });
+            }
+        }
+    }
+
+    /// The genesis has no updates: its model is the leader's initial weights.
+    pub(in crate::protocol) fn advance_initial_weights(&mut self) {
+        let Some(leading) = &mut self.open.leading else { return };
+        let genesis = self.durable.open.round == Round::GENESIS;
+        if genesis && leading.bound.is_none() && matches!(leading.aggregate, Aggregate::Gathering) {
+            leading.aggregate = Aggregate::Running(Vec::new());
+            self.actions.push(Action::Start(Job::Initial));
+        }
+    }
+
+    pub(in crate::protocol) fn on_initial(&mut self, result: Result<Manifest, String>, now: Instant) {
+        self.on_aggregated(Round::GENESIS, result, now);
+    }
+
+    pub(in crate::protocol) fn with_leadership(
+        &mut self,
+        change: impl FnOnce(&mut crate::protocol::phases::round::Leadership),
+    ) {
+        if let Some(leading) = &mut self.open.leading {
+            change(leading);
+        }
+    }
+
+    /// Stops training that can no longer count.
+    pub(in crate::protocol) fn cancel_training(&mut self) {
+        if self.open.training == Work::Running {
+            let round = self.round();
+            self.actions.push(Action::CancelTraining(round));
+        }
+    }
+}

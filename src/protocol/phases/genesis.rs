@@ -1,0 +1,259 @@
+//! Genesis: how the first roster comes about.
+//!
+//! The lowest peer that is there is the candidate. It *calls* everyone it sees; whoever sees nobody else *joins*; with
+//! everyone's join at one call it *founds* the roster, and round 0 is a round like the others, whose leader
+//! proposes the initial weights.
+//!
+//! A join binds to the candidate until that candidate gives up: by a later call, or by joining another
+//! candidate's call itself, who then tells those who were bound (`released`). Only a candidate counts its joins,
+//! so it cannot be wrong about what it gives up. Two rosters that share a member are so never both founded; and two that
+//! share none cannot be, since of any two peers one sees the other. A candidate that dies for good
+//! between its call and the founding blocks those who joined it; they say for whom they wait.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Instant;
+
+use crate::protocol::message::Body;
+use crate::protocol::roster::{ROSTER_MAX, Roster};
+use crate::protocol::timer::Timer;
+use crate::protocol::{Notice, Peer, Topic};
+use crate::types::{PeerId, Round, Term};
+
+/// A candidate's call under way; a restart begins a new one.
+#[derive(Debug, Default)]
+pub(in crate::protocol) struct Genesis {
+    /// Who was there when the settle time began.
+    present: BTreeSet<PeerId>,
+    settled: bool,
+    /// The roster called for, if this peer is the candidate.
+    calling: Option<Roster>,
+    joined: BTreeSet<PeerId>,
+    /// Members that cannot join, and to which call of which other candidate they are bound.
+    bound: BTreeMap<PeerId, (PeerId, Term)>,
+    /// Candidates that joined this peer's call, and so gave up all of theirs up to this one.
+    gave_up: BTreeMap<PeerId, Term>,
+}
+
+impl Peer {
+    pub(in crate::protocol) fn advance_genesis(&mut self, now: Instant) {
+        if self.head().is_some() {
+            return;
+        }
+        if self.durable.founding.roster.is_some() {
+            return self.repeat_founded(now);
+        }
+        if !self.connected {
+            return;
+        }
+        self.settle(now);
+        let candidate = self.genesis.present.first() == Some(&self.me);
+        let enough = self.genesis.present.len() >= self.config.min_peers && self.genesis.present.len() <= ROSTER_MAX;
+        if !(candidate && enough && self.genesis.settled && self.leads_in_number(now)) {
+            self.genesis.calling = None;
+            self.timers.clear(Timer::Call);
+            return;
+        }
+        let roster = Roster::of(&self.genesis.present);
+        if self.genesis.calling.as_ref() != Some(&roster) {
+            self.call(roster);
+            self.timers.clear(Timer::Call);
+        }
+        self.settle_joins(now);
+        if self.durable.founding.roster.is_none() && self.repeat_due(now) {
+            self.publish_call();
+        }
+    }
+
+    /// Starts the settle time again whenever somebody has come or gone.
+    fn settle(&mut self, now: Instant) {
+        let present = self.present(now);
+        if present != self.genesis.present {
+            self.genesis.present = present;
+            self.genesis.settled = false;
+            self.timers.set(Timer::Settle, now + self.config.settle_time);
+        }
+        if self.timers.fired(Timer::Settle, now) {
+            self.genesis.settled = true;
+        }
+    }
+
+    fn repeat_due(&mut self, now: Instant) -> bool {
+        let due = !self.timers.is_running(Timer::Call) || self.timers.fired(Timer::Call, now);
+        if due {
+            self.timers.set(Timer::Call, now + self.heartbeat());
+        }
+        due
+    }
+
+    /// Of peers with different configurations the larger group founds the federation, then the one with the first name.
+    pub(in crate::protocol) fn other_group(&self, now: Instant) -> Option<PeerId> {
+        let mut others: BTreeMap<_, BTreeSet<&PeerId>> = BTreeMap::new();
+        for (peer, neighbour) in &self.neighbours {
+            let Some(hello) = neighbour.hello.as_ref().filter(|_| self.is_live(peer, now)) else { continue };
+            if self.difference(hello).is_some() {
+                others.entry((&hello.entries, hello.layout)).or_default().insert(peer);
+            }
+        }
+        let mine = &self.genesis.present;
+        let larger = |group: &&BTreeSet<&PeerId>| {
+            group.len() > mine.len() || group.len() == mine.len() && group.first().copied() < mine.first()
+        };
+        others.values().find(larger).and_then(|group| group.first().map(|peer| (*peer).clone()))
+    }
+
+    fn leads_in_number(&self, now: Instant) -> bool {
+        self.other_group(now).is_none()
+    }
+
+    fn call(&mut self, roster: Roster) {
+        self.genesis.joined.clear();
+        self.durable.founding.last_call = self.durable.founding.last_call.next();
+        self.genesis.calling = Some(roster);
+        self.join_own_call();
+        self.persist();
+    }
+
+    /// The candidate joins its own call, unless it is bound to another's.
+    fn join_own_call(&mut self) {
+        if self.bound_to_other().is_none() {
+            self.durable.founding.joined = Some((self.me.clone(), self.durable.founding.last_call));
+            self.genesis.joined.insert(self.me.clone());
+        }
+    }
+
+    /// The call of another candidate that this peer is bound to.
+    fn bound_to_other(&self) -> Option<&(PeerId, Term)> {
+        self.durable.founding.joined.as_ref().filter(|(candidate, _)| *candidate != self.me)
+    }
+
+    fn publish_call(&mut self) {
+        let Some(roster) = self.genesis.calling.clone() else { return };
+        let released = self.genesis.gave_up.iter().map(|(peer, call)| (peer.clone(), *call)).collect();
+        self.publish_in(
+            self.durable.founding.last_call,
+            Topic::Leader(Round::GENESIS),
+            Body::Call { roster, released },
+        );
+    }
+
+    pub(in crate::protocol) fn on_call(
+        &mut self,
+        sender: &PeerId,
+        call: Term,
+        roster: Roster,
+        released: &[(PeerId, Term)],
+        now: Instant,
+    ) {
+        if self.head().is_some() {
+            return self.tell_head(now);
+        }
+        if let Some(founded) = self.durable.founding.roster.clone() {
+            return self.publish(Topic::Leader(Round::GENESIS), Body::Founded(founded));
+        }
+        let sees_others = self.present(now).iter().any(|peer| !roster.contains(peer));
+        if !roster.contains(&self.me) || !roster.contains(sender) || sees_others || !self.is_compatible(sender) {
+            return;
+        }
+        let topic = Topic::Election(Round::GENESIS, sender.clone());
+        let free_of = |(candidate, joined): &(PeerId, Term)| {
+            *candidate == self.me
+                || candidate == sender && *joined <= call
+                || released.iter().any(|(peer, given_up)| peer == candidate && joined <= given_up)
+        };
+        match &self.durable.founding.joined {
+            Some(bound) if !free_of(bound) => {
+                let (candidate, joined) = bound.clone();
+                if candidate != *sender {
+                    self.publish_in(call, topic, Body::Bound { candidate, call: joined });
+                }
+            }
+            _ => {
+                self.durable.founding.joined = Some((sender.clone(), call));
+                self.genesis.calling = None;
+                self.persist();
+                let gave_up = self.durable.founding.last_call;
+                self.publish_in(call, topic, Body::Join { gave_up });
+            }
+        }
+    }
+
+    pub(in crate::protocol) fn on_join(&mut self, sender: PeerId, call: Term, gave_up: Term) {
+        let called = self.genesis.calling.as_ref().is_some_and(|roster| roster.contains(&sender));
+        if called && call == self.durable.founding.last_call {
+            self.genesis.bound.remove(&sender);
+            self.genesis.gave_up.insert(sender.clone(), gave_up);
+            self.genesis.joined.insert(sender);
+        }
+    }
+
+    pub(in crate::protocol) fn on_bound(&mut self, sender: PeerId, call: Term, candidate: PeerId, to: Term) {
+        if self.genesis.calling.is_some() && call == self.durable.founding.last_call {
+            self.genesis.bound.insert(sender, (candidate, to));
+        }
+    }
+
+    /// Frees those who are bound to a call that its candidate gave up, and founds the roster once all joined.
+    fn settle_joins(&mut self, now: Instant) {
+        let given_up = |genesis: &Genesis, (candidate, call): &(PeerId, Term)| {
+            genesis.gave_up.get(candidate).is_some_and(|up_to| call <= up_to)
+        };
+        if self.bound_to_other().is_some_and(|bound| given_up(&self.genesis, bound)) {
+            self.durable.founding.joined = None;
+            self.join_own_call();
+            self.persist();
+        }
+        let freed: Vec<PeerId> = self
+            .genesis
+            .bound
+            .iter()
+            .filter(|(_, to)| given_up(&self.genesis, to))
+            .map(|(peer, _)| peer.clone())
+            .collect();
+        for peer in &freed {
+            self.genesis.bound.remove(peer);
+        }
+        if !freed.is_empty() {
+            // They join when they hear the call again, which now names the candidate that gave up.
+            self.timers.clear(Timer::Call);
+        }
+        let Some(roster) = self.genesis.calling.clone() else { return };
+        if roster.members().iter().all(|peer| self.genesis.joined.contains(peer)) {
+            self.found(roster, now);
+        }
+    }
+
+    /// Candidates that must say what became of their calls before a roster can be founded.
+    pub(in crate::protocol) fn awaited_founders(&self) -> Vec<PeerId> {
+        let own = self.bound_to_other().map(|(candidate, _)| candidate);
+        let awaited: BTreeSet<&PeerId> =
+            self.genesis.bound.values().map(|(candidate, _)| candidate).chain(own).collect();
+        awaited.into_iter().cloned().collect()
+    }
+
+    fn found(&mut self, roster: Roster, now: Instant) {
+        self.publish(Topic::Leader(Round::GENESIS), Body::Founded(roster.clone()));
+        self.on_founded(roster, now);
+    }
+
+    pub(in crate::protocol) fn on_founded(&mut self, roster: Roster, now: Instant) {
+        if self.head().is_some() || self.durable.founding.roster.is_some() || !roster.contains(&self.me) {
+            return;
+        }
+        self.durable.founding.roster = Some(roster.clone());
+        self.genesis.calling = None;
+        self.persist();
+        self.notify(Notice::Founded(roster));
+        self.enter_round(now);
+    }
+
+    /// Members that missed it hear of the first roster from the others until round 0 is decided.
+    fn repeat_founded(&mut self, now: Instant) {
+        self.timers.start(Timer::Call, now + self.heartbeat());
+        if self.timers.fired(Timer::Call, now) && self.connected {
+            self.timers.set(Timer::Call, now + self.heartbeat());
+            if let Some(roster) = self.durable.founding.roster.clone() {
+                self.publish(Topic::Leader(Round::GENESIS), Body::Founded(roster));
+            }
+        }
+    }
+}

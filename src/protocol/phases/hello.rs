@@ -1,0 +1,154 @@
+//! Who is there: hellos, goodbyes and the compatibility check.
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use crate::protocol::message::{Body, Hello};
+use crate::protocol::timer::Timer;
+use crate::protocol::{Action, Difference, Ended, Notice, Peer, Topic};
+use crate::types::{PeerId, Round};
+
+/// From this many members on, hellos (which everyone hears) come less often.
+const HELLO_MEMBERS: u32 = 16;
+
+impl Peer {
+    pub(in crate::protocol) fn on_connected(&mut self, now: Instant) {
+        self.connected = true;
+        self.say_hello(now);
+        // What was silent while the broker was away was not silent by its own fault.
+        for neighbour in self.neighbours.values_mut() {
+            neighbour.heard = now;
+        }
+        if self.timers.is_running(Timer::Election) {
+            self.watch_leader(now);
+        }
+        if self.timers.is_running(Timer::Resend) {
+            self.timers.set(Timer::Resend, now);
+        }
+        if self.open.leading.is_some() {
+            self.timers.set(Timer::Beat, now);
+        }
+        self.restart_transfers(now);
+    }
+
+    pub(in crate::protocol) fn say_hello(&mut self, now: Instant) {
+        let head = self.head().map(|head| (head.decree.round, head.decree.digest()));
+        let hello = Hello {
+            entries: self.entries.clone(),
+            layout: self.layout_digest,
+            num_examples: self.num_examples,
+            head,
+            genesis: self.head().map(|head| head.genesis),
+        };
+        self.publish_retained(Topic::Init(self.me.clone()), Body::Hello(hello));
+        self.timers.set(Timer::Hello, now + self.hello_interval());
+    }
+
+    /// Members are heard by their leader all the time; the others only by their hellos.
+    fn hello_interval(&self) -> Duration {
+        match self.durable.roster() {
+            Some(roster) if roster.contains(&self.me) && self.head().is_some() => {
+                let crowd = u32::try_from(roster.len()).unwrap_or(u32::MAX) / HELLO_MEMBERS;
+                self.config.election_timeout * crowd.clamp(1, 64)
+            }
+            _ => self.heartbeat(),
+        }
+    }
+
+    pub(in crate::protocol) fn advance_hello(&mut self, now: Instant) {
+        if self.timers.fired(Timer::Hello, now) && !self.stopped {
+            if self.connected {
+                self.say_hello(now);
+            } else {
+                self.timers.set(Timer::Hello, now + self.heartbeat());
+            }
+        }
+    }
+
+    pub(in crate::protocol) fn on_hello(&mut self, sender: PeerId, round: Round, hello: Hello, now: Instant) {
+        let is_new = self.neighbours.get(&sender).is_none_or(|known| known.hello.is_none());
+        let founded = hello.genesis.is_some();
+        let difference = self.difference(&hello);
+        if let Some(neighbour) = self.neighbours.get_mut(&sender) {
+            neighbour.hello = Some(hello);
+        }
+        match difference {
+            None if is_new => self.notify(Notice::Joined(sender)),
+            None => {}
+            Some(difference) => return self.on_incompatible(sender, difference, is_new, founded),
+        }
+        if round < self.round() && self.answers_for_the_federation() {
+            self.tell_head(now);
+        }
+    }
+
+    /// A federation that exists is right; whoever differs stays out.
+    fn on_incompatible(&mut self, peer: PeerId, difference: Difference, is_new: bool, founded: bool) {
+        if founded && self.durable.roster().is_none() {
+            self.notify(Notice::Refused { peer, difference });
+            self.ended = Some(Ended::Refused);
+            self.stop();
+        } else if is_new {
+            self.notify(Notice::Incompatible { peer, difference });
+        }
+    }
+
+    pub(in crate::protocol) fn on_goodbye(&mut self, sender: &PeerId) {
+        let Some(neighbour) = self.neighbours.get_mut(sender) else { return };
+        let left = !neighbour.gone && neighbour.hello.is_some();
+        neighbour.gone = true;
+        if left {
+            self.notify(Notice::Left(sender.clone()));
+        }
+    }
+
+    /// The first thing that keeps another peer from training with this one.
+    pub(in crate::protocol) fn difference(&self, hello: &Hello) -> Option<Difference> {
+        let keys: BTreeSet<&String> = self.entries.keys().chain(hello.entries.keys()).collect();
+        let text = |value: Option<&String>| value.cloned().unwrap_or_else(|| "unknown".into());
+        for key in keys {
+            let (theirs, mine) = (hello.entries.get(key), self.entries.get(key));
+            if theirs != mine {
+                return Some(Difference { key: key.clone(), theirs: text(theirs), mine: text(mine) });
+            }
+        }
+        (hello.layout != self.layout_digest).then(|| Difference {
+            key: "model layout".into(),
+            theirs: hello.layout.short(),
+            mine: self.layout_digest.short(),
+        })
+    }
+
+    /// Whether a peer said hello and can train with this one.
+    pub(in crate::protocol) fn is_compatible(&self, peer: &PeerId) -> bool {
+        let hello = self.neighbours.get(peer).and_then(|neighbour| neighbour.hello.as_ref());
+        hello.is_some_and(|hello| self.difference(hello).is_none())
+    }
+
+    /// The compatible peers that are there, with this one.
+    pub(in crate::protocol) fn present(&self, now: Instant) -> BTreeSet<PeerId> {
+        let others = self.neighbours.keys().filter(|peer| self.is_live(peer, now) && self.is_compatible(peer));
+        others.cloned().chain([self.me.clone()]).collect()
+    }
+
+    /// One peer answers those who lag behind: the leader, or anybody where none is known.
+    fn answers_for_the_federation(&self) -> bool {
+        self.ended.is_some() || self.open.leading.is_some() || self.open.following.is_none()
+    }
+
+    /// Tells the newest decree to those who lag behind, at most once in a heartbeat.
+    pub(in crate::protocol) fn tell_head(&mut self, now: Instant) {
+        let Some(head) = self.durable.head.clone() else { return };
+        if self.head_told.is_none_or(|at| now.saturating_duration_since(at) >= self.heartbeat() / 2) {
+            self.head_told = Some(now);
+            self.publish(Topic::Head, Body::Head(head));
+        }
+    }
+
+    pub(in crate::protocol) fn stop(&mut self) {
+        if !self.stopped {
+            self.stopped = true;
+            self.actions.push(Action::Stop);
+        }
+    }
+}

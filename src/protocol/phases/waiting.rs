@@ -1,0 +1,60 @@
+//! Saying what the peer waits for, whenever that changes.
+
+use std::time::Instant;
+
+use crate::protocol::{Notice, Peer, Waiting};
+use crate::types::PeerId;
+
+impl Peer {
+    pub(in crate::protocol) fn advance_waiting(&mut self, now: Instant) {
+        let waiting = self.waiting(now);
+        if waiting != self.last_waiting {
+            self.last_waiting.clone_from(&waiting);
+            self.notify(Notice::Waiting(waiting));
+        }
+    }
+
+    fn waiting(&self, now: Instant) -> Option<Waiting> {
+        if self.ended.is_some() || !self.connected {
+            return None;
+        }
+        let Some(roster) = self.durable.roster() else { return self.waiting_for_genesis(now) };
+        if !roster.contains(&self.me) {
+            return Some(Waiting::Admission);
+        }
+        if let Some((present, needed)) = self.lacks_updates() {
+            return Some(Waiting::Updates { present, needed });
+        }
+        let missing: Vec<PeerId> =
+            roster.members().iter().filter(|peer| !self.may_be_there(peer, now)).cloned().collect();
+        let present = roster.len() - missing.len();
+        let needed = roster.quorum().saturating_sub(present);
+        (needed > 0).then_some(Waiting::Quorum { missing, needed })
+    }
+
+    /// A member that was never heard since this peer started may be there; one that fell silent is not.
+    fn may_be_there(&self, peer: &PeerId, now: Instant) -> bool {
+        let early = now.saturating_duration_since(self.open.marks.entered) < self.silence();
+        let leads = self.open.leading.is_some();
+        self.is_live(peer, now)
+            || self
+                .neighbours
+                .get(peer)
+                .map_or(early, |neighbour| !neighbour.gone && (early || !leads && self.open.following.is_some()))
+    }
+
+    fn waiting_for_genesis(&self, now: Instant) -> Option<Waiting> {
+        if let Some(peer) = self.other_group(now) {
+            let hello = self.neighbours.get(&peer)?.hello.as_ref()?;
+            let difference = self.difference(hello)?;
+            return Some(Waiting::OtherConfiguration { peer, difference });
+        }
+        let (present, needed) = (self.present(now).len(), self.config.min_peers);
+        if present < needed {
+            return Some(Waiting::Peers { present, needed });
+        }
+        let founders = self.awaited_founders();
+        let absent: Vec<PeerId> = founders.into_iter().filter(|peer| !self.is_live(peer, now)).collect();
+        (!absent.is_empty()).then_some(Waiting::Founders(absent))
+    }
+}
