@@ -186,10 +186,12 @@ async fn accept(listener: TcpListener, front: Arc<Front>, connections_max: usize
 /// What the router makes of a new connection: the ways to it and from it, and its CONNACK.
 type Opened = (LinkTx, LinkRx, Notification);
 
+/// A closure, because the channel to the router has a type that rumqttd does not export.
+type Open = dyn Fn(&str) -> Option<Opened> + Send + Sync;
+
 /// How connections are registered with the router.
 struct Links {
-    /// A closure, because the channel to the router has a type that rumqttd does not export.
-    open: Box<dyn Fn(&str) -> Option<Opened> + Send + Sync>,
+    open: Box<Open>,
     /// Held while a link opens: one that asks behind the request to end would wait for ever.
     ended: Mutex<bool>,
 }
