@@ -1,0 +1,910 @@
+//! Messages through an MQTT broker.
+//!
+//! A peer has two connections to one broker: *control*, which carries its last will, and *bulk* for weights, so that
+//! keepalive and ballots get through while gigabytes move. They live and die together, as a `Pair`. A task drives
+//! the pairs one after another; each connection has a task of its own inside it, in which rumqttc's event loop is
+//! polled and never interrupted (it loses packets when it is) beside the loop that feeds it.
+
+use std::convert::Infallible;
+use std::fmt;
+use std::future::pending;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use rumqttc::mqttbytes::Error as CodecError;
+use rumqttc::{
+    AsyncClient, ClientError, ConnectReturnCode, ConnectionError, Event, EventLoop, LastWill, MqttOptions, Packet, QoS,
+    StateError, SubAck, SubscribeFilter, SubscribeReasonCode,
+};
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep, timeout};
+use tracing::{debug, error};
+
+use super::{Class, Outgoing, Transport, TransportEvent, Will};
+use crate::types::PeerId;
+
+/// How long one broker may take to let both connections in.
+const ATTEMPT_MAX: Duration = Duration::from_secs(5);
+
+/// The pause before the first attempt to connect again; it doubles with each one that fails.
+const PAUSE_MIN: Duration = Duration::from_millis(100);
+
+/// The longest such pause. A connection that lived this long starts again with the shortest.
+const PAUSE_MAX: Duration = Duration::from_secs(2);
+
+/// How long the broker may take to acknowledge what was sent, when the transport stops.
+const FLUSH_MAX: Duration = Duration::from_secs(2);
+
+/// How long stopping may take in all.
+const STOP_MAX: Duration = Duration::from_secs(3);
+
+/// How long one write may be stuck on the control connection, and on the bulk one, where a slow line takes its time
+/// for a chunk.
+const WRITE_MAX: [Duration; 2] = [Duration::from_secs(10), Duration::from_secs(60)];
+
+/// Bulk pings are answered behind the chunks on their way. That a peer is dead shows on its control connection.
+const BULK_KEEP_ALIVE_MIN: Duration = Duration::from_secs(30);
+
+/// Messages that rumqttc holds ready; the rest waits, uncopied, in the queue before it.
+const REQUESTS: usize = 4;
+
+/// What may wait for the node, in bytes. More is dropped, to be asked for again.
+const WAITING_BYTES_MAX: usize = 64 << 20;
+
+/// What a waiting message costs beside its payload.
+const MESSAGE_BYTES: usize = 256;
+
+/// What a packet holds beside its topic and its payload: type, lengths and id.
+const PACKET_OVERHEAD: usize = 9;
+
+/// How a peer reaches its brokers, and what it wants to hear.
+#[derive(Clone, Debug)]
+pub struct MqttConfig {
+    /// Where brokers are, as `host:port`, the best one first.
+    ///
+    /// Whenever there is no connection they are tried in this order, so that peers who share the list meet at the
+    /// first one that all of them reach.
+    pub brokers: Vec<String>,
+
+    /// The federation's name: part of the connections' names at the broker.
+    pub federation: String,
+
+    /// This peer. The second transport of a peer throws the first one out.
+    pub peer: PeerId,
+
+    /// How often the control connection shows that it lives, in whole seconds from 1 on. The broker declares the peer
+    /// dead after one and a half times this.
+    pub keep_alive: Duration,
+
+    /// The longest packet in either direction, in bytes: the broker's
+    /// [`packet_bytes_max`](crate::broker::BrokerConfig::packet_bytes_max).
+    pub packet_bytes_max: usize,
+
+    /// What the broker publishes when this peer goes without a goodbye.
+    pub will: Option<Will>,
+
+    /// Filters for messages of the protocol. No two filters may match one topic: it would come twice.
+    pub control_filters: Vec<String>,
+
+    /// Filters for weights.
+    pub bulk_filters: Vec<String>,
+
+    /// Whether to subscribe to the control filters only after the first message is acknowledged. True for peers: the
+    /// message is their hello. False for who only listens.
+    pub hello_first: bool,
+}
+
+impl MqttConfig {
+    fn options(&self, lane: Lane, broker: &Broker) -> MqttOptions {
+        let keep_alive = self.keep_alive.as_secs().clamp(1, u16::MAX.into());
+        let keep_alive = Duration::from_secs(keep_alive);
+        let id = format!("rodizio-{}-{}", self.federation, self.peer);
+        let (id, keep_alive) = match lane {
+            Lane::Control => (id, keep_alive),
+            Lane::Bulk => (format!("{id}.bulk"), keep_alive.max(BULK_KEEP_ALIVE_MIN)),
+        };
+        let mut options = MqttOptions::new(id, &broker.host, broker.port);
+        options.set_keep_alive(keep_alive);
+        options.set_max_packet_size(self.packet_bytes_max, self.packet_bytes_max);
+        if let (Lane::Control, Some(will)) = (lane, &self.will) {
+            options.set_last_will(LastWill::new(&will.topic, will.payload.to_vec(), QoS::AtLeastOnce, will.retain));
+        }
+        options
+    }
+}
+
+/// Why no broker was reached.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TransportError {
+    /// The list of brokers is empty.
+    #[error("no broker's address is given")]
+    NoAddress,
+    /// An address that is none.
+    #[error("broker address {0:?} is not host:port")]
+    Address(String),
+    /// None of the brokers answers. Says what came of each.
+    #[error("no broker answers at {0}")]
+    Unreachable(String),
+    /// A broker answers and refuses the connection.
+    #[error("the broker at {broker} refuses the connection: {reason} (code {code})")]
+    Refused {
+        /// Its address.
+        broker: String,
+        /// The return code of MQTT 3.1.1.
+        code: u8,
+        /// What the code means.
+        reason: &'static str,
+    },
+}
+
+/// A transport through one MQTT broker at a time.
+pub struct MqttTransport {
+    reports: UnboundedReceiver<Report>,
+    /// The way out, from `Connected` to `Disconnected`: as the node sees it, so that what it sends to a connection
+    /// that has broken does not end up in the next one.
+    orders: Option<Lanes<UnboundedSender<Order>>>,
+    packet_bytes_max: usize,
+    /// The one task that drives the pairs. Dropping it ends everything at once.
+    driver: JoinSet<()>,
+}
+
+impl MqttTransport {
+    /// Connects to the first broker that answers. Goes on trying until `patience` is over, and tries each once at
+    /// least. From then on the transport connects again by itself.
+    ///
+    /// # Errors
+    /// When no broker lets both connections in, or an address cannot be read.
+    pub async fn connect(config: MqttConfig, patience: Duration) -> Result<Self, TransportError> {
+        let brokers = parse_brokers(&config.brokers)?;
+        let patience_ends = Instant::now() + patience;
+        let mut pause = PAUSE_MIN;
+        let pair = loop {
+            match Pair::connect(&config, &brokers).await {
+                Ok(pair) => break pair,
+                Err(error @ TransportError::Refused { .. }) => return Err(error),
+                Err(error) if Instant::now() + pause > patience_ends => return Err(error),
+                Err(_) => sleep(pause).await,
+            }
+            pause = longer(pause);
+        };
+        let packet_bytes_max = config.packet_bytes_max;
+        let (sender, reports) = unbounded_channel();
+        let mut driver = JoinSet::new();
+        driver.spawn(drive(config, brokers, pair, sender));
+        Ok(Self { reports, orders: None, packet_bytes_max, driver })
+    }
+
+    /// Takes note of what a report says and turns it into what the node sees.
+    fn take(&mut self, report: Report) -> TransportEvent {
+        match report {
+            Report::Connected { broker, orders } => {
+                self.orders = Some(orders);
+                TransportEvent::Connected { broker }
+            }
+            Report::Disconnected { reason } => {
+                self.orders = None;
+                TransportEvent::Disconnected { reason }
+            }
+            Report::Message { topic, payload, .. } => TransportEvent::Message { topic, payload },
+        }
+    }
+}
+
+impl Transport for MqttTransport {
+    async fn next(&mut self) -> TransportEvent {
+        let report = self.reports.recv().await.expect("the driver only ends when the transport does");
+        self.take(report)
+    }
+
+    fn send(&mut self, message: Outgoing) {
+        let bytes = message.topic.len() + message.len() + PACKET_OVERHEAD;
+        if bytes > self.packet_bytes_max {
+            // Sent, it would break the connection, and the protocol would send it again.
+            error!(topic = message.topic, bytes, max = self.packet_bytes_max, "a message is too long for the broker");
+            return;
+        }
+        if let Some(orders) = &self.orders {
+            // An error says that the connection has broken; the report of it is on its way.
+            let _ = orders.of(message.class.into()).send(Order::Publish(message));
+        }
+    }
+
+    async fn stop(mut self) {
+        while let Ok(report) = self.reports.try_recv() {
+            self.take(report);
+        }
+        self.reports.close();
+        let Some(orders) = self.orders.take() else { return };
+        let stopping = [Lane::Control, Lane::Bulk].map(|lane| orders.of(lane).send(Order::Stop).is_ok());
+        if stopping.contains(&true) && timeout(STOP_MAX, self.driver.join_next()).await.is_err() {
+            debug!("the broker did not see us off in time");
+        }
+    }
+}
+
+/// One of a peer's two connections.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Lane {
+    Control,
+    Bulk,
+}
+
+impl Lane {
+    fn qos(self) -> QoS {
+        match self {
+            Self::Control => QoS::AtLeastOnce,
+            Self::Bulk => QoS::AtMostOnce,
+        }
+    }
+}
+
+impl From<Class> for Lane {
+    fn from(class: Class) -> Self {
+        match class {
+            Class::Control => Self::Control,
+            Class::Bulk => Self::Bulk,
+        }
+    }
+}
+
+/// Something for each of the two connections.
+struct Lanes<T> {
+    control: T,
+    bulk: T,
+}
+
+impl<T> Lanes<T> {
+    fn of(&self, lane: Lane) -> &T {
+        match lane {
+            Lane::Control => &self.control,
+            Lane::Bulk => &self.bulk,
+        }
+    }
+}
+
+/// From the transport to a connection.
+enum Order {
+    Publish(Outgoing),
+    /// Finish and say goodbye.
+    Stop,
+}
+
+/// From the driver to the transport.
+enum Report {
+    Connected {
+        broker: String,
+        orders: Lanes<UnboundedSender<Order>>,
+    },
+    Disconnected {
+        reason: String,
+    },
+    Message {
+        topic: String,
+        payload: Bytes,
+        /// Its share of what may wait, given back when it is taken.
+        _room: OwnedSemaphorePermit,
+    },
+}
+
+/// Keeps the peer connected until the transport is stopped or dropped.
+async fn drive(config: MqttConfig, brokers: Vec<Broker>, first: Pair, reports: UnboundedSender<Report>) {
+    let mut pair = first;
+    let mut pause = PAUSE_MIN;
+    loop {
+        let connected = Instant::now();
+        let Ended::Lost(reason) = pair.run(&config, &reports).await else {
+            return;
+        };
+        debug!(reason, "disconnected");
+        if reports.send(Report::Disconnected { reason }).is_err() {
+            return;
+        }
+        if connected.elapsed() >= PAUSE_MAX {
+            pause = PAUSE_MIN;
+        }
+        pair = loop {
+            sleep(pause).await;
+            pause = longer(pause);
+            match Pair::connect(&config, &brokers).await {
+                Ok(pair) => break pair,
+                Err(error) => debug!(%error, "not connected yet"),
+            }
+        };
+    }
+}
+
+fn longer(pause: Duration) -> Duration {
+    (2 * pause).min(PAUSE_MAX)
+}
+
+/// Two connections to one broker.
+struct Pair {
+    broker: String,
+    control: Connection,
+    bulk: Connection,
+}
+
+impl Pair {
+    /// Connects to the first of the `brokers` that lets both in.
+    async fn connect(config: &MqttConfig, brokers: &[Broker]) -> Result<Self, TransportError> {
+        let mut refused = None;
+        let mut unreachable = Vec::new();
+        for broker in brokers {
+            match timeout(ATTEMPT_MAX, Self::connect_to(config, broker)).await {
+                Ok(Ok(pair)) => return Ok(pair),
+                Ok(Err(ConnectionError::ConnectionRefused(code))) => {
+                    refused.get_or_insert_with(|| refusal(broker, code));
+                }
+                Ok(Err(error)) => unreachable.push(format!("{broker}: {}", reason(&error))),
+                Err(_) => unreachable.push(format!("{broker}: no answer within {} s", ATTEMPT_MAX.as_secs())),
+            }
+        }
+        Err(refused.unwrap_or_else(|| TransportError::Unreachable(unreachable.join("; "))))
+    }
+
+    /// Bulk comes first, so that there is no last will to fire when one of the two is not let in. Chunks can be
+    /// received when this returns.
+    async fn connect_to(config: &MqttConfig, broker: &Broker) -> Result<Self, ConnectionError> {
+        let mut bulk = Connection::open(config, Lane::Bulk, broker).await?;
+        bulk.subscribe(&config.bulk_filters).await?;
+        let control = Connection::open(config, Lane::Control, broker).await?;
+        Ok(Self { broker: broker.to_string(), control, bulk })
+    }
+
+    /// Moves messages until one of the connections breaks or both have said goodbye.
+    async fn run(self, config: &MqttConfig, reports: &UnboundedSender<Report>) -> Ended {
+        let (control, control_orders) = unbounded_channel();
+        let (bulk, bulk_orders) = unbounded_channel();
+        let orders = Lanes { control, bulk };
+        if reports.send(Report::Connected { broker: self.broker.clone(), orders }).is_err() {
+            return Ended::Goodbye;
+        }
+        let inbox = Inbox::new(reports.clone(), config.packet_bytes_max);
+        let opening = Opening { filters: config.control_filters.clone(), hello_first: config.hello_first };
+        let mut tasks = JoinSet::new();
+        tasks.spawn(self.control.run(control_orders, inbox.clone(), opening));
+        tasks.spawn(self.bulk.run(bulk_orders, inbox, Opening::default()));
+        while let Some(ended) = tasks.join_next().await {
+            let ended = ended.unwrap_or_else(|error| Ended::Lost(error.to_string()));
+            if let Ended::Lost(reason) = ended {
+                tasks.shutdown().await;
+                return Ended::Lost(format!("{}: {reason}", self.broker));
+            }
+        }
+        Ended::Goodbye
+    }
+}
+
+/// How a connection ended.
+enum Ended {
+    Goodbye,
+    Lost(String),
+}
+
+/// What a connection subscribes to once it runs.
+#[derive(Default)]
+struct Opening {
+    filters: Vec<String>,
+    hello_first: bool,
+}
+
+/// A connection that the broker has let in.
+struct Connection {
+    lane: Lane,
+    requests: AsyncClient,
+    events: EventLoop,
+}
+
+impl Connection {
+    async fn open(config: &MqttConfig, lane: Lane, broker: &Broker) -> Result<Self, ConnectionError> {
+        let (requests, mut events) = AsyncClient::new(config.options(lane, broker), REQUESTS);
+        events.network_options.set_tcp_nodelay(true);
+        events.network_options.set_connection_timeout(WRITE_MAX[lane as usize].as_secs());
+        // The first event is the broker's consent.
+        events.poll().await?;
+        Ok(Self { lane, requests, events })
+    }
+
+    /// Subscribes, and waits until that is done. For a connection that does not run yet.
+    async fn subscribe(&mut self, filters: &[String]) -> Result<(), ConnectionError> {
+        if filters.is_empty() {
+            return Ok(());
+        }
+        let request = self.requests.try_subscribe_many(subscriptions(filters, self.lane));
+        request.map_err(|_| ConnectionError::RequestsDone)?;
+        loop {
+            match self.events.poll().await? {
+                Event::Incoming(Packet::SubAck(ack)) if is_consent(&ack) => return Ok(()),
+                Event::Incoming(Packet::SubAck(_)) => {
+                    return Err(ConnectionError::ConnectionRefused(ConnectReturnCode::NotAuthorized));
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// Moves messages until the connection ends.
+    async fn run(self, orders: UnboundedReceiver<Order>, inbox: Inbox, opening: Opening) -> Ended {
+        let (acked, acks) = watch::channel(0);
+        let feeder = Feeder { lane: self.lane, requests: self.requests, acks, published: 0 };
+        let feeding = async {
+            // It ends with the requests' other end, which tells the reason.
+            let _ = feeder.run(orders, opening).await;
+            pending::<Infallible>().await
+        };
+        tokio::select! {
+            ended = poll(self.events, inbox, acked) => ended,
+            never = feeding => match never {},
+        }
+    }
+}
+
+fn subscriptions(filters: &[String], lane: Lane) -> impl Iterator<Item = SubscribeFilter> {
+    filters.iter().map(move |filter| SubscribeFilter::new(filter.clone(), lane.qos()))
+}
+
+fn is_consent(ack: &SubAck) -> bool {
+    !ack.return_codes.contains(&SubscribeReasonCode::Failure)
+}
+
+/// Lets rumqttc work, counts the acknowledgements and collects what comes.
+async fn poll(mut events: EventLoop, inbox: Inbox, acked: watch::Sender<u64>) -> Ended {
+    let mut saying_goodbye = false;
+    loop {
+        match events.poll().await {
+            Ok(Event::Incoming(Packet::Publish(publish))) => inbox.put(publish.topic, publish.payload),
+            Ok(Event::Incoming(Packet::PubAck(_))) => acked.send_modify(|count| *count += 1),
+            Ok(Event::Incoming(Packet::SubAck(ack))) if !is_consent(&ack) => {
+                return Ended::Lost("the broker refuses a subscription".to_owned());
+            }
+            Ok(Event::Outgoing(rumqttc::Outgoing::Disconnect)) => saying_goodbye = true,
+            Ok(_) => {}
+            // The broker closes the connection when it has read our goodbye; closing it ourselves could overtake it.
+            Err(_) if saying_goodbye => return Ended::Goodbye,
+            Err(error) => return Ended::Lost(reason(&error)),
+        }
+    }
+}
+
+/// Gives rumqttc what to send. Waits here, not in the transport, when the broker is slower than the node.
+struct Feeder {
+    lane: Lane,
+    requests: AsyncClient,
+    acks: watch::Receiver<u64>,
+    /// How many messages have been given away that will be acknowledged.
+    published: u64,
+}
+
+impl Feeder {
+    async fn run(mut self, mut orders: UnboundedReceiver<Order>, opening: Opening) -> Result<(), ClientError> {
+        let mut hello = opening.hello_first;
+        if !hello {
+            self.subscribe(&opening.filters).await?;
+        }
+        while let Some(order) = orders.recv().await {
+            match order {
+                Order::Publish(message) => self.publish(message).await?,
+                Order::Stop => return self.stop().await,
+            }
+            if hello {
+                hello = false;
+                self.acknowledged().await;
+                self.subscribe(&opening.filters).await?;
+            }
+        }
+        // The transport was dropped, and this task is about to be. No goodbye: the last will is to fire.
+        Ok(())
+    }
+
+    async fn publish(&mut self, message: Outgoing) -> Result<(), ClientError> {
+        let (topic, retain, qos) = (message.topic.clone(), message.retain, self.lane.qos());
+        if qos != QoS::AtMostOnce {
+            self.published += 1;
+        }
+        self.requests.publish_bytes(topic, qos, retain, message.payload()).await
+    }
+
+    async fn subscribe(&self, filters: &[String]) -> Result<(), ClientError> {
+        if filters.is_empty() {
+            return Ok(());
+        }
+        self.requests.subscribe_many(subscriptions(filters, self.lane)).await
+    }
+
+    async fn stop(mut self) -> Result<(), ClientError> {
+        if timeout(FLUSH_MAX, self.acknowledged()).await.is_err() {
+            debug!("the broker did not acknowledge everything in time");
+        }
+        self.requests.disconnect().await
+    }
+
+    /// Waits until all that was published is acknowledged.
+    async fn acknowledged(&mut self) {
+        let published = self.published;
+        // An error says that the connection has ended, and this task with it.
+        let _ = self.acks.wait_for(|&count| count >= published).await;
+    }
+}
+
+/// The way to the node, and how much may wait in it.
+#[derive(Clone)]
+struct Inbox {
+    reports: UnboundedSender<Report>,
+    room: Arc<Semaphore>,
+}
+
+impl Inbox {
+    fn new(reports: UnboundedSender<Report>, packet_bytes_max: usize) -> Self {
+        let room = WAITING_BYTES_MAX.max(4 * packet_bytes_max);
+        Self { reports, room: Arc::new(Semaphore::new(room)) }
+    }
+
+    fn put(&self, topic: String, payload: Bytes) {
+        let bytes = MESSAGE_BYTES + topic.len() + payload.len();
+        let room = u32::try_from(bytes).ok().and_then(|bytes| self.room.clone().try_acquire_many_owned(bytes).ok());
+        let Some(room) = room else {
+            debug!(topic, bytes, "a message was dropped: the node lags behind");
+            return;
+        };
+        // An error says that the transport was stopped.
+        let _ = self.reports.send(Report::Message { topic, payload, _room: room });
+    }
+}
+
+/// Where a broker is.
+#[derive(Clone, Debug)]
+struct Broker {
+    host: String,
+    port: u16,
+}
+
+impl fmt::Display for Broker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.host, self.port)
+    }
+}
+
+fn parse_brokers(addresses: &[String]) -> Result<Vec<Broker>, TransportError> {
+    if addresses.is_empty() {
+        return Err(TransportError::NoAddress);
+    }
+    addresses.iter().map(|address| parse_broker(address)).collect()
+}
+
+fn parse_broker(address: &str) -> Result<Broker, TransportError> {
+    let parts = address.rsplit_once(':').filter(|(host, _)| !host.is_empty());
+    let broker = parts.and_then(|(host, port)| Some(Broker { host: host.to_owned(), port: port.parse().ok()? }));
+    broker.ok_or_else(|| TransportError::Address(address.to_owned()))
+}
+
+fn refusal(broker: &Broker, code: ConnectReturnCode) -> TransportError {
+    let reason = match code {
+        ConnectReturnCode::Success => "none given",
+        ConnectReturnCode::RefusedProtocolVersion => "it does not speak MQTT 3.1.1",
+        ConnectReturnCode::BadClientId => "it does not take the peer's name",
+        ConnectReturnCode::ServiceUnavailable => "it is not available",
+        ConnectReturnCode::BadUserNamePassword => "wrong user name or password",
+        ConnectReturnCode::NotAuthorized => "not authorised",
+    };
+    TransportError::Refused { broker: broker.to_string(), code: code as u8, reason }
+}
+
+/// What went wrong, for people.
+fn reason(error: &ConnectionError) -> String {
+    match error {
+        ConnectionError::Io(error)
+        | ConnectionError::MqttState(StateError::Io(error))
+        | ConnectionError::MqttState(StateError::Deserialization(CodecError::Io(error))) => io_reason(error),
+        ConnectionError::MqttState(StateError::ConnectionAborted) => "the broker closed the connection".to_owned(),
+        ConnectionError::MqttState(StateError::AwaitPingResp) => "the broker does not answer pings".to_owned(),
+        ConnectionError::NetworkTimeout => "no answer".to_owned(),
+        ConnectionError::FlushTimeout => "the broker does not take what is sent".to_owned(),
+        other => other.to_string(),
+    }
+}
+
+/// The kind of the error where there is one ("connection refused"), without the system's number for it.
+fn io_reason(error: &io::Error) -> String {
+    match error.kind() {
+        io::ErrorKind::ConnectionRefused
+        | io::ErrorKind::ConnectionReset
+        | io::ErrorKind::ConnectionAborted
+        | io::ErrorKind::BrokenPipe
+        | io::ErrorKind::TimedOut
+        | io::ErrorKind::HostUnreachable
+        | io::ErrorKind::NetworkUnreachable
+        | io::ErrorKind::NetworkDown => error.kind().to_string(),
+        _ => error.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::BytesMut;
+    use rumqttd::protocol::v4::V4;
+    use rumqttd::protocol::{ConnAck, Packet, Protocol, PubAck, PubAckReason, QoS, SubAck, SubscribeReasonCode};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::{TcpListener, TcpSocket, TcpStream};
+
+    use super::super::tests::{control, goodbye, hello, mqtt_config, outgoing, settle, wait_for};
+    use super::*;
+    use crate::broker::{self, BrokerConfig};
+
+    async fn start() -> broker::Broker {
+        broker::Broker::start(BrokerConfig::default()).await.unwrap()
+    }
+
+    async fn join(broker: &broker::Broker, name: &str) -> MqttTransport {
+        let config = mqtt_config(broker, name, goodbye(name));
+        let mut transport = MqttTransport::connect(config, Duration::ZERO).await.unwrap();
+        settle(&mut transport, name).await;
+        transport
+    }
+
+    /// An address where nobody listens, as long as the socket lives.
+    fn deaf() -> (TcpSocket, String) {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let addr = socket.local_addr().unwrap().to_string();
+        (socket, addr)
+    }
+
+    /// Skips messages until the connection is lost.
+    async fn disconnected(transport: &mut MqttTransport) -> String {
+        loop {
+            match transport.next().await {
+                TransportEvent::Disconnected { reason } => return reason,
+                TransportEvent::Message { .. } => {}
+                other => panic!("{other:?} instead of Disconnected"),
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn transports_come_back_when_their_broker_does() {
+        let first = start().await;
+        let addr = first.addr();
+        let (mut a, mut b) = (join(&first, "a").await, join(&first, "b").await);
+        wait_for(&mut a, "t/init/b", "hello").await;
+        first.stop().await;
+        for transport in [&mut a, &mut b] {
+            let reason = disconnected(transport).await;
+            assert!(reason.starts_with(&addr.to_string()), "{reason}");
+            transport.send(control("t/control/lost", "sent without a connection"));
+        }
+        let second = BrokerConfig { listen: addr, ..BrokerConfig::default() };
+        let second = broker::Broker::start(second).await.unwrap();
+        settle(&mut a, "a").await;
+        settle(&mut b, "b").await;
+        b.send(control("t/control/1", "again"));
+        b.send(outgoing(Class::Bulk, "t/weights/a", "chunk", &Bytes::new()));
+        let mut wanted = vec!["again", "chunk"];
+        while !wanted.is_empty() {
+            match a.next().await {
+                TransportEvent::Message { topic, payload } => {
+                    assert_ne!(topic, "t/control/lost");
+                    wanted.retain(|text| payload != text);
+                }
+                other => panic!("{other:?} instead of a message"),
+            }
+        }
+        a.stop().await;
+        second.stop().await;
+    }
+
+    #[tokio::test]
+    async fn the_loss_of_one_connection_is_the_loss_of_both_and_is_told_once() {
+        let broker = start().await;
+        let mut a = join(&broker, "a").await;
+        // A connection with the same name throws a's bulk connection out.
+        let mut usurper = MqttOptions::new("rodizio-test-a.bulk", "127.0.0.1", broker.addr().port());
+        usurper.set_keep_alive(Duration::from_secs(5));
+        let (_requests, mut events) = AsyncClient::new(usurper, REQUESTS);
+        events.poll().await.unwrap();
+        disconnected(&mut a).await;
+        // It is back, both ways, and throws the usurper out in turn.
+        settle(&mut a, "a").await;
+        a.send(outgoing(Class::Bulk, "t/weights/a", "chunk", &Bytes::new()));
+        wait_for(&mut a, "t/weights/a", "chunk").await;
+        while events.poll().await.is_ok() {}
+    }
+
+    #[tokio::test]
+    async fn the_first_broker_that_answers_is_taken() {
+        let (_socket, nobody) = deaf();
+        let (first, second) = (start().await, start().await);
+        let mut config = mqtt_config(&first, "a", None);
+        config.brokers = vec![nobody, first.addr().to_string(), second.addr().to_string()];
+        let mut a = MqttTransport::connect(config, Duration::ZERO).await.unwrap();
+        assert_eq!(a.next().await, TransportEvent::Connected { broker: first.addr().to_string() });
+        first.stop().await;
+        disconnected(&mut a).await;
+        assert_eq!(a.next().await, TransportEvent::Connected { broker: second.addr().to_string() });
+    }
+
+    async fn failure(brokers: &[&str]) -> TransportError {
+        let broker = start().await;
+        let mut config = mqtt_config(&broker, "a", None);
+        config.brokers = brokers.iter().map(|&address| address.to_owned()).collect();
+        MqttTransport::connect(config, Duration::ZERO).await.err().expect("connected to nobody")
+    }
+
+    #[tokio::test]
+    async fn a_broker_that_is_not_there_is_named() {
+        let ((_one, one), (_two, two)) = (deaf(), deaf());
+        let error = failure(&[&one]).await;
+        assert_eq!(error.to_string(), format!("no broker answers at {one}: connection refused"));
+        let error = failure(&[&one, &two]).await;
+        let each = format!("no broker answers at {one}: connection refused; {two}: connection refused");
+        assert_eq!(error.to_string(), each);
+    }
+
+    #[tokio::test]
+    async fn an_address_that_is_none_is_named() {
+        assert_eq!(failure(&[]).await, TransportError::NoAddress);
+        for address in [
+            "localhost",
+            ":1883",
+            "localhost:",
+            "localhost:mqtt",
+            "localhost:65536",
+            "",
+        ] {
+            assert_eq!(failure(&[address]).await, TransportError::Address(address.to_owned()));
+        }
+    }
+
+    /// A broker by hand: answers what it is told to.
+    struct Wire {
+        socket: TcpStream,
+        received: BytesMut,
+    }
+
+    impl Wire {
+        async fn accept(listener: &TcpListener) -> Self {
+            Self { socket: listener.accept().await.unwrap().0, received: BytesMut::new() }
+        }
+
+        async fn receive(&mut self) -> Packet {
+            loop {
+                if let Ok(packet) = V4.read_mut(&mut self.received, usize::MAX) {
+                    return packet;
+                }
+                assert_ne!(self.socket.read_buf(&mut self.received).await.unwrap(), 0);
+            }
+        }
+
+        async fn send(&mut self, packet: Packet) {
+            let mut bytes = BytesMut::new();
+            V4.write(packet, &mut bytes).unwrap();
+            self.socket.write_all(&bytes).await.unwrap();
+        }
+
+        async fn let_in(&mut self, code: rumqttd::protocol::ConnectReturnCode) {
+            assert!(matches!(self.receive().await, Packet::Connect(..)));
+            self.send(Packet::ConnAck(ConnAck { session_present: false, code }, None)).await;
+        }
+
+        async fn confirm_subscription(&mut self) -> Vec<String> {
+            let Packet::Subscribe(subscribe, _) = self.receive().await else {
+                panic!("not SUBSCRIBE")
+            };
+            let return_codes = vec![SubscribeReasonCode::Success(QoS::AtLeastOnce); subscribe.filters.len()];
+            self.send(Packet::SubAck(SubAck { pkid: subscribe.pkid, return_codes }, None)).await;
+            subscribe.filters.into_iter().map(|filter| filter.path).collect()
+        }
+    }
+
+    #[tokio::test]
+    async fn a_broker_that_refuses_is_named_with_its_reason() {
+        use rumqttd::protocol::ConnectReturnCode::NotAuthorized;
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let addr = listener.local_addr().unwrap().to_string();
+        let only = [addr.as_str()];
+        let refusing = async { Wire::accept(&listener).await.let_in(NotAuthorized).await };
+        let (error, ()) = tokio::join!(failure(&only), refusing);
+        let expected = format!("the broker at {addr} refuses the connection: not authorised (code 5)");
+        assert_eq!(error.to_string(), expected);
+        assert!(matches!(error, TransportError::Refused { code: 5, .. }));
+    }
+
+    #[tokio::test]
+    async fn nothing_is_subscribed_to_or_said_before_the_hello_is_acknowledged() {
+        use rumqttd::protocol::ConnectReturnCode::Success;
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let broker = start().await;
+        let mut config = mqtt_config(&broker, "a", None);
+        config.brokers = vec![listener.local_addr().unwrap().to_string()];
+        let serving = async {
+            let mut bulk = Wire::accept(&listener).await;
+            bulk.let_in(Success).await;
+            assert_eq!(bulk.confirm_subscription().await, ["t/weights/a", "t/weights/all"]);
+            let mut control = Wire::accept(&listener).await;
+            control.let_in(Success).await;
+            (bulk, control)
+        };
+        let (transport, (_bulk, mut wire)) = tokio::join!(MqttTransport::connect(config, Duration::ZERO), serving);
+        let mut transport = transport.unwrap();
+        assert!(matches!(transport.next().await, TransportEvent::Connected { .. }));
+        transport.send(hello("a"));
+        transport.send(control("t/control/1", "second"));
+        assert!(matches!(wire.receive().await, Packet::Publish(publish, _) if publish.topic == "t/init/a"));
+        // What must not come has some time to come.
+        let early = timeout(Duration::from_millis(50), wire.receive()).await;
+        assert!(early.is_err(), "{early:?} before the hello was acknowledged");
+        wire.send(Packet::PubAck(PubAck { pkid: 1, reason: PubAckReason::Success }, None)).await;
+        assert_eq!(wire.confirm_subscription().await, ["t/init/+", "t/control/#"]);
+        assert!(matches!(wire.receive().await, Packet::Publish(publish, _) if publish.payload == "second"));
+    }
+
+    #[tokio::test]
+    async fn who_only_listens_needs_no_hello() {
+        let broker = start().await;
+        let _a = join(&broker, "a").await;
+        let config = MqttConfig { hello_first: false, ..mqtt_config(&broker, "watch", None) };
+        let mut watch = MqttTransport::connect(config, Duration::ZERO).await.unwrap();
+        assert!(matches!(watch.next().await, TransportEvent::Connected { .. }));
+        wait_for(&mut watch, "t/init/a", "hello").await;
+    }
+
+    #[tokio::test]
+    async fn control_messages_get_through_a_flood_of_weights() {
+        const CHUNKS: usize = 64;
+        let config = BrokerConfig { log_bytes: 256 << 20, ..BrokerConfig::default() };
+        let broker = broker::Broker::start(config).await.unwrap();
+        let (mut a, mut b) = (join(&broker, "a").await, join(&broker, "b").await);
+        let chunk = Bytes::from(vec![1; 1 << 20]);
+        for n in 0..CHUNKS {
+            a.send(outgoing(Class::Bulk, "t/weights/b", &format!("{n:04}"), &chunk));
+            a.send(control("t/control/count", &n.to_string()));
+        }
+        let (mut chunks, mut controls) = (0, 0);
+        while chunks < CHUNKS || controls < CHUNKS {
+            match b.next().await {
+                TransportEvent::Message { topic, payload } if topic == "t/weights/b" => {
+                    assert_eq!(payload[..4], *format!("{chunks:04}").as_bytes());
+                    assert_eq!(payload.len(), 4 + chunk.len());
+                    chunks += 1;
+                }
+                TransportEvent::Message { topic, payload } if topic == "t/control/count" => {
+                    assert_eq!(payload, controls.to_string());
+                    controls += 1;
+                }
+                TransportEvent::Message { .. } => {}
+                other => panic!("{other:?} in the flood"),
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_message_that_no_packet_can_hold_is_dropped_and_harms_nothing() {
+        let broker = start().await;
+        let mut a = join(&broker, "a").await;
+        let max = BrokerConfig::default().packet_bytes_max;
+        let longest = max - PACKET_OVERHEAD - "t/weights/a".len();
+        a.send(outgoing(Class::Bulk, "t/weights/a", "", &Bytes::from(vec![0; longest + 1])));
+        a.send(outgoing(Class::Bulk, "t/weights/a", "", &Bytes::from(vec![1; longest])));
+        let TransportEvent::Message { payload, .. } = a.next().await else {
+            panic!("not a message")
+        };
+        assert_eq!((payload.len(), payload[0]), (longest, 1));
+    }
+
+    #[test]
+    fn what_waits_for_the_node_is_bounded() {
+        let (reports, mut waiting) = unbounded_channel();
+        let inbox = Inbox::new(reports, 0);
+        let chunk = Bytes::from(vec![0; WAITING_BYTES_MAX / 4]);
+        for _ in 0..5 {
+            inbox.put("topic".to_owned(), chunk.clone());
+        }
+        assert_eq!(waiting.len(), 3, "the fourth one has no room beside what messages cost");
+        waiting.try_recv().unwrap();
+        inbox.put("topic".to_owned(), chunk);
+        assert_eq!(waiting.len(), 3);
+    }
+}
