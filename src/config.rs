@@ -202,7 +202,7 @@ impl Layers {
             let name_in_file = name_in_file.get_ref();
             let key = Key::find(name_in_file).ok_or_else(|| unknown(name_in_file, &at, |key| key.name.to_owned()))?;
             let text = plain_text(value.get_ref()).ok_or_else(|| bad_value(key, &text[value.span()], &at))?;
-            self.set(key, text, at)?;
+            self.set(key, &text, at)?;
         }
         Ok(())
     }
@@ -215,13 +215,13 @@ impl Layers {
             }
             let key = KEYS.iter().find(|key| key.variable() == name);
             let key = key.ok_or_else(|| unknown(&name, &Source::Variable(name.clone()), Key::variable))?;
-            self.set(key, text, Source::Variable(name))?;
+            self.set(key, &text, Source::Variable(name))?;
         }
         Ok(())
     }
 
     /// Adds one flag of the command line.
-    pub fn flag(&mut self, key: &'static Key, text: String) -> Result<(), ConfigError> {
+    pub fn flag(&mut self, key: &'static Key, text: &str) -> Result<(), ConfigError> {
         self.set(key, text, Source::Flag(format!("--{}", key.flag())))
     }
 
@@ -229,7 +229,7 @@ impl Layers {
     ///
     /// # Panics
     /// If there is no such key or it does not take `text`.
-    pub fn derive(&mut self, name: &'static str, text: String, why: &'static str) {
+    pub fn derive(&mut self, name: &str, text: &str, why: &'static str) {
         if *self.source(name) == Source::Default {
             let key = Key::find(name).expect("the caller names a key of the table");
             self.set(key, text, Source::Derived(why)).expect("the caller gives a value that its key takes");
@@ -293,7 +293,11 @@ impl Layers {
     pub fn settings_of_run(&self) -> Result<Settings, ConfigError> {
         let settings = self.settings()?;
         if settings.peers < settings.min_peers {
-            return Err(self.conflict("peers", "min_peers", "peers must be at least min_peers, or training never starts"));
+            return Err(self.conflict(
+                "peers",
+                "min_peers",
+                "peers must be at least min_peers, or training never starts",
+            ));
         }
         Ok(settings)
     }
@@ -326,10 +330,10 @@ impl Layers {
     }
 
     /// Whatever is kept has been parsed once, so that reading it again cannot fail.
-    fn set(&mut self, key: &'static Key, text: String, at: Source) -> Result<(), ConfigError> {
+    fn set(&mut self, key: &'static Key, text: &str, at: Source) -> Result<(), ConfigError> {
         let unset = key.is_optional() && text.trim() == NONE;
-        if !unset && key.kind.parse(&text).is_none() {
-            return Err(bad_value(key, &text, &at));
+        if !unset && key.kind.parse(text).is_none() {
+            return Err(bad_value(key, text, &at));
         }
         self.given.insert(key.name, (text.trim().to_owned(), at));
         Ok(())
@@ -611,7 +615,7 @@ mod tests {
         let mut layers = Layers::new();
         layers.file("lab.toml", "rounds = 1\nbatch_size = 2\nseed = 3").unwrap();
         layers.environment([("RODIZIO_BATCH_SIZE".into(), "20".into()), ("RODIZIO_SEED".into(), "30".into())]).unwrap();
-        layers.flag(Key::find("seed").unwrap(), "300".into()).unwrap();
+        layers.flag(Key::find("seed").unwrap(), "300").unwrap();
         let settings = layers.settings().unwrap();
         assert_eq!((settings.rounds, settings.batch_size, settings.seed, settings.patience), (1, 20, 300, 0));
         assert_eq!(layers.source("seed"), &Source::Flag("--seed".into()));
@@ -633,7 +637,7 @@ mod tests {
             let file = with_file(&format!("{} = {sample:?}", key.name)).unwrap();
             let variable = with_variable(&key.variable(), sample).unwrap();
             let mut layers = Layers::new();
-            layers.flag(key, sample.into()).unwrap();
+            layers.flag(key, sample).unwrap();
             let flag = layers.settings().unwrap();
             assert!(file == variable && variable == flag, "{}", key.name);
             assert_eq!(file != defaults, key.is_optional(), "{}", key.name);
@@ -684,7 +688,7 @@ mod tests {
     fn a_key_can_be_unset_again() {
         let mut layers = Layers::new();
         layers.file("lab.toml", "target_accuracy = 0.9").unwrap();
-        layers.flag(Key::find("target_accuracy").unwrap(), NONE.into()).unwrap();
+        layers.flag(Key::find("target_accuracy").unwrap(), NONE).unwrap();
         assert_eq!(layers.settings().unwrap().target_accuracy, None);
         assert!(with_file("rounds = 'none'").is_err());
     }
@@ -746,8 +750,8 @@ mod tests {
     fn a_derived_value_yields_to_one_that_was_given() {
         let mut layers = Layers::new();
         layers.file("lab.toml", "min_peers = 3").unwrap();
-        layers.derive("min_peers", "5".into(), "as many as --peers");
-        layers.derive("seed", "7".into(), "drawn");
+        layers.derive("min_peers", "5", "as many as --peers");
+        layers.derive("seed", "7", "drawn");
         let settings = layers.settings().unwrap();
         assert_eq!((settings.min_peers, settings.seed), (3, 7));
     }
@@ -755,7 +759,10 @@ mod tests {
     #[test]
     fn what_peers_agree_on_is_text_of_one_spelling() {
         let spelled = |text| with_file(text).unwrap().training_entries();
-        assert_eq!(spelled("hidden = '64 , 32'\nlearning_rate = 0.10"), spelled("hidden = [64,32]\nlearning_rate = 1e-1"));
+        assert_eq!(
+            spelled("hidden = '64 , 32'\nlearning_rate = 0.10"),
+            spelled("hidden = [64,32]\nlearning_rate = 1e-1")
+        );
         assert_ne!(spelled("batch_size = 16"), spelled(""));
     }
 }

@@ -592,7 +592,8 @@ mod tests {
     #[test]
     fn what_a_crash_leaves_behind_is_ignored_and_removed() {
         let dir = saved(b"promise");
-        let left = [dir.path().join("state.3.tmp"), dir.path().join("peer.0.tmp"), dir.path().join("blobs/aa.blob.1.tmp")];
+        let left =
+            [dir.path().join("state.3.tmp"), dir.path().join("peer.0.tmp"), dir.path().join("blobs/aa.blob.1.tmp")];
         for path in &left {
             fs::write(path, b"half").unwrap();
         }

@@ -1,5 +1,6 @@
 //! Federated learning without a server: the peers take turns to aggregate.
 
+pub mod cli;
 pub mod config;
 pub mod journal;
 pub mod types;

@@ -137,7 +137,8 @@ impl Kind {
     /// The placeholder of a value in a help text.
     pub fn placeholder(&self) -> &'static str {
         match self {
-            Kind::Count { .. } | Kind::Counts { .. } => "N",
+            Kind::Count { .. } => "N",
+            Kind::Counts { .. } => "N,N",
             Kind::Real(_) => "X",
             Kind::Switch => "BOOL",
             Kind::Choice(_) => "WORD",
@@ -366,7 +367,11 @@ mod tests {
         takes(&Kind::Switch, &["true", "false"], &["yes", "1", ""]);
         takes(&Kind::Choice(&["sgd", "adam"]), &["sgd", "adam"], &["SGD", "rmsprop", ""]);
         takes(&Kind::Counts { max: 99, len_max: 2 }, &["64", "64, 32", "none"], &["0", "64,", "1,2,3", "100"]);
-        takes(&Kind::Duration { min_ms: 50, max_ms: 60_000 }, &["50ms", "1m", "1s 500ms"], &["49ms", "2m", "5", "50500us"]);
+        takes(
+            &Kind::Duration { min_ms: 50, max_ms: 60_000 },
+            &["50ms", "1m", "1s 500ms"],
+            &["49ms", "2m", "5", "50500us"],
+        );
         takes(&Kind::Level, &["a", "ward-3.lab_x"], &["", "a/b", "a b", "#", "+", "é"]);
         takes(&Kind::Levels { len_max: 2 }, &["a", "a/b"], &["", "a//b", "/a", "a/b/c", "$SYS/#"]);
         takes(&Kind::Peer, &["peer-1"], &["all", "", "a/b"]);
@@ -392,7 +397,11 @@ mod tests {
     #[test]
     fn addresses_need_a_host_and_a_port() {
         let one = Kind::Address;
-        takes(&one, &["a:1883", "127.0.0.1:0", "[::1]:1883"], &["a", ":1883", "a:", "a:70000", "::1:1883", "mqtt://a:1"]);
+        takes(
+            &one,
+            &["a:1883", "127.0.0.1:0", "[::1]:1883"],
+            &["a", ":1883", "a:", "a:70000", "::1:1883", "mqtt://a:1"],
+        );
         let list = Kind::Addresses { len_max: 2 };
         takes(&list, &["a:1", "a:1, b:2"], &["", "a:0", "a:1,", "a:1,b:2,c:3"]);
     }
