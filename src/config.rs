@@ -1,0 +1,768 @@
+//! The configuration of one process: defaults, then a file, then the environment, then flags.
+//!
+//! It is flat: a key has one name ([`KEYS`]) in all four layers. [`Layers`] keeps what each layer says, with its
+//! [`Source`]; [`Settings`] is the outcome, typed and checked. Nothing here reads a file or the environment: both
+//! are arguments.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use toml::de::{DeTable, DeValue};
+
+use crate::types::PeerId;
+
+mod keys;
+mod value;
+
+pub use keys::{Group, KEYS, Key, NONE, UsedBy, VARIABLE_PREFIX, markdown};
+pub use value::{Kind, Reals, Value};
+
+/// Variables that carry the prefix and are no keys: the name of the configuration file, and the filter of the log.
+pub const OTHER_VARIABLES: [&str; 2] = ["RODIZIO_CONFIG", "RODIZIO_LOG"];
+
+/// The outcome of all layers.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Settings {
+    /// Name of the federation, one topic level.
+    pub federation: String,
+    /// How many peers must be there before training starts.
+    pub min_peers: usize,
+    /// How many updates a round needs once `round_timeout` has passed.
+    pub min_updates: usize,
+    /// How a leader is chosen: a word, or `fixed:NAME`.
+    pub policy: String,
+    /// How updates become the next global model.
+    pub strategy: &'static str,
+    /// Whether the leader of a round trains too.
+    pub leader_trains: bool,
+    /// How many rounds to train at most.
+    pub rounds: u64,
+    /// Stop when the validation accuracy reaches this, 0 to 1.
+    pub target_accuracy: Option<f64>,
+    /// Stop after this many rounds without a better validation loss; 0: never.
+    pub patience: u32,
+    /// Smallest drop of the validation loss that counts as better.
+    pub tolerance: f64,
+    /// The model.
+    pub model: &'static str,
+    /// Widths of the hidden layers.
+    pub hidden: Vec<usize>,
+    /// How a step follows from a gradient.
+    pub optimizer: &'static str,
+    /// Length of a step.
+    pub learning_rate: f64,
+    /// Share of the last step that sgd keeps, 0 to below 1.
+    pub momentum: f64,
+    /// Examples in a step.
+    pub batch_size: usize,
+    /// Passes over a peer's own data in a round.
+    pub local_epochs: u32,
+    /// How weights are encoded on the wire.
+    pub codec: &'static str,
+    /// The data set.
+    pub data: &'static str,
+    /// How the data set is split among peers.
+    pub partition: &'static str,
+    /// Skew of the dirichlet partition.
+    pub alpha: f64,
+    /// Share of a peer's examples held out, between 0 and 1.
+    pub val_fraction: f64,
+    /// Seed of weights, partition and order.
+    pub seed: u64,
+    /// How long a round waits for the slowest.
+    pub round_timeout: Duration,
+    /// How long a leader may be silent.
+    pub election_timeout: Duration,
+    /// How long nobody new may have come before training starts.
+    pub settle_time: Duration,
+    /// How long to wait for missing peers before giving up.
+    pub wait_timeout: Duration,
+    /// Brokers, `HOST:PORT`, in order of preference; may be empty.
+    pub brokers: Vec<String>,
+    /// Where a broker of one's own listens, `HOST:PORT`.
+    pub listen: Option<String>,
+    /// Whether this peer runs a broker for the others.
+    pub host_broker: bool,
+    /// Start of every topic.
+    pub prefix: String,
+    /// Length of one message of a transfer, in bytes.
+    pub chunk_bytes: usize,
+    /// How many peers `run` starts.
+    pub peers: usize,
+    /// Name of this peer.
+    pub peer: Option<PeerId>,
+    /// What computes the training.
+    pub backend: &'static str,
+    /// Where a peer keeps its name and its state.
+    pub state_dir: Option<PathBuf>,
+    /// Where the results go.
+    pub run_dir: Option<PathBuf>,
+}
+
+/// Who set a value.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Source {
+    /// Nobody.
+    Default,
+    /// The program itself, for the reason given.
+    Derived(&'static str),
+    /// A configuration file.
+    File {
+        /// Its name, as the user gave it.
+        name: String,
+        /// The line, from 1.
+        line: usize,
+    },
+    /// An environment variable.
+    Variable(String),
+    /// A flag, with its dashes.
+    Flag(String),
+}
+
+/// A configuration that cannot be used. [`ConfigError::hint`] says what to do.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum ConfigError {
+    /// The file is not TOML.
+    #[error("{name}, line {line}: not valid TOML: {message}")]
+    Syntax {
+        /// Name of the file.
+        name: String,
+        /// The line, from 1.
+        line: usize,
+        /// What the parser says.
+        message: String,
+    },
+    /// A key that does not exist.
+    #[error("unknown key {key:?} ({at})")]
+    UnknownKey {
+        /// The key as it was given.
+        key: String,
+        /// Where.
+        at: Source,
+        /// The nearest name that exists, spelled as it would be there.
+        nearest: Option<String>,
+    },
+    /// A value that its key does not take.
+    #[error("{key} cannot be {text:?} ({at})")]
+    BadValue {
+        /// The key.
+        key: &'static str,
+        /// The value as it was given.
+        text: String,
+        /// Where.
+        at: Source,
+        /// What the key takes, in words.
+        allowed: String,
+    },
+    /// Two values that do not go together.
+    #[error("{left} does not go with {right}")]
+    Conflict {
+        /// The one value: `key = value (source)`.
+        left: String,
+        /// The other.
+        right: String,
+        /// What holds between the two, and what to do.
+        rule: String,
+    },
+}
+
+/// What each key was set to last, and by whom.
+#[derive(Debug, Clone)]
+pub struct Layers {
+    given: BTreeMap<&'static str, (String, Source)>,
+}
+
+impl Default for Layers {
+    fn default() -> Self {
+        let given = KEYS.iter().map(|key| (key.name, (key.default.to_owned(), Source::Default)));
+        Self { given: given.collect() }
+    }
+}
+
+impl Layers {
+    /// The defaults. The other layers are added in rising order.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds the TOML text of a file that is called `name`.
+    pub fn file(&mut self, name: &str, text: &str) -> Result<(), ConfigError> {
+        let table = DeTable::parse(text).map_err(|error| ConfigError::Syntax {
+            name: name.to_owned(),
+            line: line_of(text, error.span().map_or(0, |span| span.start)),
+            message: error.message().to_owned(),
+        })?;
+        // The parser sorts by key; the first mistake to report is the first in the file.
+        let mut entries: Vec<_> = table.get_ref().iter().collect();
+        entries.sort_by_key(|(key, _)| key.span().start);
+        for (name_in_file, value) in entries {
+            let at = Source::File { name: name.to_owned(), line: line_of(text, name_in_file.span().start) };
+            let name_in_file = name_in_file.get_ref();
+            let key = Key::find(name_in_file).ok_or_else(|| unknown(name_in_file, &at, |key| key.name.to_owned()))?;
+            let text = plain_text(value.get_ref()).ok_or_else(|| bad_value(key, &text[value.span()], &at))?;
+            self.set(key, &text, at)?;
+        }
+        Ok(())
+    }
+
+    /// Adds the variables whose names start with [`VARIABLE_PREFIX`]; others are skipped.
+    pub fn environment(&mut self, variables: impl IntoIterator<Item = (String, String)>) -> Result<(), ConfigError> {
+        for (name, text) in variables {
+            if !name.starts_with(VARIABLE_PREFIX) || OTHER_VARIABLES.contains(&name.as_str()) {
+                continue;
+            }
+            let key = KEYS.iter().find(|key| key.variable() == name);
+            let key = key.ok_or_else(|| unknown(&name, &Source::Variable(name.clone()), Key::variable))?;
+            self.set(key, &text, Source::Variable(name))?;
+        }
+        Ok(())
+    }
+
+    /// Adds one flag of the command line.
+    pub fn flag(&mut self, key: &'static Key, text: &str) -> Result<(), ConfigError> {
+        self.set(key, text, Source::Flag(format!("--{}", key.flag())))
+    }
+
+    /// Sets a key that nobody has set: a default that follows from something else, for the reason `why`.
+    ///
+    /// # Panics
+    /// If there is no such key or it does not take `text`.
+    pub fn derive(&mut self, name: &str, text: &str, why: &'static str) {
+        if *self.source(name) == Source::Default {
+            let key = Key::find(name).expect("the caller names a key of the table");
+            self.set(key, text, Source::Derived(why)).expect("the caller gives a value that its key takes");
+        }
+    }
+
+    /// Who set the key of that name.
+    ///
+    /// # Panics
+    /// If there is no such key.
+    pub fn source(&self, name: &str) -> &Source {
+        &self.entry(name).1
+    }
+
+    /// The settings, checked one by one and against each other.
+    pub fn settings(&self) -> Result<Settings, ConfigError> {
+        let settings = Settings {
+            federation: self.text("federation"),
+            min_peers: self.count("min_peers"),
+            min_updates: self.count("min_updates"),
+            policy: self.text("policy"),
+            strategy: self.choice("strategy"),
+            leader_trains: self.switch("leader_trains"),
+            rounds: self.count("rounds"),
+            target_accuracy: self.real("target_accuracy"),
+            patience: self.count("patience"),
+            tolerance: self.set_real("tolerance"),
+            model: self.choice("model"),
+            hidden: self.counts("hidden"),
+            optimizer: self.choice("optimizer"),
+            learning_rate: self.set_real("learning_rate"),
+            momentum: self.set_real("momentum"),
+            batch_size: self.count("batch_size"),
+            local_epochs: self.count("local_epochs"),
+            codec: self.choice("codec"),
+            data: self.choice("data"),
+            partition: self.choice("partition"),
+            alpha: self.set_real("alpha"),
+            val_fraction: self.set_real("val_fraction"),
+            seed: self.count("seed"),
+            round_timeout: self.duration("round_timeout"),
+            election_timeout: self.duration("election_timeout"),
+            settle_time: self.duration("settle_time"),
+            wait_timeout: self.duration("wait_timeout"),
+            brokers: self.texts("broker"),
+            listen: self.optional_text("listen"),
+            host_broker: self.switch("host_broker"),
+            prefix: self.text("prefix"),
+            chunk_bytes: self.count("chunk_bytes"),
+            peers: self.count("peers"),
+            peer: self.peer("peer"),
+            backend: self.choice("backend"),
+            state_dir: self.path("state_dir"),
+            run_dir: self.path("run_dir"),
+        };
+        self.check_together(&settings)?;
+        Ok(settings)
+    }
+
+    /// The settings of `run`, which starts all its peers itself: there must be enough of them.
+    pub fn settings_of_run(&self) -> Result<Settings, ConfigError> {
+        let settings = self.settings()?;
+        if settings.peers < settings.min_peers {
+            return Err(self.conflict(
+                "peers",
+                "min_peers",
+                "peers must be at least min_peers, or training never starts",
+            ));
+        }
+        Ok(settings)
+    }
+
+    fn check_together(&self, settings: &Settings) -> Result<(), ConfigError> {
+        let updates_max = settings.min_peers - usize::from(!settings.leader_trains);
+        if updates_max == 0 {
+            let rule = "a single peer leads every round: set leader_trains = true so that it trains as well";
+            return Err(self.conflict("min_peers", "leader_trains", rule));
+        }
+        if settings.min_updates > updates_max {
+            let rule = format!(
+                "the leader trains only with leader_trains = true, so min_updates can be at most {updates_max} here"
+            );
+            return Err(self.conflict("min_updates", "min_peers", &rule));
+        }
+        if settings.round_timeout <= settings.election_timeout {
+            let rule = "round_timeout must be longer than election_timeout: a round outlasts a change of leaders";
+            return Err(self.conflict("round_timeout", "election_timeout", rule));
+        }
+        Ok(())
+    }
+
+    fn conflict(&self, left: &str, right: &str, rule: &str) -> ConfigError {
+        let named = |name: &str| {
+            let (text, source) = self.entry(name);
+            format!("{name} = {text} ({source})")
+        };
+        ConfigError::Conflict { left: named(left), right: named(right), rule: rule.to_owned() }
+    }
+
+    /// Whatever is kept has been parsed once, so that reading it again cannot fail.
+    fn set(&mut self, key: &'static Key, text: &str, at: Source) -> Result<(), ConfigError> {
+        let unset = key.is_optional() && text.trim() == NONE;
+        if !unset && key.kind.parse(text).is_none() {
+            return Err(bad_value(key, text, &at));
+        }
+        self.given.insert(key.name, (text.trim().to_owned(), at));
+        Ok(())
+    }
+
+    fn entry(&self, name: &str) -> &(String, Source) {
+        self.given.get(name).expect("the caller names a key of the table, and every key has an entry")
+    }
+
+    fn value(&self, name: &str) -> Value {
+        let key = Key::find(name).expect("the caller names a key of the table");
+        let (text, _) = self.entry(name);
+        if key.is_optional() && text == NONE {
+            return Value::Unset;
+        }
+        key.kind.parse(text).expect("`set` parsed it")
+    }
+}
+
+/// Typed reading. A kind that does not fit the field is a mistake in the table, which every test meets.
+impl Layers {
+    fn count<N: TryFrom<u64>>(&self, name: &str) -> N {
+        match self.value(name) {
+            Value::Count(n) | Value::Size(n) => narrow(n),
+            other => mistyped(name, &other),
+        }
+    }
+
+    fn counts(&self, name: &str) -> Vec<usize> {
+        match self.value(name) {
+            Value::Counts(items) => items.into_iter().map(narrow).collect(),
+            other => mistyped(name, &other),
+        }
+    }
+
+    fn real(&self, name: &str) -> Option<f64> {
+        match self.value(name) {
+            Value::Real(x) => Some(x),
+            Value::Unset => None,
+            other => mistyped(name, &other),
+        }
+    }
+
+    fn set_real(&self, name: &str) -> f64 {
+        self.real(name).unwrap_or_else(|| mistyped(name, &Value::Unset))
+    }
+
+    fn switch(&self, name: &str) -> bool {
+        match self.value(name) {
+            Value::Switch(on) => on,
+            other => mistyped(name, &other),
+        }
+    }
+
+    fn choice(&self, name: &str) -> &'static str {
+        match self.value(name) {
+            Value::Choice(word) => word,
+            other => mistyped(name, &other),
+        }
+    }
+
+    fn duration(&self, name: &str) -> Duration {
+        match self.value(name) {
+            Value::Duration(span) => span,
+            other => mistyped(name, &other),
+        }
+    }
+
+    fn optional_text(&self, name: &str) -> Option<String> {
+        match self.value(name) {
+            Value::Text(text) => Some(text),
+            Value::Unset => None,
+            other => mistyped(name, &other),
+        }
+    }
+
+    fn text(&self, name: &str) -> String {
+        self.optional_text(name).unwrap_or_else(|| mistyped(name, &Value::Unset))
+    }
+
+    fn texts(&self, name: &str) -> Vec<String> {
+        match self.value(name) {
+            Value::Texts(items) => items,
+            Value::Unset => Vec::new(),
+            other => mistyped(name, &other),
+        }
+    }
+
+    fn peer(&self, name: &str) -> Option<PeerId> {
+        match self.value(name) {
+            Value::Peer(peer) => Some(peer),
+            Value::Unset => None,
+            other => mistyped(name, &other),
+        }
+    }
+
+    fn path(&self, name: &str) -> Option<PathBuf> {
+        match self.value(name) {
+            Value::Path(path) => Some(path),
+            Value::Unset => None,
+            other => mistyped(name, &other),
+        }
+    }
+}
+
+impl Settings {
+    /// Every key with its value, in the order of [`KEYS`].
+    pub fn values(&self) -> Vec<(&'static Key, Value)> {
+        KEYS.iter().map(|key| (key, self.value(key.name))).collect()
+    }
+
+    /// What peers must agree on about training, by key, as text: the group [`Group::Training`].
+    pub fn training_entries(&self) -> BTreeMap<String, String> {
+        let of_training = self.values().into_iter().filter(|(key, _)| key.group == Group::Training);
+        of_training.map(|(key, value)| (key.name.to_owned(), value.to_string())).collect()
+    }
+
+    /// The settings as a commented file that loads back to the same settings. `layers` tell who set what.
+    pub fn to_toml(&self, layers: &Layers) -> String {
+        let mut text = String::new();
+        let mut group = None;
+        for (key, value) in self.values() {
+            if group.replace(key.group) != Some(key.group) {
+                let gap = if text.is_empty() { "" } else { "\n" };
+                text += &format!("{gap}### {}\n\n", key.group.title());
+            }
+            let origin = match layers.source(key.name) {
+                Source::Default => String::new(),
+                source => format!("  # {}", source.to_string().replace(char::is_control, " ")),
+            };
+            text += &format!("# {}\n{} = {}{origin}\n", key.help, key.name, value.to_toml());
+        }
+        text
+    }
+
+    /// The settings as one flat JSON object.
+    pub fn to_json(&self) -> serde_json::Value {
+        self.values().into_iter().map(|(key, value)| (key.name.to_owned(), value.to_json())).collect()
+    }
+
+    fn value(&self, name: &str) -> Value {
+        match name {
+            "federation" => Value::Text(self.federation.clone()),
+            "min_peers" => Value::Count(self.min_peers as u64),
+            "min_updates" => Value::Count(self.min_updates as u64),
+            "policy" => Value::Text(self.policy.clone()),
+            "strategy" => Value::Choice(self.strategy),
+            "leader_trains" => Value::Switch(self.leader_trains),
+            "rounds" => Value::Count(self.rounds),
+            "target_accuracy" => or_unset(self.target_accuracy, Value::Real),
+            "patience" => Value::Count(self.patience.into()),
+            "tolerance" => Value::Real(self.tolerance),
+            "model" => Value::Choice(self.model),
+            "hidden" => Value::Counts(self.hidden.iter().map(|width| *width as u64).collect()),
+            "optimizer" => Value::Choice(self.optimizer),
+            "learning_rate" => Value::Real(self.learning_rate),
+            "momentum" => Value::Real(self.momentum),
+            "batch_size" => Value::Count(self.batch_size as u64),
+            "local_epochs" => Value::Count(self.local_epochs.into()),
+            "codec" => Value::Choice(self.codec),
+            "data" => Value::Choice(self.data),
+            "partition" => Value::Choice(self.partition),
+            "alpha" => Value::Real(self.alpha),
+            "val_fraction" => Value::Real(self.val_fraction),
+            "seed" => Value::Count(self.seed),
+            "round_timeout" => Value::Duration(self.round_timeout),
+            "election_timeout" => Value::Duration(self.election_timeout),
+            "settle_time" => Value::Duration(self.settle_time),
+            "wait_timeout" => Value::Duration(self.wait_timeout),
+            "broker" => or_unset((!self.brokers.is_empty()).then(|| self.brokers.clone()), Value::Texts),
+            "listen" => or_unset(self.listen.clone(), Value::Text),
+            "host_broker" => Value::Switch(self.host_broker),
+            "prefix" => Value::Text(self.prefix.clone()),
+            "chunk_bytes" => Value::Size(self.chunk_bytes as u64),
+            "peers" => Value::Count(self.peers as u64),
+            "peer" => or_unset(self.peer.clone(), Value::Peer),
+            "backend" => Value::Choice(self.backend),
+            "state_dir" => or_unset(self.state_dir.clone(), Value::Path),
+            "run_dir" => or_unset(self.run_dir.clone(), Value::Path),
+            _ => unreachable!("{name} is in the table but not in Settings: every test that prints them meets this"),
+        }
+    }
+}
+
+impl ConfigError {
+    /// What to do about it, in a line.
+    pub fn hint(&self) -> String {
+        match self {
+            ConfigError::Syntax { .. } => "a line reads `key = value`; text stands in quotes".into(),
+            ConfigError::UnknownKey { nearest: Some(nearest), .. } => format!("did you mean {nearest}?"),
+            ConfigError::UnknownKey { nearest: None, .. } => "`rodizio config` lists every key".into(),
+            ConfigError::BadValue { key, allowed, .. } => format!("{key} takes {allowed}"),
+            ConfigError::Conflict { rule, .. } => rule.clone(),
+        }
+    }
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Source::Default => f.write_str("default"),
+            Source::Derived(why) => f.write_str(why),
+            Source::File { name, line } => write!(f, "{name}, line {line}"),
+            Source::Variable(name) => write!(f, "variable {name}"),
+            Source::Flag(flag) => write!(f, "flag {flag}"),
+        }
+    }
+}
+
+/// `None` for a table or a date: no key takes one.
+fn plain_text(value: &DeValue<'_>) -> Option<String> {
+    match value {
+        DeValue::String(text) => Some(text.to_string()),
+        DeValue::Integer(n) => i64::from_str_radix(n.as_str(), n.radix()).ok().map(|n| n.to_string()),
+        DeValue::Float(x) => Some(x.as_str().to_owned()),
+        DeValue::Boolean(on) => Some(on.to_string()),
+        DeValue::Array(items) if items.is_empty() => Some(NONE.to_owned()),
+        DeValue::Array(items) => {
+            let flat = |item: &DeValue<'_>| !matches!(item, DeValue::Array(_)) && !is_empty_text(item);
+            let texts = items.iter().map(|item| plain_text(item.get_ref()).filter(|_| flat(item.get_ref())));
+            texts.collect::<Option<Vec<_>>>().map(|texts| texts.join(","))
+        }
+        DeValue::Datetime(_) | DeValue::Table(_) => None,
+    }
+}
+
+fn is_empty_text(value: &DeValue<'_>) -> bool {
+    matches!(value, DeValue::String(text) if text.is_empty())
+}
+
+fn line_of(text: &str, offset: usize) -> usize {
+    1 + text.bytes().take(offset).filter(|b| *b == b'\n').count()
+}
+
+fn bad_value(key: &'static Key, text: &str, at: &Source) -> ConfigError {
+    ConfigError::BadValue { key: key.name, text: text.to_owned(), at: at.clone(), allowed: key.allowed() }
+}
+
+/// The nearest name is the one with the fewest edits, if they are few for its length.
+fn unknown(given: &str, at: &Source, spelled: fn(&Key) -> String) -> ConfigError {
+    let folded = given.to_ascii_lowercase().replace('-', "_");
+    let distance = |key: &Key| strsim::damerau_levenshtein(&folded, &spelled(key).to_ascii_lowercase());
+    let nearest = KEYS.iter().map(|key| (distance(key), key)).min_by_key(|(edits, _)| *edits);
+    let nearest = nearest.filter(|(edits, key)| *edits <= 1 + key.name.len() / 3);
+    let nearest = nearest.map(|(_, key)| spelled(key));
+    ConfigError::UnknownKey { key: given.to_owned(), at: at.clone(), nearest }
+}
+
+fn or_unset<T>(value: Option<T>, wrap: impl Fn(T) -> Value) -> Value {
+    value.map_or(Value::Unset, wrap)
+}
+
+fn narrow<N: TryFrom<u64>>(n: u64) -> N {
+    N::try_from(n).unwrap_or_else(|_| unreachable!("the table's ranges fit their fields"))
+}
+
+fn mistyped(name: &str, value: &Value) -> ! {
+    unreachable!("the table's kind of {name} does not fit its field: {value:?}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn with_file(text: &str) -> Result<Settings, ConfigError> {
+        let mut layers = Layers::new();
+        layers.file("lab.toml", text)?;
+        layers.settings()
+    }
+
+    fn with_variable(name: &str, text: &str) -> Result<Settings, ConfigError> {
+        let mut layers = Layers::new();
+        layers.environment([(name.to_owned(), text.to_owned())])?;
+        layers.settings()
+    }
+
+    #[test]
+    fn a_later_layer_wins() {
+        let mut layers = Layers::new();
+        layers.file("lab.toml", "rounds = 1\nbatch_size = 2\nseed = 3").unwrap();
+        layers.environment([("RODIZIO_BATCH_SIZE".into(), "20".into()), ("RODIZIO_SEED".into(), "30".into())]).unwrap();
+        layers.flag(Key::find("seed").unwrap(), "300").unwrap();
+        let settings = layers.settings().unwrap();
+        assert_eq!((settings.rounds, settings.batch_size, settings.seed, settings.patience), (1, 20, 300, 0));
+        assert_eq!(layers.source("seed"), &Source::Flag("--seed".into()));
+        assert_eq!(layers.source("batch_size"), &Source::Variable("RODIZIO_BATCH_SIZE".into()));
+        assert_eq!(layers.source("rounds"), &Source::File { name: "lab.toml".into(), line: 1 });
+    }
+
+    #[test]
+    fn every_key_can_be_set_in_every_layer() {
+        for key in KEYS {
+            let defaults = Layers::new().settings().unwrap();
+            let sample = match key.kind {
+                _ if !key.is_optional() => key.default,
+                Kind::Real(_) => "0.5",
+                Kind::Path => "some/dir",
+                Kind::Peer => "peer-7",
+                _ => "a:1883",
+            };
+            let file = with_file(&format!("{} = {sample:?}", key.name)).unwrap();
+            let variable = with_variable(&key.variable(), sample).unwrap();
+            let mut layers = Layers::new();
+            layers.flag(key, sample).unwrap();
+            let flag = layers.settings().unwrap();
+            assert!(file == variable && variable == flag, "{}", key.name);
+            assert_eq!(file != defaults, key.is_optional(), "{}", key.name);
+        }
+    }
+
+    #[test]
+    fn the_effective_configuration_loads_back() {
+        let text = r#"
+            federation = "ward"
+            min_peers = 3
+            min_updates = 2
+            policy = "fixed:peer-2"
+            target_accuracy = 0.95
+            tolerance = 1e-7
+            hidden = [64, 32]
+            learning_rate = 3
+            chunk_bytes = "1MB"
+            broker = ["a:1883", "[::1]:1884"]
+            listen = "0.0.0.0:0"
+            round_timeout = "1h 30m"
+            peer = "peer-2"
+            run_dir = 'C:\runs\"x"'
+            host_broker = true
+        "#;
+        let mut layers = Layers::new();
+        layers.file("a\nb.toml", text).unwrap();
+        let settings = layers.settings().unwrap();
+        let printed = settings.to_toml(&layers);
+        assert_eq!(with_file(&printed).unwrap(), settings, "{printed}");
+        assert!(printed.contains("min_peers = 3  # a b.toml, line 3\n"), "{printed}");
+        let defaults = Layers::new();
+        let printed = defaults.settings().unwrap().to_toml(&defaults);
+        assert_eq!(with_file(&printed).unwrap(), defaults.settings().unwrap(), "{printed}");
+    }
+
+    #[test]
+    fn lists_may_be_arrays_or_text() {
+        assert_eq!(with_file("hidden = [64, 32]").unwrap().hidden, [64, 32]);
+        assert_eq!(with_file("hidden = '64, 32'").unwrap().hidden, [64, 32]);
+        assert_eq!(with_file("hidden = 64").unwrap().hidden, [64]);
+        assert!(with_file("hidden = []").unwrap().hidden.is_empty());
+        assert!(with_file("broker = []").unwrap().brokers.is_empty());
+        assert!(with_file("hidden = [[64]]").is_err() && with_file("hidden = ['']").is_err());
+    }
+
+    #[test]
+    fn a_key_can_be_unset_again() {
+        let mut layers = Layers::new();
+        layers.file("lab.toml", "target_accuracy = 0.9").unwrap();
+        layers.flag(Key::find("target_accuracy").unwrap(), NONE).unwrap();
+        assert_eq!(layers.settings().unwrap().target_accuracy, None);
+        assert!(with_file("rounds = 'none'").is_err());
+    }
+
+    #[test]
+    fn an_unknown_key_is_refused_with_the_nearest() {
+        for (given, nearest) in [("batchsize", "batch_size"), ("batch-size", "batch_size"), ("Rounds", "rounds")] {
+            let error = with_file(&format!("\n{given} = 1")).unwrap_err();
+            assert_eq!(error.to_string(), format!("unknown key {given:?} (lab.toml, line 2)"));
+            assert_eq!(error.hint(), format!("did you mean {nearest}?"));
+        }
+        let error = with_variable("RODIZIO_LEARNINGRATE", "1").unwrap_err();
+        assert_eq!(error.hint(), "did you mean RODIZIO_LEARNING_RATE?");
+        assert_eq!(with_file("zebra = 1").unwrap_err().hint(), "`rodizio config` lists every key");
+        assert!(with_file("[training]\nrounds = 1").is_err());
+        assert!(with_variable("HOME", "/").is_ok() && with_variable("RODIZIO_CONFIG", "x").is_ok());
+    }
+
+    #[test]
+    fn a_bad_value_is_refused_with_its_source_and_what_is_allowed() {
+        let error = with_file("rounds = 3\nbatch_size = 0").unwrap_err();
+        assert_eq!(error.to_string(), r#"batch_size cannot be "0" (lab.toml, line 2)"#);
+        assert_eq!(error.hint(), "batch_size takes a whole number, 1 to 1000000");
+        let error = with_variable("RODIZIO_OPTIMIZER", "rmsprop").unwrap_err();
+        assert_eq!(error.to_string(), r#"optimizer cannot be "rmsprop" (variable RODIZIO_OPTIMIZER)"#);
+        assert_eq!(error.hint(), "optimizer takes one of sgd, adam");
+        assert!(with_file("rounds = { a = 1 }").unwrap_err().to_string().contains("{ a = 1 }"));
+        assert!(with_file("target_accuracy = true").unwrap_err().hint().ends_with("from 0 to 1, or none"));
+    }
+
+    #[test]
+    fn broken_toml_is_refused_with_its_line() {
+        let error = with_file("rounds = 3\nseed = = 1").unwrap_err();
+        assert!(error.to_string().starts_with("lab.toml, line 2: not valid TOML: "), "{error}");
+        assert!(with_file("seed = 1\nseed = 2").is_err());
+    }
+
+    #[test]
+    fn values_that_do_not_go_together_are_refused() {
+        let error = with_file("min_peers = 3\nmin_updates = 3").unwrap_err();
+        let said = "min_updates = 3 (lab.toml, line 2) does not go with min_peers = 3 (lab.toml, line 1)";
+        assert_eq!(error.to_string(), said);
+        assert!(error.hint().ends_with("at most 2 here"), "{}", error.hint());
+        assert!(with_file("min_peers = 3\nmin_updates = 3\nleader_trains = true").is_ok());
+        assert!(with_file("min_peers = 1").unwrap_err().hint().contains("leader_trains = true"));
+        assert!(with_file("min_peers = 1\nleader_trains = true").is_ok());
+        assert!(with_file("round_timeout = '2s'").is_err());
+    }
+
+    #[test]
+    fn a_run_needs_as_many_peers_as_must_be_there() {
+        let mut layers = Layers::new();
+        layers.file("lab.toml", "peers = 2\nmin_peers = 3").unwrap();
+        assert!(layers.settings().is_ok(), "a peer that joins does not care");
+        assert!(layers.settings_of_run().unwrap_err().to_string().starts_with("peers = 2 (lab.toml, line 1)"));
+    }
+
+    #[test]
+    fn a_derived_value_yields_to_one_that_was_given() {
+        let mut layers = Layers::new();
+        layers.file("lab.toml", "min_peers = 3").unwrap();
+        layers.derive("min_peers", "5", "as many as --peers");
+        layers.derive("seed", "7", "drawn");
+        let settings = layers.settings().unwrap();
+        assert_eq!((settings.min_peers, settings.seed), (3, 7));
+    }
+
+    #[test]
+    fn what_peers_agree_on_is_text_of_one_spelling() {
+        let spelled = |text| with_file(text).unwrap().training_entries();
+        assert_eq!(
+            spelled("hidden = '64 , 32'\nlearning_rate = 0.10"),
+            spelled("hidden = [64,32]\nlearning_rate = 1e-1")
+        );
+        assert_ne!(spelled("batch_size = 16"), spelled(""));
+    }
+}

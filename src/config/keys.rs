@@ -1,0 +1,260 @@
+//! The table of keys: the one place that knows a key's name, kind, default, meaning and readers.
+
+use crate::config::value::{Kind, Reals};
+
+/// The text that leaves an optional key unset.
+pub const NONE: &str = "none";
+
+/// The prefix of every environment variable that sets a key.
+pub const VARIABLE_PREFIX: &str = "RODIZIO_";
+
+/// One key of the configuration. It is the same in a file, in the environment and on the command line.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Key {
+    /// Its name, in `snake_case`.
+    pub name: &'static str,
+    /// What values it takes.
+    pub kind: Kind,
+    /// Its value when nobody sets it; [`NONE`] marks an optional key.
+    pub default: &'static str,
+    /// What it means and how to choose it, in one line.
+    pub help: &'static str,
+    /// Under which heading it is listed.
+    pub group: Group,
+    /// Which subcommands read it.
+    pub used_by: UsedBy,
+}
+
+/// The headings under which keys are listed, in this order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Group {
+    /// What the peers agree on about rounds and leaders.
+    Federation,
+    /// When training is over.
+    Stopping,
+    /// Model and optimizer. The peers must agree on every key of this group.
+    Training,
+    /// What a peer trains on.
+    Data,
+    /// How long to wait for what.
+    Waiting,
+    /// Brokers and messages.
+    Network,
+    /// This machine: names, directories, processors.
+    Machine,
+}
+
+/// Which subcommands read a key; the others do not offer its flag, and ignore it in a file or the environment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum UsedBy {
+    /// `run` and `join`.
+    Peers,
+    /// `run`, `join` and `broker`.
+    Everyone,
+    /// `run` alone.
+    Run,
+    /// `join` alone.
+    Join,
+}
+
+impl Group {
+    /// Every group, in the order of the listing.
+    pub const ALL: [Group; 7] = [
+        Group::Federation,
+        Group::Stopping,
+        Group::Training,
+        Group::Data,
+        Group::Waiting,
+        Group::Network,
+        Group::Machine,
+    ];
+
+    /// The heading.
+    pub fn title(self) -> &'static str {
+        match self {
+            Group::Federation => "Federation",
+            Group::Stopping => "Stopping",
+            Group::Training => "Training",
+            Group::Data => "Data",
+            Group::Waiting => "Waiting",
+            Group::Network => "Network",
+            Group::Machine => "This machine",
+        }
+    }
+}
+
+impl Key {
+    /// The key of that name, in `snake_case`.
+    pub fn find(name: &str) -> Option<&'static Key> {
+        KEYS.iter().find(|key| key.name == name)
+    }
+
+    /// Its flag without the dashes: `batch-size`.
+    pub fn flag(&self) -> String {
+        self.name.replace('_', "-")
+    }
+
+    /// Its environment variable: `RODIZIO_BATCH_SIZE`.
+    pub fn variable(&self) -> String {
+        format!("{VARIABLE_PREFIX}{}", self.name.to_ascii_uppercase())
+    }
+
+    /// Whether it may be left unset, by saying [`NONE`].
+    pub fn is_optional(&self) -> bool {
+        self.default == NONE
+    }
+
+    /// Which values it takes, in words.
+    pub fn allowed(&self) -> String {
+        let allowed = self.kind.to_string();
+        if self.is_optional() { format!("{allowed}, or {NONE}") } else { allowed }
+    }
+}
+
+/// The table of every key as Markdown, for the README.
+pub fn markdown() -> String {
+    let mut text = String::from("| key | default | meaning |\n|---|---|---|\n");
+    for key in KEYS {
+        text += &format!("| `{}` | `{}` | {} |\n", key.name, key.default, key.help);
+    }
+    text
+}
+
+/// Longer than any run; it keeps sums of durations far from overflow.
+const DAYS_30_MS: u64 = 30 * 24 * 3600 * 1000;
+
+/// TOML integers are signed.
+const COUNT_MAX: u64 = i64::MAX as u64;
+
+const fn key(
+    group: Group,
+    used_by: UsedBy,
+    name: &'static str,
+    kind: Kind,
+    default: &'static str,
+    help: &'static str,
+) -> Key {
+    Key { name, kind, default, help, group, used_by }
+}
+
+const fn count(min: u64, max: u64) -> Kind {
+    Kind::Count { min, max }
+}
+
+const fn duration(min_ms: u64, max_ms: u64) -> Kind {
+    Kind::Duration { min_ms, max_ms }
+}
+
+/// Every key, by group.
+#[rustfmt::skip]
+pub static KEYS: &[Key] = &[
+    key(Group::Federation, UsedBy::Peers, "federation", Kind::Level, "default",
+        "Name of the federation: peers of the same name train one model together"),
+    key(Group::Federation, UsedBy::Peers, "min_peers", count(1, 10_000), "2",
+        "How many peers must be there before training starts"),
+    key(Group::Federation, UsedBy::Peers, "min_updates", count(1, 10_000), "1",
+        "How many updates a round needs once round_timeout has passed"),
+    key(Group::Federation, UsedBy::Peers, "policy", Kind::Policy(&["random", "rotate", "fixed"]), "random",
+        "How a leader is chosen; fixed:NAME always prefers that peer"),
+    key(Group::Federation, UsedBy::Peers, "strategy", Kind::Choice(&["fedavg"]), "fedavg",
+        "How updates become the next global model"),
+    key(Group::Federation, UsedBy::Peers, "leader_trains", Kind::Switch, "false",
+        "Whether the leader of a round trains too"),
+
+    key(Group::Stopping, UsedBy::Peers, "rounds", count(1, COUNT_MAX), "20",
+        "How many rounds to train at most"),
+    key(Group::Stopping, UsedBy::Peers, "target_accuracy", Kind::Real(Reals::Share), NONE,
+        "Stop when the validation accuracy of the global model reaches this"),
+    key(Group::Stopping, UsedBy::Peers, "patience", count(0, 1_000_000), "0",
+        "Stop after this many rounds without a better validation loss; 0: never"),
+    key(Group::Stopping, UsedBy::Peers, "tolerance", Kind::Real(Reals::NotNegative), "0",
+        "Smallest drop of the validation loss that patience counts as better"),
+
+    key(Group::Training, UsedBy::Peers, "model", Kind::Choice(&["mlp"]), "mlp",
+        "The model"),
+    key(Group::Training, UsedBy::Peers, "hidden", Kind::Counts { max: 65_536, len_max: 16 }, "64",
+        "Widths of the hidden layers, first to last"),
+    key(Group::Training, UsedBy::Peers, "optimizer", Kind::Choice(&["sgd", "adam"]), "sgd",
+        "How a step follows from a gradient"),
+    key(Group::Training, UsedBy::Peers, "learning_rate", Kind::Real(Reals::Positive), "0.1",
+        "Length of a step"),
+    key(Group::Training, UsedBy::Peers, "momentum", Kind::Real(Reals::ShareBelowOne), "0",
+        "Share of the last step that sgd keeps in the next"),
+    key(Group::Training, UsedBy::Peers, "batch_size", count(1, 1_000_000), "32",
+        "Examples in a step"),
+    key(Group::Training, UsedBy::Peers, "local_epochs", count(1, 10_000), "1",
+        "Passes over a peer's own data in a round"),
+    key(Group::Training, UsedBy::Peers, "codec", Kind::Choice(&["f32"]), "f32",
+        "How weights are encoded on the wire"),
+
+    key(Group::Data, UsedBy::Peers, "data", Kind::Choice(&["digits"]), "digits",
+        "The data set"),
+    key(Group::Data, UsedBy::Peers, "partition", Kind::Choice(&["iid", "dirichlet"]), "iid",
+        "How the data set is split among peers: evenly, or with skewed labels"),
+    key(Group::Data, UsedBy::Peers, "alpha", Kind::Real(Reals::Positive), "0.5",
+        "Skew of the dirichlet partition: 0.1 is strong, 100 almost none"),
+    key(Group::Data, UsedBy::Peers, "val_fraction", Kind::Real(Reals::Between), "0.2",
+        "Share of a peer's examples held out to evaluate on"),
+    key(Group::Data, UsedBy::Peers, "seed", count(0, COUNT_MAX), "0",
+        "Seed of the initial weights, the partition and the order of examples"),
+
+    key(Group::Waiting, UsedBy::Peers, "round_timeout", duration(100, DAYS_30_MS), "5m",
+        "How long a round waits for the slowest before min_updates is enough"),
+    key(Group::Waiting, UsedBy::Peers, "election_timeout", duration(50, 600_000), "2s",
+        "How long a leader may be silent before the others choose the next"),
+    key(Group::Waiting, UsedBy::Peers, "settle_time", duration(0, 600_000), "300ms",
+        "How long nobody new may have come before training starts"),
+    key(Group::Waiting, UsedBy::Peers, "wait_timeout", duration(100, DAYS_30_MS), "10m",
+        "How long to wait for missing peers before giving up (exit code 4)"),
+
+    key(Group::Network, UsedBy::Peers, "broker", Kind::Addresses { len_max: 64 }, NONE,
+        "Brokers to connect to, HOST:PORT, in order of preference"),
+    key(Group::Network, UsedBy::Everyone, "listen", Kind::Address, NONE,
+        "Where a broker of one's own listens, HOST:PORT; port 0 takes a free one"),
+    key(Group::Network, UsedBy::Join, "host_broker", Kind::Switch, "false",
+        "Whether this peer runs a broker for the others"),
+    key(Group::Network, UsedBy::Peers, "prefix", Kind::Levels { len_max: 8 }, "rodizio",
+        "Start of every topic"),
+    key(Group::Network, UsedBy::Everyone, "chunk_bytes", Kind::Size { min: 1 << 10, max: 16 << 20 }, "512KiB",
+        "Length of one message of a transfer; 256KiB to 1MiB is fastest"),
+
+    key(Group::Machine, UsedBy::Run, "peers", count(1, 1_000), "5",
+        "How many peers to start"),
+    key(Group::Machine, UsedBy::Join, "peer", Kind::Peer, NONE,
+        "Name of this peer; none: the one kept in state_dir, or a new one"),
+    key(Group::Machine, UsedBy::Peers, "backend", Kind::Choice(&["flex", "ndarray"]), "flex",
+        "What computes the training"),
+    key(Group::Machine, UsedBy::Peers, "state_dir", Kind::Path, NONE,
+        "Where a peer keeps its name and its state; none: run: in run_dir, join: .rodizio/FEDERATION"),
+    key(Group::Machine, UsedBy::Peers, "run_dir", Kind::Path, NONE,
+        "Where the results go; none: runs/FEDERATION-TIME"),
+];
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn every_default_is_a_value_of_its_key() {
+        for key in KEYS.iter().filter(|key| !key.is_optional()) {
+            assert!(key.kind.parse(key.default).is_some(), "{} = {}", key.name, key.default);
+        }
+    }
+
+    #[test]
+    fn names_are_unique_and_groups_are_contiguous() {
+        let names: BTreeSet<_> = KEYS.iter().map(|key| key.name).collect();
+        assert_eq!(names.len(), KEYS.len());
+        assert!(KEYS.is_sorted_by_key(|key| key.group));
+        assert!(Group::ALL.iter().all(|group| KEYS.iter().any(|key| key.group == *group)));
+    }
+
+    #[test]
+    fn the_markdown_table_has_a_line_a_key() {
+        let table = markdown();
+        assert_eq!(table.lines().count(), KEYS.len() + 2);
+        assert!(table.contains("| `chunk_bytes` | `512KiB` | "));
+    }
+}

@@ -1,0 +1,692 @@
+//! What a peer keeps on disk: its name, its promises and the blobs it has said that it holds.
+//!
+//! ```text
+//! <state directory>/
+//!   lock               held while a process uses the directory
+//!   peer               the peer's name and its federation, as text
+//!   state              the newest state: header, checksum, payload
+//!   blobs/<digest>.blob
+//! ```
+//!
+//! A file appears under its name only when it is whole: it is written beside it, flushed, renamed, and the directory is
+//! flushed. So a crash at any instant leaves the file of before or the file of after, and a file that is neither was
+//! damaged by something else. Such a file is refused and never replaced: a peer that forgot its promises could vote
+//! twice.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsStr;
+use std::fs::{self, File, TryLockError};
+use std::io::{ErrorKind, Write};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use bytes::Bytes;
+
+use crate::types::{Digest, PeerId};
+
+/// The version of the files that this code writes.
+const VERSION: u32 = 1;
+
+/// How a state file starts.
+const STATE_MAGIC: &[u8; 8] = b"RDZSTATE";
+
+/// Magic, version, length of the payload, digest of the payload.
+const STATE_HEADER_BYTES: usize = 8 + 4 + 8 + 32;
+
+/// Random bytes in a generated name: two of a million peers share one with a chance of 1 in 37 million.
+const GENERATED_NAME_BYTES: usize = 8;
+
+const LOCK: &str = "lock";
+const IDENTITY: &str = "peer";
+const STATE: &str = "state";
+const BLOBS: &str = "blobs";
+const TEMPORARY: &str = "tmp";
+
+/// The state directory of one peer, held by this process until the journal and every [`Blobs`] of it are dropped.
+#[derive(Debug)]
+pub struct Journal {
+    disk: Arc<Disk>,
+    blobs: Blobs,
+}
+
+/// What a state directory held when it was opened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Loaded {
+    /// The peer's name.
+    pub peer: PeerId,
+    /// The bytes saved last, if any ever were.
+    pub state: Option<Vec<u8>>,
+}
+
+/// Blobs by digest, on disk or in memory alone. A clone is another handle of the same blobs, for another thread.
+///
+/// What was put or read stays in memory until [`Blobs::retain`] drops it, as the very `Bytes` that were put: keeping a
+/// blob costs no copy, and reading one that is in use does not touch the disk.
+#[derive(Debug, Clone)]
+pub struct Blobs {
+    disk: Option<Arc<Disk>>,
+    cache: Arc<Mutex<BTreeMap<Digest, Bytes>>>,
+}
+
+/// Why the state directory cannot be used. [`JournalError::hint`] says what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum JournalError {
+    /// The file system said no. What was on disk before is still there.
+    #[error("cannot {action} {}: {source}", path.display())]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// Another process holds it.
+    #[error("state directory {} is in use by another process", dir.display())]
+    InUse {
+        /// The directory.
+        dir: PathBuf,
+    },
+    /// It has files and no identity.
+    #[error("{} is neither empty nor a state directory: it holds {found:?}", dir.display())]
+    Foreign {
+        /// The directory.
+        dir: PathBuf,
+        /// The name of a file in it.
+        found: String,
+    },
+    /// It belongs to another federation.
+    #[error("state directory {} belongs to federation {found:?}, not {wanted:?}", dir.display())]
+    OtherFederation {
+        /// The directory.
+        dir: PathBuf,
+        /// The federation it belongs to.
+        found: String,
+        /// The one asked for.
+        wanted: String,
+    },
+    /// It belongs to another peer.
+    #[error("state directory {} belongs to peer {found:?}, not {wanted:?}", dir.display())]
+    OtherPeer {
+        /// The directory.
+        dir: PathBuf,
+        /// The peer it belongs to.
+        found: PeerId,
+        /// The one asked for.
+        wanted: PeerId,
+    },
+    /// A file is cut short or changed.
+    #[error("{} is damaged: {problem}", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: &'static str,
+    },
+    /// A newer version wrote a file.
+    #[error("{} has format {found}; this version reads up to format {VERSION}", path.display())]
+    Newer {
+        /// The file.
+        path: PathBuf,
+        /// Its format.
+        found: u32,
+    },
+}
+
+impl JournalError {
+    /// What to do about it, in a line.
+    pub fn hint(&self) -> &'static str {
+        match self {
+            JournalError::Io { .. } => "check the permissions and the free space of the state directory",
+            JournalError::InUse { .. } => "stop the other process, or give this peer its own --state-dir",
+            JournalError::Foreign { .. } => "choose an empty or new directory with --state-dir",
+            JournalError::OtherFederation { .. } => "give each federation its own --state-dir",
+            JournalError::OtherPeer { .. } => "leave --peer out, or choose another --state-dir",
+            JournalError::Damaged { .. } => {
+                "check the disk; then restore the directory from a copy, or join as a new peer with an empty --state-dir"
+            }
+            JournalError::Newer { .. } => "use the version of rodizio that wrote it, or a newer one",
+        }
+    }
+}
+
+impl Journal {
+    /// Opens the state directory `dir`, or creates it for a peer of `federation` called `name` (without one: a random
+    /// name).
+    ///
+    /// Refuses a directory that another process holds, that belongs to another federation or peer, that holds
+    /// something else, or whose files are damaged. Left-over temporary files are removed.
+    ///
+    /// # Panics
+    /// If `federation` holds a line break: the configuration excludes it.
+    pub fn open(dir: &Path, federation: &str, name: Option<&PeerId>) -> Result<(Journal, Loaded), JournalError> {
+        assert!(!federation.contains(['\n', '\r']), "a federation's name is one line");
+        create_dir(dir)?;
+        let disk = Arc::new(Disk { dir: dir.to_owned(), next_temporary: AtomicU64::new(0), _lock: lock(dir)? });
+        disk.remove_temporaries(dir)?;
+        let peer = disk.identity(federation, name)?;
+        let blobs_dir = disk.blobs_dir();
+        create_dir(&blobs_dir)?;
+        disk.remove_temporaries(&blobs_dir)?;
+        let state = disk.state()?;
+        let blobs = Blobs { disk: Some(disk.clone()), cache: Arc::default() };
+        Ok((Journal { disk, blobs }, Loaded { peer, state }))
+    }
+
+    /// Replaces the saved state. When this returns `Ok`, the state survives a loss of power.
+    ///
+    /// After an error the state on disk may be the old or the new one: whoever cannot save must not send what
+    /// depends on it, and does best to stop.
+    pub fn save_state(&mut self, bytes: &[u8]) -> Result<(), JournalError> {
+        let header = state_header(bytes);
+        self.disk.replace(&self.disk.dir, STATE, &[&header, bytes])
+    }
+
+    /// A handle of the blobs, for any thread.
+    pub fn blobs(&self) -> Blobs {
+        self.blobs.clone()
+    }
+
+    /// [`Blobs::put`].
+    pub fn put_blob(&self, digest: Digest, bytes: &Bytes) -> Result<(), JournalError> {
+        self.blobs.put(digest, bytes)
+    }
+
+    /// [`Blobs::get`].
+    pub fn blob(&self, digest: Digest) -> Result<Option<Bytes>, JournalError> {
+        self.blobs.get(digest)
+    }
+
+    /// [`Blobs::retain`].
+    pub fn retain_blobs(&self, keep: &BTreeSet<Digest>) -> Result<(), JournalError> {
+        self.blobs.retain(keep)
+    }
+}
+
+impl Blobs {
+    /// Blobs in memory alone, for tests and simulation.
+    pub fn memory() -> Self {
+        Self { disk: None, cache: Arc::default() }
+    }
+
+    /// Keeps `bytes`, whose digest the caller has verified. When this returns `Ok`, they survive a loss of power.
+    /// Putting a blob twice does nothing.
+    pub fn put(&self, digest: Digest, bytes: &Bytes) -> Result<(), JournalError> {
+        debug_assert_eq!(Digest::of(bytes), digest, "a blob is named by its digest");
+        if self.cached().contains_key(&digest) {
+            return Ok(());
+        }
+        if let Some(disk) = &self.disk {
+            disk.replace(&disk.blobs_dir(), &blob_name(digest), &[bytes])?;
+        }
+        // Last, so that whoever finds it in memory may rely on the disk too.
+        self.cached().insert(digest, bytes.clone());
+        Ok(())
+    }
+
+    /// The blob of that digest, if there is one. What comes from disk is verified.
+    pub fn get(&self, digest: Digest) -> Result<Option<Bytes>, JournalError> {
+        if let Some(bytes) = self.cached().get(&digest) {
+            return Ok(Some(bytes.clone()));
+        }
+        let Some(disk) = &self.disk else { return Ok(None) };
+        let path = disk.blobs_dir().join(blob_name(digest));
+        let Some(bytes) = read_if_there(&path)? else { return Ok(None) };
+        if Digest::of(&bytes) != digest {
+            return Err(JournalError::Damaged { path, problem: "its content does not have the digest of its name" });
+        }
+        let bytes = Bytes::from(bytes);
+        self.cached().insert(digest, bytes.clone());
+        Ok(Some(bytes))
+    }
+
+    /// Drops every blob that is not in `keep`, from memory and from disk. A blob that another thread is putting must be in
+    /// `keep` already, or it may be dropped.
+    pub fn retain(&self, keep: &BTreeSet<Digest>) -> Result<(), JournalError> {
+        self.cached().retain(|digest, _| keep.contains(digest));
+        let Some(disk) = &self.disk else { return Ok(()) };
+        for (name, path) in list(&disk.blobs_dir())? {
+            let digest = name.strip_suffix(".blob").and_then(|hex| hex.parse().ok());
+            if digest.is_some_and(|digest: Digest| !keep.contains(&digest)) {
+                remove(&path)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn cached(&self) -> MutexGuard<'_, BTreeMap<Digest, Bytes>> {
+        self.cache.lock().expect("nothing panics while it holds the lock")
+    }
+}
+
+/// The directory while this process holds it.
+#[derive(Debug)]
+struct Disk {
+    dir: PathBuf,
+    /// Two threads that put the same blob need a temporary file each.
+    next_temporary: AtomicU64,
+    _lock: File,
+}
+
+impl Disk {
+    fn blobs_dir(&self) -> PathBuf {
+        self.dir.join(BLOBS)
+    }
+
+    /// Writes a whole file under its final name, or not at all.
+    fn replace(&self, dir: &Path, name: &str, parts: &[&[u8]]) -> Result<(), JournalError> {
+        let number = self.next_temporary.fetch_add(1, Ordering::Relaxed);
+        let temporary = dir.join(format!("{name}.{number}.{TEMPORARY}"));
+        let path = dir.join(name);
+        let written = write_flushed(&temporary, parts).and_then(|()| fs::rename(&temporary, &path));
+        if let Err(source) = written {
+            // The reason for the failure matters more than a file that the next opening removes.
+            let _ = fs::remove_file(&temporary);
+            return Err(JournalError::Io { action: "write", path, source });
+        }
+        flush_dir(dir)
+    }
+
+    fn identity(&self, federation: &str, name: Option<&PeerId>) -> Result<PeerId, JournalError> {
+        let path = self.dir.join(IDENTITY);
+        let Some(bytes) = read_if_there(&path)? else { return self.create_identity(federation, name) };
+        let (found_federation, found) = parse_identity(&path, &bytes)?;
+        if found_federation != federation {
+            let wanted = federation.to_owned();
+            return Err(JournalError::OtherFederation { dir: self.dir.clone(), found: found_federation, wanted });
+        }
+        match name {
+            Some(wanted) if *wanted != found => {
+                Err(JournalError::OtherPeer { dir: self.dir.clone(), found, wanted: wanted.clone() })
+            }
+            _ => Ok(found),
+        }
+    }
+
+    /// The identity is the first file of a new directory, so one with other files and without it is not ours.
+    fn create_identity(&self, federation: &str, name: Option<&PeerId>) -> Result<PeerId, JournalError> {
+        if let Some((found, _)) = list(&self.dir)?.into_iter().find(|(name, _)| name != LOCK) {
+            return Err(JournalError::Foreign { dir: self.dir.clone(), found });
+        }
+        let peer = name.cloned().unwrap_or_else(generated_name);
+        let text = identity_text(federation, &peer);
+        self.replace(&self.dir, IDENTITY, &[text.as_bytes()])?;
+        // The directory's own entry must survive as well, or the promises in it would be forgotten with it.
+        match self.dir.parent() {
+            Some(parent) if parent != Path::new("") => flush_dir(parent)?,
+            _ => flush_dir(Path::new("."))?,
+        }
+        Ok(peer)
+    }
+
+    fn state(&self) -> Result<Option<Vec<u8>>, JournalError> {
+        let path = self.dir.join(STATE);
+        let Some(bytes) = read_if_there(&path)? else { return Ok(None) };
+        parse_state(&path, bytes).map(Some)
+    }
+
+    fn remove_temporaries(&self, dir: &Path) -> Result<(), JournalError> {
+        for (name, path) in list(dir)? {
+            if is_temporary(&name) {
+                remove(&path)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn lock(dir: &Path) -> Result<File, JournalError> {
+    let path = dir.join(LOCK);
+    let file = File::options().create(true).truncate(false).write(true).open(&path);
+    let file = file.map_err(io_error("open", &path))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(JournalError::InUse { dir: dir.to_owned() }),
+        Err(TryLockError::Error(source)) => Err(JournalError::Io { action: "lock", path, source }),
+    }
+}
+
+fn identity_text(federation: &str, peer: &PeerId) -> String {
+    format!("rodizio peer {VERSION}\nfederation {federation}\npeer {peer}\n")
+}
+
+fn parse_identity(path: &Path, bytes: &[u8]) -> Result<(String, PeerId), JournalError> {
+    let damaged = |problem| JournalError::Damaged { path: path.to_owned(), problem };
+    let text = str::from_utf8(bytes).map_err(|_| damaged("it is not text"))?;
+    let whole = text.strip_suffix('\n').ok_or_else(|| damaged("its last line is cut short"))?;
+    let (first, rest) = whole.split_once('\n').unwrap_or((whole, ""));
+    let version = first.strip_prefix("rodizio peer ").and_then(|version| version.parse().ok());
+    match version {
+        Some(VERSION) => {}
+        Some(found) if found > VERSION => return Err(JournalError::Newer { path: path.to_owned(), found }),
+        _ => return Err(damaged("its first line is not that of an identity file")),
+    }
+    let fields = rest.strip_prefix("federation ").and_then(|rest| rest.split_once("\npeer "));
+    let (federation, peer) = fields.ok_or_else(|| damaged("it lacks the federation or the peer"))?;
+    let peer = PeerId::new(peer).map_err(|_| damaged("its peer is not a peer id"))?;
+    Ok((federation.to_owned(), peer))
+}
+
+fn generated_name() -> PeerId {
+    let name: String = rand::random::<[u8; GENERATED_NAME_BYTES]>().iter().map(|b| format!("{b:02x}")).collect();
+    PeerId::new(&name).expect("hexadecimal digits are a peer id")
+}
+
+fn state_header(payload: &[u8]) -> [u8; STATE_HEADER_BYTES] {
+    let mut header = [0; STATE_HEADER_BYTES];
+    header[..8].copy_from_slice(STATE_MAGIC);
+    header[8..12].copy_from_slice(&VERSION.to_le_bytes());
+    header[12..20].copy_from_slice(&(payload.len() as u64).to_le_bytes());
+    header[20..].copy_from_slice(&Digest::of(payload).0);
+    header
+}
+
+fn parse_state(path: &Path, mut bytes: Vec<u8>) -> Result<Vec<u8>, JournalError> {
+    let damaged = |problem| JournalError::Damaged { path: path.to_owned(), problem };
+    if bytes.len() < STATE_HEADER_BYTES {
+        return Err(damaged("it is cut short"));
+    }
+    let payload = bytes.split_off(STATE_HEADER_BYTES);
+    if &bytes[..8] != STATE_MAGIC {
+        return Err(damaged("it does not start like a state file"));
+    }
+    let found = u32::from_le_bytes(bytes[8..12].try_into().expect("the range has 4 bytes"));
+    if found > VERSION {
+        return Err(JournalError::Newer { path: path.to_owned(), found });
+    }
+    if bytes != state_header(&payload) {
+        return Err(damaged("its checksum or its length does not match its content"));
+    }
+    Ok(payload)
+}
+
+fn blob_name(digest: Digest) -> String {
+    format!("{digest}.blob")
+}
+
+fn is_temporary(name: &str) -> bool {
+    Path::new(name).extension() == Some(OsStr::new(TEMPORARY))
+}
+
+/// Temporary files are skipped by nobody: whoever lists decides. Names that are not text are none of ours.
+fn list(dir: &Path) -> Result<Vec<(String, PathBuf)>, JournalError> {
+    let read = || {
+        let entries = fs::read_dir(dir)?.collect::<Result<Vec<_>, _>>()?;
+        Ok(entries.into_iter().map(|e| (e.file_name().to_string_lossy().into_owned(), e.path())).collect())
+    };
+    read().map_err(io_error("list", dir))
+}
+
+fn read_if_there(path: &Path) -> Result<Option<Vec<u8>>, JournalError> {
+    match fs::read(path) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(JournalError::Io { action: "read", path: path.to_owned(), source }),
+    }
+}
+
+fn write_flushed(path: &Path, parts: &[&[u8]]) -> std::io::Result<()> {
+    let mut file = File::create(path)?;
+    parts.iter().try_for_each(|part| file.write_all(part))?;
+    file.sync_all()
+}
+
+fn create_dir(dir: &Path) -> Result<(), JournalError> {
+    fs::create_dir_all(dir).map_err(io_error("create", dir))
+}
+
+fn remove(path: &Path) -> Result<(), JournalError> {
+    fs::remove_file(path).map_err(io_error("remove", path))
+}
+
+/// Makes a rename in `dir` durable. Other systems than Unix do not open directories as files; NTFS journals renames.
+fn flush_dir(dir: &Path) -> Result<(), JournalError> {
+    if cfg!(unix) { File::open(dir).and_then(|file| file.sync_all()).map_err(io_error("flush", dir)) } else { Ok(()) }
+}
+
+fn io_error(action: &'static str, path: &Path) -> impl Fn(std::io::Error) -> JournalError {
+    move |source| JournalError::Io { action, path: path.to_owned(), source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn open(dir: &Path) -> Result<(Journal, Loaded), JournalError> {
+        Journal::open(dir, "ward", None)
+    }
+
+    /// A directory whose state is `state`, not held by anyone.
+    fn saved(state: &[u8]) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut journal, _) = open(dir.path()).unwrap();
+        journal.save_state(state).unwrap();
+        dir
+    }
+
+    fn is_damaged(result: &Result<(Journal, Loaded), JournalError>, file: &Path) -> bool {
+        matches!(result, Err(JournalError::Damaged { path, .. }) if path == file)
+    }
+
+    #[test]
+    fn a_new_directory_gets_a_name_that_stays() {
+        let parent = tempfile::tempdir().unwrap();
+        let dir = parent.path().join("a/b");
+        let (_, first) = open(&dir).unwrap();
+        assert_eq!((first.peer.as_str().len(), &first.state), (16, &None));
+        assert_eq!(open(&dir).unwrap().1, first);
+        let (_, other) = open(&parent.path().join("c")).unwrap();
+        assert_ne!(first.peer, other.peer);
+    }
+
+    #[test]
+    fn a_given_name_is_kept_and_another_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let names = [PeerId::new("ward-1").unwrap(), PeerId::new("ward-2").unwrap()];
+        drop(Journal::open(dir.path(), "ward", Some(&names[0])).unwrap());
+        assert_eq!(open(dir.path()).unwrap().1.peer, names[0]);
+        assert!(Journal::open(dir.path(), "ward", Some(&names[0])).is_ok());
+        let refused = Journal::open(dir.path(), "ward", Some(&names[1]));
+        assert!(matches!(refused, Err(JournalError::OtherPeer { .. })));
+    }
+
+    #[test]
+    fn a_directory_of_another_federation_is_refused_and_left_alone() {
+        let dir = saved(b"promise");
+        let refused = Journal::open(dir.path(), "clinic", None).unwrap_err();
+        assert!(matches!(&refused, JournalError::OtherFederation { found, .. } if found == "ward"));
+        assert_eq!(open(dir.path()).unwrap().1.state.unwrap(), b"promise");
+    }
+
+    #[test]
+    fn a_directory_is_held_until_its_last_handle_is_dropped() {
+        let dir = tempfile::tempdir().unwrap();
+        let (journal, _) = open(dir.path()).unwrap();
+        assert!(matches!(open(dir.path()), Err(JournalError::InUse { .. })));
+        let blobs = journal.blobs();
+        drop(journal);
+        assert!(matches!(open(dir.path()), Err(JournalError::InUse { .. })));
+        drop(blobs);
+        assert!(open(dir.path()).is_ok());
+    }
+
+    #[test]
+    fn a_directory_with_something_else_in_it_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("thesis.tex"), "").unwrap();
+        let refused = open(dir.path()).unwrap_err();
+        assert!(matches!(&refused, JournalError::Foreign { found, .. } if found == "thesis.tex"), "{refused}");
+        let dir = saved(b"promise");
+        fs::remove_file(dir.path().join(IDENTITY)).unwrap();
+        assert!(matches!(open(dir.path()), Err(JournalError::Foreign { .. })));
+    }
+
+    #[test]
+    fn the_state_saved_last_is_loaded() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut journal, _) = open(dir.path()).unwrap();
+        for state in [&b"first"[..], b"", &[7; 100_000]] {
+            journal.save_state(state).unwrap();
+            drop(journal);
+            let (again, loaded) = open(dir.path()).unwrap();
+            assert_eq!(loaded.state.as_deref(), Some(state));
+            journal = again;
+        }
+    }
+
+    #[test]
+    fn a_state_file_cut_anywhere_is_refused_and_kept() {
+        let dir = saved(b"a promise that must not be forgotten");
+        let path = dir.path().join(STATE);
+        let whole = fs::read(&path).unwrap();
+        for length in 0..whole.len() {
+            fs::write(&path, &whole[..length]).unwrap();
+            assert!(is_damaged(&open(dir.path()), &path), "{length} bytes were taken");
+            assert_eq!(fs::read(&path).unwrap(), &whole[..length], "a refused file was changed");
+        }
+        fs::write(&path, &whole).unwrap();
+        assert!(open(dir.path()).is_ok());
+    }
+
+    #[test]
+    fn a_state_file_with_any_byte_changed_or_added_is_refused() {
+        let dir = saved(b"promise");
+        let path = dir.path().join(STATE);
+        let whole = fs::read(&path).unwrap();
+        for at in 0..whole.len() {
+            let mut changed = whole.clone();
+            changed[at] ^= 1;
+            fs::write(&path, changed).unwrap();
+            let refused = open(dir.path()).unwrap_err();
+            assert!(matches!(refused, JournalError::Damaged { .. } | JournalError::Newer { .. }), "byte {at}");
+        }
+        fs::write(&path, [&whole[..], b"x"].concat()).unwrap();
+        assert!(is_damaged(&open(dir.path()), &path));
+    }
+
+    #[test]
+    fn an_identity_cut_anywhere_is_refused() {
+        let dir = saved(b"promise");
+        let path = dir.path().join(IDENTITY);
+        let whole = fs::read(&path).unwrap();
+        for length in 0..whole.len() {
+            fs::write(&path, &whole[..length]).unwrap();
+            assert!(is_damaged(&open(dir.path()), &path), "{length} bytes were taken");
+        }
+    }
+
+    #[test]
+    fn files_of_a_newer_version_are_refused_as_such() {
+        let dir = saved(b"promise");
+        let path = dir.path().join(STATE);
+        let mut bytes = fs::read(&path).unwrap();
+        bytes[8..12].copy_from_slice(&(VERSION + 1).to_le_bytes());
+        fs::write(&path, bytes).unwrap();
+        assert!(matches!(open(dir.path()), Err(JournalError::Newer { found: 2, .. })));
+        let path = dir.path().join(IDENTITY);
+        fs::write(&path, "rodizio peer 2\nsomething else\n").unwrap();
+        assert!(matches!(open(dir.path()), Err(JournalError::Newer { found: 2, .. })));
+    }
+
+    #[test]
+    fn what_a_crash_leaves_behind_is_ignored_and_removed() {
+        let dir = saved(b"promise");
+        let left =
+            [dir.path().join("state.3.tmp"), dir.path().join("peer.0.tmp"), dir.path().join("blobs/aa.blob.1.tmp")];
+        for path in &left {
+            fs::write(path, b"half").unwrap();
+        }
+        let (_journal, loaded) = open(dir.path()).unwrap();
+        assert_eq!(loaded.state.unwrap(), b"promise");
+        assert!(left.iter().all(|path| !path.exists()));
+    }
+
+    #[test]
+    fn a_crash_before_the_first_identity_leaves_a_usable_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join(LOCK), "").unwrap();
+        fs::write(dir.path().join("peer.0.tmp"), "rodizio pe").unwrap();
+        assert!(open(dir.path()).is_ok());
+    }
+
+    #[test]
+    fn a_blob_survives_the_process_and_is_verified_when_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let bytes = Bytes::from(vec![3; 10_000]);
+        let digest = Digest::of(&bytes);
+        let (journal, _) = open(dir.path()).unwrap();
+        assert_eq!(journal.blob(digest).unwrap(), None);
+        journal.put_blob(digest, &bytes).unwrap();
+        journal.put_blob(digest, &bytes).unwrap();
+        drop(journal);
+        let (journal, _) = open(dir.path()).unwrap();
+        assert_eq!(journal.blob(digest).unwrap(), Some(bytes.clone()));
+        drop(journal);
+        let path = dir.path().join(BLOBS).join(blob_name(digest));
+        fs::write(&path, &bytes[1..]).unwrap();
+        let (journal, _) = open(dir.path()).unwrap();
+        assert!(matches!(journal.blob(digest), Err(JournalError::Damaged { .. })));
+        journal.put_blob(digest, &bytes).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), bytes, "putting a blob again mends its file");
+    }
+
+    #[test]
+    fn a_blob_just_put_is_read_without_the_disk_and_without_a_copy() {
+        let dir = tempfile::tempdir().unwrap();
+        let (journal, _) = open(dir.path()).unwrap();
+        let bytes = Bytes::from_static(b"weights");
+        let digest = Digest::of(&bytes);
+        journal.put_blob(digest, &bytes).unwrap();
+        fs::remove_file(dir.path().join(BLOBS).join(blob_name(digest))).unwrap();
+        assert_eq!(journal.blob(digest).unwrap().unwrap().as_ptr(), bytes.as_ptr());
+    }
+
+    #[test]
+    fn only_blobs_worth_keeping_are_retained() {
+        let dir = tempfile::tempdir().unwrap();
+        let (journal, _) = open(dir.path()).unwrap();
+        for blobs in [journal.blobs(), Blobs::memory()] {
+            let digests = [b"a", b"b", b"c"].map(|text| {
+                let bytes = Bytes::from_static(text);
+                blobs.put(Digest::of(&bytes), &bytes).unwrap();
+                Digest::of(&bytes)
+            });
+            blobs.retain(&BTreeSet::from([digests[1]])).unwrap();
+            let kept = digests.map(|digest| blobs.get(digest).unwrap().is_some());
+            assert_eq!(kept, [false, true, false]);
+        }
+        assert_eq!(fs::read_dir(dir.path().join(BLOBS)).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn many_threads_put_and_read_the_same_blobs() {
+        let dir = tempfile::tempdir().unwrap();
+        let (journal, _) = open(dir.path()).unwrap();
+        let contents: Vec<_> = (0..8u8).map(|n| Bytes::from(vec![n; 1000])).collect();
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                let (blobs, contents) = (journal.blobs(), &contents);
+                scope.spawn(move || {
+                    for bytes in contents {
+                        blobs.put(Digest::of(bytes), bytes).unwrap();
+                        assert_eq!(blobs.get(Digest::of(bytes)).unwrap().as_ref(), Some(bytes));
+                    }
+                });
+            }
+        });
+        let names = list(&dir.path().join(BLOBS)).unwrap();
+        assert_eq!(names.len(), contents.len());
+        assert!(names.iter().all(|(name, _)| !is_temporary(name)));
+    }
+
+    #[test]
+    fn an_error_names_the_file_and_has_a_hint() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        fs::write(&path, "").unwrap();
+        let error = open(&path).unwrap_err();
+        assert!(error.to_string().contains(&path.display().to_string()), "{error}");
+        assert!(!error.hint().is_empty());
+    }
+}
