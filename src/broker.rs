@@ -306,10 +306,7 @@ mod tests {
 
     impl Wire {
         async fn open(broker: &Broker) -> Self {
-            Self {
-                socket: TcpStream::connect(broker.addr()).await.unwrap(),
-                received: BytesMut::new(),
-            }
+            Self { socket: TcpStream::connect(broker.addr()).await.unwrap(), received: BytesMut::new() }
         }
 
         /// Connects under `id` and expects to be let in.
@@ -555,9 +552,7 @@ mod tests {
         let broker = broker().await;
         let mut wire = Wire::open(&broker).await;
         wire.socket.write_all(b"\x10\x0d\x00\x04MQTT\x05\x02\x00\x3c\x00\x00\x00").await.unwrap();
-        let Some(Packet::ConnAck(ack, _)) = wire.receive().await else {
-            panic!("no CONNACK")
-        };
+        let Some(Packet::ConnAck(ack, _)) = wire.receive().await else { panic!("no CONNACK") };
         assert_eq!(ack.code, ConnectReturnCode::RefusedProtocolVersion);
     }
 
@@ -565,13 +560,8 @@ mod tests {
     async fn what_is_not_mqtt_ends_its_own_connection_only() {
         let config = BrokerConfig { packet_bytes_max: 1000, ..BrokerConfig::default() };
         let broker = Broker::start(config).await.unwrap();
-        let first: [&[u8]; 5] = [
-            b"GET / HTTP/1.1\r\n\r\n",
-            &[0xff; 64],
-            &[0x10, 0xff, 0xff, 0xff, 0x7f],
-            &[0x10, 0],
-            &[0xc0, 0],
-        ];
+        let first: [&[u8]; 5] =
+            [b"GET / HTTP/1.1\r\n\r\n", &[0xff; 64], &[0x10, 0xff, 0xff, 0xff, 0x7f], &[0x10, 0], &[0xc0, 0]];
         for garbage in first {
             let mut wire = Wire::open(&broker).await;
             wire.socket.write_all(garbage).await.unwrap();

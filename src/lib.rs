@@ -1,8 +1,15 @@
 //! Federated learning without a server: the peers take turns to aggregate.
 
 pub mod aggregation;
+pub mod broker;
+pub mod cli;
+pub mod config;
+pub mod jobs;
+pub mod journal;
+pub mod node;
 pub mod protocol;
 pub mod training;
 pub mod transfer;
+pub mod transport;
 pub mod types;
 pub mod weights;

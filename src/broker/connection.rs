@@ -281,11 +281,7 @@ impl Unacked {
 
     fn acked(&self, id: u16) -> Result<(), Closed> {
         let oldest = self.0.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
-        if oldest == Some(id) {
-            Ok(())
-        } else {
-            Err(Closed::Refused("it acknowledges what it was not sent"))
-        }
+        if oldest == Some(id) { Ok(()) } else { Err(Closed::Refused("it acknowledges what it was not sent")) }
     }
 }
 

@@ -37,8 +37,8 @@ pub struct Decree {
 pub enum Outcome {
     /// The next global model.
     Model(Manifest),
-    /// No more rounds: the parent's model is the last.
-    Finish(Reason),
+    /// No more rounds: the parent's model is the last, named again so that latecomers can still pull it.
+    Finish(Reason, Manifest),
 }
 
 /// Why a federation finishes.
@@ -116,11 +116,10 @@ impl Decree {
         Digest::of(&postcard::to_stdvec(self).expect("a decree holds nothing that postcard refuses"))
     }
 
-    /// The new global model, if there is one.
-    pub fn model(&self) -> Option<&Manifest> {
+    /// The global model after this round.
+    pub fn model(&self) -> &Manifest {
         match &self.outcome {
-            Outcome::Model(manifest) => Some(manifest),
-            Outcome::Finish(_) => None,
+            Outcome::Model(manifest) | Outcome::Finish(_, manifest) => manifest,
         }
     }
 
@@ -128,7 +127,7 @@ impl Decree {
     pub fn reason(&self) -> Option<Reason> {
         match &self.outcome {
             Outcome::Model(_) => None,
-            Outcome::Finish(reason) => Some(*reason),
+            Outcome::Finish(reason, _) => Some(*reason),
         }
     }
 }

@@ -68,8 +68,8 @@ impl Durable {
 
     /// The blobs that these promises rest on, which are to be kept.
     pub fn manifests(&self) -> impl Iterator<Item = &Manifest> {
-        let head = self.head.as_ref().and_then(|head| head.decree.model());
-        let accepted = self.open.accepted.as_ref().and_then(|(_, decree)| decree.model());
+        let head = self.head.as_ref().map(|head| head.decree.model());
+        let accepted = self.open.accepted.as_ref().map(|(_, decree)| decree.model());
         let update = self.open.update.as_ref().map(|update| &update.manifest);
         head.into_iter().chain(&self.model).chain(accepted).chain(update)
     }

@@ -136,6 +136,8 @@ pub struct Hello {
     pub head: Option<(Round, Digest)>,
     /// The federation it belongs to: the digest of the genesis decree.
     pub genesis: Option<Digest>,
+    /// It has the last decree and the last model: nobody need stay for it.
+    pub done: bool,
 }
 
 /// What a leader tells in each heartbeat.

@@ -134,8 +134,8 @@ pub enum Notice {
         reason: Reason,
         /// The last round that made a model.
         rounds: Round,
-        /// The last model, if it is held.
-        model: Option<Digest>,
+        /// The last model, which is held.
+        model: Digest,
         /// Its weighted metrics.
         metrics: Option<Metrics>,
     },

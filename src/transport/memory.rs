@@ -84,11 +84,7 @@ impl State {
 
     /// Ends the membership, unless a later one of the same id has ended it.
     fn leave(&mut self, id: &str, number: u64) -> Option<Member> {
-        if self.is_member(id, number) {
-            self.members.remove(id)
-        } else {
-            None
-        }
+        if self.is_member(id, number) { self.members.remove(id) } else { None }
     }
 }
 

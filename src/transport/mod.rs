@@ -306,9 +306,7 @@ mod tests {
             other.send(outgoing(Class::Bulk, "t/weights/a", "end", &Bytes::new()));
             let (mut counted, mut chunks, mut ends) = (0, 0, 0);
             while ends < 2 {
-                let TransportEvent::Message { topic, payload } = a.next().await else {
-                    panic!("not a message")
-                };
+                let TransportEvent::Message { topic, payload } = a.next().await else { panic!("not a message") };
                 match topic.as_str() {
                     "t/control/count" => {
                         assert_eq!(payload, counted.to_string());

@@ -746,14 +746,7 @@ mod tests {
     #[tokio::test]
     async fn an_address_that_is_none_is_named() {
         assert_eq!(failure(&[]).await, TransportError::NoAddress);
-        for address in [
-            "localhost",
-            ":1883",
-            "localhost:",
-            "localhost:mqtt",
-            "localhost:65536",
-            "",
-        ] {
+        for address in ["localhost", ":1883", "localhost:", "localhost:mqtt", "localhost:65536", ""] {
             assert_eq!(failure(&[address]).await, TransportError::Address(address.to_owned()));
         }
     }
@@ -790,9 +783,7 @@ mod tests {
         }
 
         async fn confirm_subscription(&mut self) -> Vec<String> {
-            let Packet::Subscribe(subscribe, _) = self.receive().await else {
-                panic!("not SUBSCRIBE")
-            };
+            let Packet::Subscribe(subscribe, _) = self.receive().await else { panic!("not SUBSCRIBE") };
             let return_codes = vec![SubscribeReasonCode::Success(QoS::AtLeastOnce); subscribe.filters.len()];
             self.send(Packet::SubAck(SubAck { pkid: subscribe.pkid, return_codes }, None)).await;
             subscribe.filters.into_iter().map(|filter| filter.path).collect()
@@ -888,9 +879,7 @@ mod tests {
         let longest = max - PACKET_OVERHEAD - "t/weights/a".len();
         a.send(outgoing(Class::Bulk, "t/weights/a", "", &Bytes::from(vec![0; longest + 1])));
         a.send(outgoing(Class::Bulk, "t/weights/a", "", &Bytes::from(vec![1; longest])));
-        let TransportEvent::Message { payload, .. } = a.next().await else {
-            panic!("not a message")
-        };
+        let TransportEvent::Message { payload, .. } = a.next().await else { panic!("not a message") };
         assert_eq!((payload.len(), payload[0]), (longest, 1));
     }
 

@@ -93,11 +93,9 @@ impl Peer {
     /// The head's model, once held, is the one that a restart or the end falls back on.
     pub(in crate::protocol) fn note_model_held(&mut self) -> bool {
         let Some(head) = &self.durable.head else { return false };
-        let Some(model) = head.decree.model().filter(|model| self.transfers.holds(&model.digest)).copied() else {
-            return false;
-        };
-        let round = head.decree.round;
-        if self.durable.model == Some(model) {
+        let model = *head.decree.model();
+        let round = self.last_model_round();
+        if self.durable.model == Some(model) || !self.transfers.holds(&model.digest) {
             return false;
         }
         self.durable.model = Some(model);
@@ -115,7 +113,7 @@ impl Peer {
     pub(in crate::protocol) fn head_to_pull(&self) -> Option<(Manifest, Vec<PeerId>)> {
         let head = self.head()?;
         let wanted = self.is_member(&self.me) || self.ended.is_some();
-        let model = head.decree.model().filter(|_| wanted)?;
+        let model = wanted.then(|| head.decree.model())?;
         let leader = head.accepts.iter().filter(|peer| **peer == head.decree.leader);
         let others = head.accepts.iter().filter(|peer| **peer != head.decree.leader);
         Some((*model, leader.chain(others).filter(|peer| **peer != self.me).cloned().collect()))

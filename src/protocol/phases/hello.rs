@@ -39,6 +39,7 @@ impl Peer {
             num_examples: self.num_examples,
             head,
             genesis: self.head().map(|head| head.genesis),
+            done: self.is_done(),
         };
         self.publish_retained(Topic::Init(self.me.clone()), Body::Hello(hello));
         self.timers.set(Timer::Hello, now + self.hello_interval());

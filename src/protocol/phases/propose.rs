@@ -38,13 +38,13 @@ impl Peer {
     fn advance_proposal(&mut self, now: Instant) {
         let Some(leading) = self.open.leading.as_ref().filter(|leading| leading.proposal.is_none()) else { return };
         if let Some((decree, _)) = &leading.bound {
-            let held = decree.model().is_none_or(|model| self.transfers.holds(&model.digest));
+            let held = self.transfers.holds(&decree.model().digest);
             if held {
                 self.propose(decree.clone(), now);
             }
             return;
         }
-        if let Some(outcome) = self.finish_outcome(now) {
+        if let Some(outcome) = self.finish_outcome() {
             let decree = self.form_decree(outcome, &[], now);
             return self.propose(decree, now);
         }
@@ -55,16 +55,16 @@ impl Peer {
     }
 
     /// The end, once the evaluations that are in say so; after the last round also when nobody could evaluate.
-    fn finish_outcome(&self, now: Instant) -> Option<Outcome> {
+    fn finish_outcome(&self) -> Option<Outcome> {
         let leading = self.open.leading.as_ref()?;
         let late = !self.timers.is_running(Timer::Gather) || self.open.evaluation == Work::Failed;
-        let _ = now;
+        let model = *self.parent_model()?;
         if self.round() == Round::GENESIS || leading.parent_metrics.is_none() && !(late && !self.is_training_round()) {
             return None;
         }
         let metrics = leading.parent_metrics;
         let record = self.record(metrics.as_ref());
-        decree::stop(&self.config, self.round(), metrics.as_ref(), &record).map(Outcome::Finish)
+        decree::stop(&self.config, self.round(), metrics.as_ref(), &record).map(|reason| Outcome::Finish(reason, model))
     }
 
     fn record(&self, metrics: Option<&crate::types::Metrics>) -> decree::Record {
@@ -154,10 +154,7 @@ impl Peer {
         if let Some(stranger) = decree.contributors.iter().find(|part| !self.is_member(&part.peer)) {
             return Err(format!("its proposal counts an update of {}, who is no member", stranger.peer));
         }
-        match decree.model() {
-            Some(model) => model.check(&self.layout).map_err(|error| error.to_string()),
-            None => Ok(()),
-        }
+        decree.model().check(&self.layout).map_err(|error| error.to_string())
     }
 
     fn has_accepted(&self, term: Term, decree: &Decree) -> bool {
@@ -167,12 +164,12 @@ impl Peer {
     /// The model of the proposal, while it is not held, and who serves it.
     pub(in crate::protocol) fn proposal_to_pull(&self) -> Option<(Manifest, PeerId)> {
         let (leader, decree) = self.open.proposal.as_ref()?;
-        decree.model().map(|model| (*model, leader.clone()))
+        Some((*decree.model(), leader.clone()))
     }
 
     pub(in crate::protocol) fn advance_acceptance(&mut self, now: Instant) {
         let Some((_, decree)) = &self.open.proposal else { return };
-        let held = decree.model().is_none_or(|model| self.transfers.holds(&model.digest));
+        let held = self.transfers.holds(&decree.model().digest);
         if !held {
             return;
         }

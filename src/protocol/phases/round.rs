@@ -161,7 +161,7 @@ impl Peer {
 
     /// The parent model of the open round, if there is one.
     pub(in crate::protocol) fn parent_model(&self) -> Option<&Manifest> {
-        self.head().and_then(|head| head.decree.model())
+        self.head().map(|head| head.decree.model())
     }
 
     /// The digest that decrees of the open round have as parent.

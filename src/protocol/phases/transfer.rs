@@ -77,7 +77,7 @@ impl Peer {
     /// What the open round needs and is not here, and who has it.
     fn needed(&self) -> Vec<(Manifest, Vec<PeerId>)> {
         let bound = self.open.leading.as_ref().and_then(|leading| leading.bound.as_ref());
-        let bound = bound.and_then(|(decree, holders)| decree.model().map(|model| (*model, holders.clone())));
+        let bound = bound.map(|(decree, holders)| (*decree.model(), holders.clone()));
         let proposal = self.proposal_to_pull().map(|(model, leader)| (model, vec![leader]));
         let mut needed: Vec<_> = self.head_to_pull().into_iter().chain(bound).chain(proposal).collect();
         let updates = self.updates_to_pull();
@@ -195,21 +195,21 @@ impl Peer {
                 self.transfers.hold(manifest);
                 if self.note_model_held() {
                     self.persist();
+                    self.note_done(now);
                 }
             }
-            Err(why) => self.on_unusable(manifest.digest, why, now),
+            Err(why) => self.on_unusable(manifest.digest, why),
         }
     }
 
     /// A blob that is not what it should be: an update is left out, a model is pulled again.
-    fn on_unusable(&mut self, blob: Digest, why: String, now: Instant) {
+    fn on_unusable(&mut self, blob: Digest, why: String) {
         let owner =
             self.open.updates.iter().find(|(_, update)| update.manifest.digest == blob).map(|(peer, _)| peer.clone());
         match owner {
             Some(peer) => self.leave_out(peer, why),
             None => self.notify(crate::protocol::Notice::Failed { what: "pulling a model", why }),
         }
-        let _ = now;
     }
 
     pub(in crate::protocol) fn on_grant(&mut self, sender: &PeerId, blob: Digest, chunks: &ChunkSet, now: Instant) {
@@ -218,7 +218,7 @@ impl Peer {
             return self.bad_message(Some(sender.clone()), error.to_string());
         }
         let proposed =
-            self.open.leading.as_ref().and_then(|leading| leading.proposal.as_ref()).and_then(|decree| decree.model());
+            self.open.leading.as_ref().and_then(|leading| leading.proposal.as_ref()).map(|decree| decree.model());
         let several = proposed.is_some_and(|model| model.digest == blob)
             && self.durable.roster().is_some_and(|roster| roster.len() > 2);
         let repeat_after = self.heartbeat();

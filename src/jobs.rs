@@ -1,0 +1,115 @@
+//! Slow work: what a [`Job`] does, with a trainer and a store of blobs. The node and the simulator run the same.
+
+use std::ops::ControlFlow;
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use crate::aggregation::{Contribution, Rule};
+use crate::journal::Blobs;
+use crate::protocol::{Done, Job};
+use crate::training::{Progress, Trainer};
+use crate::transfer::{Codec, Manifest, join_verified};
+use crate::types::{Digest, Metrics, Round};
+use crate::weights::{Layout, Weights};
+
+/// What all jobs of one peer share.
+#[derive(Clone, Debug)]
+pub struct Workshop {
+    /// Where blobs are kept.
+    pub blobs: Blobs,
+    /// The model's names and shapes.
+    pub layout: Arc<Layout>,
+    /// How weights are written.
+    pub codec: Codec,
+    /// How updates become a model.
+    pub rule: Rule,
+    /// The length of a chunk, in bytes.
+    pub chunk_bytes: u32,
+}
+
+impl Workshop {
+    /// Does a job. `trainer` is asked for only by those that need it; `on_progress` hears of training, batch by batch.
+    pub fn perform<T: AsMut<dyn Trainer>>(
+        &self,
+        job: Job,
+        trainer: impl FnOnce() -> T,
+        on_progress: &mut dyn FnMut(Round, Progress) -> ControlFlow<()>,
+    ) -> Done {
+        match job {
+            Job::Initial => Done::Initial(self.keep(&trainer().as_mut().weights())),
+            Job::Evaluate { model } => Done::Evaluated { model, result: self.evaluate(model, trainer().as_mut()) },
+            Job::Train { round, model } => {
+                let mut on_batch = |progress| on_progress(round, progress);
+                Done::Trained { round, result: self.train(round, model, trainer().as_mut(), &mut on_batch) }
+            }
+            Job::Verify { manifest, chunks } => {
+                let result = self.verify(&manifest, chunks);
+                Done::Verified { manifest, result }
+            }
+            Job::Aggregate { round, parts } => Done::Aggregated { round, result: self.aggregate(&parts) },
+        }
+    }
+
+    fn evaluate(&self, model: Digest, trainer: &mut dyn Trainer) -> Result<Metrics, String> {
+        trainer.set_weights(&self.load(model)?).map_err(sentence)?;
+        let metrics = trainer.evaluate().map_err(sentence)?;
+        if metrics.is_finite() { Ok(metrics) } else { Err("the validation loss is not finite".into()) }
+    }
+
+    fn train(
+        &self,
+        round: Round,
+        model: Digest,
+        trainer: &mut dyn Trainer,
+        on_batch: &mut dyn FnMut(Progress) -> ControlFlow<()>,
+    ) -> Result<(Manifest, Metrics), String> {
+        trainer.set_weights(&self.load(model)?).map_err(sentence)?;
+        let metrics = trainer.train(round, on_batch).map_err(sentence)?;
+        let weights = trainer.weights();
+        if let Some(tensor) = weights.first_non_finite() {
+            return Err(format!("after training {tensor} holds values that are not finite; lower the learning rate"));
+        }
+        Ok((self.keep(&weights)?, metrics))
+    }
+
+    /// Every value is looked at before a blob counts as held: a NaN would spread to every peer.
+    fn verify(&self, manifest: &Manifest, chunks: Vec<Bytes>) -> Result<(), String> {
+        let blob = join_verified(manifest, chunks).map_err(sentence)?;
+        let weights = manifest.codec.decode(&blob, &self.layout).map_err(sentence)?;
+        if let Some(tensor) = weights.first_non_finite() {
+            return Err(format!("{tensor} holds values that are not finite"));
+        }
+        self.blobs.put(manifest.digest, &blob).map_err(sentence)
+    }
+
+    fn aggregate(&self, parts: &[(Digest, u64)]) -> Result<Manifest, String> {
+        let updates: Vec<(Weights, u64)> = parts
+            .iter()
+            .map(|(update, num_examples)| Ok((self.load(*update)?, *num_examples)))
+            .collect::<Result<_, String>>()?;
+        let contributions: Vec<Contribution<'_>> = updates
+            .iter()
+            .map(|(weights, num_examples)| Contribution { num_examples: *num_examples, weights })
+            .collect();
+        self.keep(&self.rule.aggregate(&contributions).map_err(sentence)?)
+    }
+
+    /// The weights of a blob that is held.
+    pub fn load(&self, blob: Digest) -> Result<Weights, String> {
+        let bytes =
+            self.blobs.get(blob).map_err(sentence)?.ok_or_else(|| format!("blob {} is not here", blob.short()))?;
+        self.codec.decode(&bytes, &self.layout).map_err(sentence)
+    }
+
+    fn keep(&self, weights: &Weights) -> Result<Manifest, String> {
+        let blob = self.codec.encode(weights);
+        let manifest = Manifest::of(&blob, self.chunk_bytes, self.codec).map_err(sentence)?;
+        self.blobs.put(manifest.digest, &blob).map_err(sentence)?;
+        Ok(manifest)
+    }
+}
+
+fn sentence(error: impl std::fmt::Display) -> String {
+    error.to_string()
+}

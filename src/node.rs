@@ -1,0 +1,354 @@
+//! The node: one peer's protocol, driven by a real clock, a transport and blocking threads.
+
+use std::collections::BTreeSet;
+use std::future::Future;
+use std::ops::ControlFlow;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use tokio::sync::mpsc;
+
+use crate::jobs::Workshop;
+use crate::journal::{Blobs, Journal, JournalError};
+use crate::protocol::{
+    Action, Config, Difference, Done, Durable, Event, Identity, Job, Notice, Peer, Reason, Topics, Waiting,
+};
+use crate::training::{Progress, Trainer};
+use crate::transfer::Codec;
+use crate::transport::{Class, Outgoing, Transport, TransportEvent};
+use crate::types::{Digest, Metrics, PeerId, Round};
+
+/// Where a node keeps its promises.
+#[derive(Debug)]
+pub enum Storage {
+    /// In a state directory: a restart goes on.
+    Disk(Journal),
+    /// Nowhere: a restart would be another peer.
+    Memory,
+}
+
+/// What a node is made of.
+pub struct Node<T> {
+    /// The peer's name.
+    pub peer: PeerId,
+    /// The configuration shared with all peers.
+    pub config: Config,
+    /// How weights are written.
+    pub codec: Codec,
+    /// The federation's topics.
+    pub topics: Topics,
+    /// The way to the others.
+    pub transport: T,
+    /// Where promises are kept.
+    pub storage: Storage,
+    /// What was stored before, if anything.
+    pub durable: Option<Durable>,
+    /// Model and data.
+    pub trainer: Box<dyn Trainer>,
+    /// Give up after waiting this long for others.
+    pub wait_timeout: Option<Duration>,
+}
+
+/// What a node tells whoever watches it.
+#[derive(Debug)]
+pub enum Observation<'a> {
+    /// Something of the protocol, with the bytes that passed since the last commit.
+    Notice(&'a Notice, Traffic),
+    /// Local training goes on.
+    Training(Round, Progress),
+    /// The broker was reached.
+    Connected(&'a str),
+    /// The broker was lost.
+    Disconnected(&'a str),
+}
+
+/// Bytes of messages, as published and as received.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// Sent, in bytes.
+    pub sent: u64,
+    /// Received, in bytes.
+    pub received: u64,
+}
+
+/// How a node's run ended.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Outcome {
+    /// The federation finished.
+    Finished {
+        /// Why.
+        reason: Reason,
+        /// How many rounds made a model.
+        rounds: Round,
+        /// The last model.
+        model: Digest,
+        /// Its metrics over all peers.
+        metrics: Option<Metrics>,
+    },
+    /// The federation finished, but nobody was left to serve its last model.
+    FinishedWithoutModel,
+    /// The peer does not fit the federation.
+    Refused {
+        /// A member.
+        peer: PeerId,
+        /// What differs.
+        difference: Difference,
+    },
+    /// Waited too long.
+    GaveUp(Waiting),
+    /// Asked to stop; the state is kept.
+    Interrupted,
+}
+
+/// Why a node cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum NodeError {
+    /// The state directory failed.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// A thread of this node panicked: a bug.
+    #[error("a job ended without a result")]
+    LostJob,
+}
+
+/// The running parts of a node.
+struct Driver<'a, T> {
+    transport: T,
+    topics: Topics,
+    storage: Storage,
+    blobs: Blobs,
+    workshop: Arc<Workshop>,
+    trainer: Arc<Mutex<Box<dyn Trainer>>>,
+    jobs: mpsc::UnboundedSender<JobEvent>,
+    /// Training of rounds up to this one is no longer wanted.
+    cancelled: Arc<AtomicU64>,
+    traffic: Traffic,
+    waiting: Option<(Waiting, Instant)>,
+    outcome: Option<Outcome>,
+    stopping: bool,
+    observe: &'a mut (dyn FnMut(Observation<'_>) + Send),
+}
+
+enum JobEvent {
+    Progress(Round, Progress),
+    Done(Result<Done, NodeError>),
+}
+
+/// A trainer that a job has to itself while it needs it.
+struct Held<'a>(MutexGuard<'a, Box<dyn Trainer>>);
+
+impl AsMut<dyn Trainer + 'static> for Held<'_> {
+    fn as_mut(&mut self) -> &mut (dyn Trainer + 'static) {
+        &mut **self.0
+    }
+}
+
+impl<T: Transport> Node<T> {
+    /// Takes part until the federation finishes, `shutdown` ends or nothing more can be done.
+    ///
+    /// On every way out but an error the peer says goodbye, so that the others need not wait for its silence.
+    pub async fn run(
+        self,
+        shutdown: impl Future<Output = ()>,
+        observe: &mut (dyn FnMut(Observation<'_>) + Send),
+    ) -> Result<Outcome, NodeError> {
+        let blobs = match &self.storage {
+            Storage::Disk(journal) => journal.blobs(),
+            Storage::Memory => Blobs::memory(),
+        };
+        let layout = self.trainer.layout();
+        let identity = Identity { peer: self.peer, layout: layout.clone(), num_examples: self.trainer.num_examples() };
+        let held = held_blobs(self.durable.as_ref(), &blobs)?;
+        let chunk_bytes = u32::try_from(self.config.chunk_bytes).unwrap_or(u32::MAX);
+        let workshop =
+            Workshop { blobs: blobs.clone(), layout, codec: self.codec, rule: self.config.rule, chunk_bytes };
+        let mut peer = Peer::new(self.config, identity, self.durable, &held, Instant::now());
+        let (jobs, mut ended) = mpsc::unbounded_channel();
+        let mut driver = Driver {
+            transport: self.transport,
+            topics: self.topics,
+            storage: self.storage,
+            blobs,
+            workshop: Arc::new(workshop),
+            trainer: Arc::new(Mutex::new(self.trainer)),
+            jobs,
+            cancelled: Arc::default(),
+            traffic: Traffic::default(),
+            waiting: None,
+            outcome: None,
+            stopping: false,
+            observe,
+        };
+        let outcome = driver.drive(&mut peer, &mut ended, shutdown, self.wait_timeout).await?;
+        driver.leave(&peer).await;
+        Ok(outcome)
+    }
+}
+
+/// The blobs that the stored promises rest on and that are really there.
+fn held_blobs(durable: Option<&Durable>, blobs: &Blobs) -> Result<BTreeSet<Digest>, NodeError> {
+    let mut held = BTreeSet::new();
+    for manifest in durable.into_iter().flat_map(Durable::manifests) {
+        if blobs.get(manifest.digest)?.is_some() {
+            held.insert(manifest.digest);
+        }
+    }
+    Ok(held)
+}
+
+impl<T: Transport> Driver<'_, T> {
+    async fn drive(
+        &mut self,
+        peer: &mut Peer,
+        ended: &mut mpsc::UnboundedReceiver<JobEvent>,
+        shutdown: impl Future<Output = ()>,
+        wait_timeout: Option<Duration>,
+    ) -> Result<Outcome, NodeError> {
+        let mut shutdown = std::pin::pin!(shutdown);
+        loop {
+            let give_up = self.waiting.as_ref().zip(wait_timeout).map(|((_, since), timeout)| *since + timeout);
+            let event = tokio::select! {
+                () = &mut shutdown => return Ok(Outcome::Interrupted),
+                event = self.transport.next() => self.received(event),
+                job = ended.recv() => match job {
+                    Some(JobEvent::Done(done)) => Some(Event::Done(done?)),
+                    Some(JobEvent::Progress(round, progress)) => {
+                        (self.observe)(Observation::Training(round, progress));
+                        None
+                    }
+                    None => None,
+                },
+                () = sleep_until(peer.deadline()) => Some(Event::Tick),
+                () = sleep_until(give_up) => match self.waiting.take() {
+                    Some((waiting, _)) => return Ok(Outcome::GaveUp(waiting)),
+                    None => None,
+                },
+            };
+            let Some(event) = event else { continue };
+            for action in peer.handle(event, Instant::now()) {
+                self.act(action)?;
+            }
+            if self.stopping {
+                return Ok(self.outcome.take().unwrap_or(Outcome::FinishedWithoutModel));
+            }
+        }
+    }
+
+    fn received(&mut self, event: TransportEvent) -> Option<Event> {
+        Some(match event {
+            TransportEvent::Connected { broker } => {
+                (self.observe)(Observation::Connected(&broker));
+                Event::Connected
+            }
+            TransportEvent::Disconnected { reason } => {
+                (self.observe)(Observation::Disconnected(&reason));
+                Event::Disconnected
+            }
+            // Retained topics are cleared with an empty message.
+            TransportEvent::Message { payload, .. } if payload.is_empty() => return None,
+            TransportEvent::Message { payload, .. } => {
+                self.traffic.received += payload.len() as u64;
+                Event::Message(payload)
+            }
+        })
+    }
+
+    fn act(&mut self, action: Action) -> Result<(), NodeError> {
+        match action {
+            Action::Persist(durable) => {
+                if let Storage::Disk(journal) = &mut self.storage {
+                    journal.save_state(&durable.encode())?;
+                }
+            }
+            Action::Publish { topic, retain, message } => {
+                let topic = self.topics.name(&topic);
+                self.send(Outgoing { topic, retain, class: Class::Control, head: message, tail: bytes::Bytes::new() });
+            }
+            Action::SendChunk { topic, header, manifest, index } => {
+                let chunk = self.blobs.get(manifest.digest)?.and_then(|blob| manifest.chunk(&blob, index));
+                if let Some(tail) = chunk {
+                    let topic = self.topics.name(&topic);
+                    self.send(Outgoing { topic, retain: false, class: Class::Bulk, head: header, tail });
+                }
+            }
+            Action::Start(job) => self.start(job),
+            Action::CancelTraining(round) => {
+                self.cancelled.fetch_max(round.0, Ordering::Relaxed);
+            }
+            Action::Retain(keep) => self.blobs.retain(&keep)?,
+            Action::Notify(notice) => self.notify(notice),
+            Action::Stop => self.stopping = true,
+        }
+        Ok(())
+    }
+
+    fn send(&mut self, message: Outgoing) {
+        self.traffic.sent += (message.head.len() + message.tail.len()) as u64;
+        self.transport.send(message);
+    }
+
+    fn start(&self, job: Job) {
+        let (workshop, trainer, jobs) = (self.workshop.clone(), self.trainer.clone(), self.jobs.clone());
+        let cancelled = self.cancelled.clone();
+        tokio::spawn(async move {
+            let report = jobs.clone();
+            let work = move || {
+                // A trainer that panicked is a bug that ends the node (`LostJob`); its lock then means nothing.
+                let own = || Held(trainer.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
+                workshop.perform(job, own, &mut |round, progress| {
+                    let _ = report.send(JobEvent::Progress(round, progress));
+                    if cancelled.load(Ordering::Relaxed) >= round.0 {
+                        ControlFlow::Break(())
+                    } else {
+                        ControlFlow::Continue(())
+                    }
+                })
+            };
+            let done = tokio::task::spawn_blocking(work).await.map_err(|_| NodeError::LostJob);
+            // Nobody listens once the node has ended.
+            let _ = jobs.send(JobEvent::Done(done));
+        });
+    }
+
+    fn notify(&mut self, mut notice: Notice) {
+        match &mut notice {
+            Notice::Waiting(waiting) => self.waiting = waiting.clone().map(|waiting| (waiting, Instant::now())),
+            Notice::Finished { reason, rounds, model, metrics } => {
+                let (reason, rounds, model, metrics) = (*reason, *rounds, *model, *metrics);
+                self.outcome = Some(Outcome::Finished { reason, rounds, model, metrics });
+            }
+            Notice::Refused { peer, difference } => {
+                self.outcome = Some(Outcome::Refused { peer: peer.clone(), difference: difference.clone() });
+            }
+            // The decree is durable and announced only now.
+            Notice::Committed(committed) => {
+                let spent = committed.decided.elapsed().as_secs_f64();
+                committed.seconds.commit += spent;
+                committed.seconds.total += spent;
+            }
+            _ => {}
+        }
+        (self.observe)(Observation::Notice(&notice, self.traffic));
+        if matches!(notice, Notice::Committed(_)) {
+            self.traffic = Traffic::default();
+        }
+    }
+
+    /// Says goodbye and stops what runs.
+    async fn leave(mut self, peer: &Peer) {
+        self.cancelled.store(u64::MAX, Ordering::Relaxed);
+        let (topic, message) = peer.last_will();
+        let topic = self.topics.name(&topic);
+        let tail = bytes::Bytes::new();
+        self.send(Outgoing { topic, retain: true, class: Class::Control, head: message, tail });
+        self.transport.stop().await;
+    }
+}
+
+async fn sleep_until(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
+        None => std::future::pending().await,
+    }
+}
