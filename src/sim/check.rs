@@ -33,6 +33,7 @@ pub(super) struct Check {
     accepts: BTreeMap<(PeerId, Round, Term), Digest>,
     /// Every update that was trained: whose, in which round, from which model.
     updates: BTreeMap<Digest, (PeerId, Round, Digest, Weights)>,
+    /// Who has persisted an update in which round.
     trained: BTreeSet<(PeerId, Round)>,
 }
 
@@ -65,6 +66,9 @@ impl Check {
             if founded != roster {
                 return Err((ONE_DECREE, format!("two first rosters: {founded:?} and {roster:?}")));
             }
+        }
+        if durable.open.update.is_some() {
+            self.trained.insert((peer.clone(), durable.open.round));
         }
         let Some(head) = &durable.head else { return Ok(()) };
         let round = head.decree.round;
@@ -141,11 +145,10 @@ impl Check {
         weights: Weights,
     ) -> Result<(), Broken> {
         self.updates.insert(update, (peer.clone(), round, model, weights));
-        if self.trained.insert((peer.clone(), round)) {
-            Ok(())
-        } else {
-            Err((TRAINED_ONCE, format!("{peer} trained {round:?} again")))
+        if self.trained.contains(&(peer.clone(), round)) {
+            return Err((TRAINED_ONCE, format!("{peer} trained {round:?} again")));
         }
+        Ok(())
     }
 
     /// A peer has sent a message.

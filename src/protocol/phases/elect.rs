@@ -171,6 +171,7 @@ impl Peer {
             proposal: None,
             accepts: BTreeSet::new(),
             refusals: BTreeSet::new(),
+            late: false,
             told: None,
         });
         self.open.following = None;

@@ -4,7 +4,6 @@ use std::time::Instant;
 
 use crate::protocol::message::Update;
 use crate::protocol::phases::round::{Aggregate, Work};
-use crate::protocol::timer::Timer;
 use crate::protocol::{Action, Job, Notice, Peer};
 use crate::transfer::Manifest;
 use crate::types::{PeerId, Round};
@@ -40,8 +39,14 @@ impl Peer {
         }
     }
 
-    /// Whether a member is still waited for: it lives, as far as the leader has had time to see.
+    /// Whether a member is still waited for: it lives, as far as the leader has had time to see, and follows.
     pub(in crate::protocol) fn is_awaited(&self, peer: &PeerId, since: Instant, now: Instant) -> bool {
+        self.is_there(peer, since, now)
+            && !self.open.leading.as_ref().is_some_and(|leading| leading.refusals.contains(peer))
+    }
+
+    /// Whether a member lives, as far as the leader has had time to see.
+    pub(in crate::protocol) fn is_there(&self, peer: &PeerId, since: Instant, now: Instant) -> bool {
         let gone = self.neighbours.get(peer).is_some_and(|neighbour| neighbour.gone);
         let early = now.saturating_duration_since(since) < self.silence();
         !gone && (early || self.is_live(peer, now))
@@ -69,7 +74,7 @@ impl Peer {
         if leading.bound.is_some() || !matches!(leading.aggregate, Aggregate::Gathering) || !self.is_training_round() {
             return;
         }
-        let (since, told) = (leading.since, leading.told);
+        let (since, late, told) = (leading.since, leading.late, leading.told);
         let gathered = self.gathered();
         let Some(roster) = self.durable.roster() else { return };
         let trains = |peer: &&PeerId| **peer != self.me || self.trains() || self.open.updates.contains_key(*peer);
@@ -86,7 +91,6 @@ impl Peer {
             self.notify(Notice::Gathered { round, done: count.0, total: count.1 });
             self.with_leadership(|leading| leading.told = Some(count));
         }
-        let late = !self.timers.is_running(Timer::Gather) || self.timers.fired(Timer::Gather, now);
         let moving = late && self.transfers.is_moving(now, self.silence());
         if gathered.len() >= needed && (missing == 0 || late && !moving) {
             self.aggregate(gathered, now);
@@ -97,7 +101,7 @@ impl Peer {
     pub(in crate::protocol) fn lacks_updates(&self) -> Option<(usize, usize)> {
         let leading = self.open.leading.as_ref()?;
         let open = matches!(leading.aggregate, Aggregate::Gathering) && leading.bound.is_none();
-        let late = open && self.is_training_round() && !self.timers.is_running(Timer::Gather);
+        let late = open && self.is_training_round() && leading.late;
         late.then(|| (self.gathered().len(), self.config.min_updates))
     }
 

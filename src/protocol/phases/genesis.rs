@@ -42,10 +42,10 @@ impl Peer {
         if self.durable.founding.roster.is_some() {
             return self.repeat_founded(now);
         }
+        self.settle(now);
         if !self.connected {
             return;
         }
-        self.settle(now);
         let candidate = self.genesis.present.first() == Some(&self.me);
         let enough = self.genesis.present.len() >= self.config.min_peers && self.genesis.present.len() <= ROSTER_MAX;
         if !(candidate && enough && self.genesis.settled && self.leads_in_number(now)) {

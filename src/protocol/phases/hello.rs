@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use crate::protocol::message::{Body, Hello};
-use crate::protocol::timer::Timer;
+use crate::protocol::timer::{Timer, Timers};
 use crate::protocol::{Action, Difference, Ended, Notice, Peer, Topic};
 use crate::types::{PeerId, Round};
 
@@ -149,6 +149,7 @@ impl Peer {
     pub(in crate::protocol) fn stop(&mut self) {
         if !self.stopped {
             self.stopped = true;
+            self.timers = Timers::default();
             self.actions.push(Action::Stop);
         }
     }
