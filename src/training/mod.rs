@@ -1,8 +1,8 @@
 //! Training: what a node asks of a model and its data.
 //!
 //! [`Trainer`] is the whole of it. [`BurnTrainer`] is the implementation at hand: a [`Model`] in burn, trained on a
-//! [`Dataset`] as a [`TrainingConfig`] says. [`Partition`] shares one data set out among the peers of one
-//! machine. burn appears in this floor alone.
+//! [`Dataset`] as a [`TrainingConfig`] says. [`Partition`] shares one data set out among the peers of one machine;
+//! [`export`] writes and reads safetensors files. burn appears in this floor alone.
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -13,6 +13,7 @@ use crate::weights::{Layout, LayoutMismatch, Weights};
 mod burn_trainer;
 mod config;
 mod dataset;
+pub mod export;
 mod models;
 mod named;
 mod partition;
