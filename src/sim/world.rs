@@ -209,7 +209,8 @@ impl<'a> World<'a> {
     /// Whether every peer that still exists has the last decree and its model.
     fn is_over(&self) -> bool {
         let Some(last) = self.check.newest().filter(|decree| decree.reason().is_some()) else { return false };
-        let done = |peer: &SimulatedPeer| peer.lost_for_good || peer.has(last);
+        // Who comes when all is over finds nothing to take part in.
+        let done = |peer: &SimulatedPeer| peer.lost_for_good || peer.has(last) || peer.is_stranger();
         self.peers.values().all(done)
     }
 
@@ -513,9 +514,8 @@ impl<'a> World<'a> {
         self.say(id, "loses its state");
         self.take_down(id);
         if let Some(peer) = self.peers.get_mut(id) {
+            // What it had held counts for what was decided with it.
             peer.lost_for_good = true;
-            peer.durable = None;
-            peer.blobs = Blobs::memory();
         }
         let Ok(heir) = PeerId::new(&format!("{id}.new")) else { return };
         if !self.peers.contains_key(&heir) {
@@ -615,6 +615,10 @@ impl SimulatedPeer {
         let manifests = self.durable.iter().flat_map(Durable::manifests);
         let held = |manifest: &&Manifest| self.blobs.get(manifest.digest).is_ok_and(|blob| blob.is_some());
         manifests.filter(held).map(|manifest| manifest.digest).collect()
+    }
+
+    fn is_stranger(&self) -> bool {
+        self.durable.as_ref().is_none_or(|durable| durable.roster().is_none())
     }
 
     fn has(&self, last: &crate::protocol::Decree) -> bool {

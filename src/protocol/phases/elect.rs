@@ -70,8 +70,8 @@ impl Peer {
             return;
         }
         self.depose(now);
-        if self.open.following.is_none() && self.open.leading.is_none() {
-            if self.open.seen_term > self.promised() {
+        if self.open.following.is_none() {
+            if self.open.leading.is_none() && self.open.seen_term > self.promised() {
                 self.cast_ballot(self.open.seen_term, None, now);
             }
             self.try_to_lead(now);
@@ -149,6 +149,9 @@ impl Peer {
         if let Some((&term, _)) = higher {
             let me = self.me.clone();
             self.cast_ballot(term, Some(&me), now);
+        }
+        if self.open.leading.is_some() {
+            return;
         }
         let term = self.promised();
         let mut ballots: BTreeSet<PeerId> =
@@ -304,10 +307,13 @@ impl Peer {
         }
     }
 
-    /// A leader that too many members have left behind in a higher term steps down.
+    /// A leader whom a quorum could follow, were it not for those it lost to a higher term, steps down and joins them.
     pub(in crate::protocol) fn step_down_if_left_behind(&mut self, now: Instant) {
         let (Some(leading), Some(roster)) = (&self.open.leading, self.durable.roster()) else { return };
-        if roster.len() - leading.refusals.len() < roster.quorum() {
+        let there = roster.members().iter().filter(|peer| self.is_there(peer, leading.since, now));
+        let (lost, willing): (Vec<_>, Vec<_>) = there.partition(|peer| leading.refusals.contains(*peer));
+        let quorum = roster.quorum();
+        if willing.len() < quorum && willing.len() + lost.len() >= quorum {
             let term = self.open.seen_term.max(self.promised().next());
             self.cast_ballot(term, None, now);
         }

@@ -44,6 +44,7 @@ impl Peer {
         }
         self.settle(now);
         if !self.connected {
+            self.timers.clear(Timer::Call);
             return;
         }
         let candidate = self.genesis.present.first() == Some(&self.me);
