@@ -288,6 +288,10 @@ impl Peer {
 
     /// Takes what happened at `now`; returns what to do, in order.
     pub fn handle(&mut self, event: Event, now: Instant) -> Vec<Action> {
+        if self.ended == Some(Ended::Refused) {
+            // It has no part in this federation, whatever it hears.
+            return Vec::new();
+        }
         match event {
             Event::Tick => {}
             Event::Connected => self.on_connected(now),
