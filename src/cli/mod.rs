@@ -15,6 +15,7 @@ pub mod args;
 pub mod config;
 pub mod error;
 pub mod output;
+pub mod sim;
 
 use args::{Command, Invocation};
 pub use error::{Exit, Failure};
@@ -98,6 +99,7 @@ fn dispatch(invocation: Invocation, shell: &mut Shell) -> Result<Exit, Failure> 
     let layers = layers(&invocation, &shell.env)?;
     match invocation.command {
         Command::Config(args) => config::run(&args, &layers, shell),
+        Command::Sim(args) => sim::run(&args, shell),
         // MERGE: one arm a subcommand, `Command::Run(args) => run::run(&args, layers, shell)` and so on.
         other => Err(Failure::new(Exit::Internal, anyhow::anyhow!("this build lacks the subcommand: {other:?}"))),
     }

@@ -366,13 +366,13 @@ impl Peer {
         match body {
             Body::Hello(hello) => self.on_hello(sender, round, hello, now),
             Body::Goodbye => self.on_goodbye(&sender),
-            Body::Call { roster, released } => self.on_call(&sender, term, roster, &released, now),
+            Body::Call { roster, released } => self.on_call(&sender, term, &roster, &released, now),
             Body::Join { gave_up } => self.on_join(sender, term, gave_up),
             Body::Bound { candidate, call } => self.on_bound(sender, term, candidate, call),
             Body::Founded(roster) => self.on_founded(roster, now),
             Body::Ballot { candidate, accepted } => self.on_ballot(sender, round, term, &candidate, accepted, now),
             Body::Evaluation(metrics) => self.on_evaluation(sender, round, metrics),
-            Body::Leader(leading) => self.on_leader(&sender, round, term, leading, now),
+            Body::Leader(leading) => self.on_leader(&sender, round, term, &leading, now),
             Body::Proposal(decree) => self.on_proposal(sender, round, term, decree, now),
             Body::Update(update) => self.on_update(sender, round, update, now),
             Body::Status => {}

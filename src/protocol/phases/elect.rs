@@ -116,7 +116,6 @@ impl Peer {
         }
     }
 
-    #[expect(clippy::too_many_arguments, reason = "a ballot's parts, checked one by one")]
     pub(in crate::protocol) fn on_ballot(
         &mut self,
         sender: PeerId,
@@ -231,7 +230,7 @@ impl Peer {
         sender: &PeerId,
         round: Round,
         term: Term,
-        leading: Leading,
+        leading: &Leading,
         now: Instant,
     ) {
         if !self.accepts_leader(sender, round, term, now) {

@@ -141,7 +141,7 @@ impl Peer {
         &mut self,
         sender: &PeerId,
         call: Term,
-        roster: Roster,
+        roster: &Roster,
         released: &[(PeerId, Term)],
         now: Instant,
     ) {

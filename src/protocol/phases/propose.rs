@@ -62,7 +62,9 @@ impl Peer {
         let leading = self.open.leading.as_ref()?;
         let late = leading.late || self.open.evaluation == Work::Failed;
         let model = *self.parent_model()?;
-        if self.round() == Round::GENESIS || leading.parent_metrics.is_none() && !(late && !self.is_training_round()) {
+        // Without metrics only the last round can end, and only after waiting for them.
+        let may_end = leading.parent_metrics.is_some() || late && !self.is_training_round();
+        if self.round() == Round::GENESIS || !may_end {
             return None;
         }
         let metrics = leading.parent_metrics;
