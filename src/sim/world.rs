@@ -577,19 +577,20 @@ impl<'a> World<'a> {
     }
 
     fn note(&mut self, id: &PeerId, notice: &Notice) {
-        if let Notice::Committed(committed) = notice
-            && committed.led
-        {
-            self.reelections += u64::from(committed.term > Term(0));
-        }
-        let is_commit = matches!(notice, Notice::Committed(committed) if committed.led);
-        if self.detail >= Detail::Notices {
-            self.say(id, &format!("{notice:?}"));
-        } else if let (Notice::Committed(committed), true) = (notice, is_commit) {
-            let decree = &committed.decree;
-            let (round, term, parts) = (decree.round, committed.term, decree.contributors.len());
-            let what = decree.reason().map_or("a model".to_owned(), |reason| format!("the end: {reason}"));
-            self.say(id, &format!("commits round {round} in term {term}: {what}, {parts} contributors"));
+        let every = self.detail >= Detail::Notices;
+        match notice {
+            Notice::Committed(committed) => {
+                self.reelections += u64::from(committed.led && committed.term > Term(0));
+                if committed.led || every {
+                    let decree = &committed.decree;
+                    let (round, term, parts) = (decree.round, committed.term, decree.contributors.len());
+                    let verb = if committed.led { "commits" } else { "learns" };
+                    let what = decree.reason().map_or("a model".to_owned(), |reason| format!("the end: {reason}"));
+                    self.say(id, &format!("{verb} round {round} in term {term}: {what}, {parts} contributors"));
+                }
+            }
+            _ if every => self.say(id, &format!("{notice:?}")),
+            _ => {}
         }
     }
 
