@@ -424,19 +424,15 @@ impl<'a> World<'a> {
     }
 
     fn check_persisted(&mut self, id: &PeerId) -> Result<(), Broken> {
-        let holds: Vec<_> = self
-            .peers
-            .iter()
-            .map(|(id, peer)| {
-                (id, peer, move |digest: &Digest| peer.blobs.get(*digest).is_ok_and(|blob| blob.is_some()))
-            })
-            .collect();
-        let all: Vec<Persisted<'_>> = holds
-            .iter()
-            .filter_map(|(id, peer, holds)| peer.durable.as_ref().map(|durable| Persisted { peer: id, durable, holds }))
-            .collect();
-        match &self.peers[id].durable {
-            Some(durable) => self.check.persisted(id, durable, &all),
+        let peers = &self.peers;
+        let all = || {
+            let every = peers.iter();
+            let persisted =
+                every.filter_map(|(id, peer)| peer.durable.as_ref().map(|durable| (id, durable, &peer.blobs)));
+            persisted.map(|(peer, durable, blobs)| Persisted { peer, durable, blobs }).collect()
+        };
+        match &peers[id].durable {
+            Some(durable) => self.check.persisted(id, durable, all),
             None => Ok(()),
         }
     }

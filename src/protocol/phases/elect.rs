@@ -14,6 +14,9 @@ use crate::types::{PeerId, Round, Term};
 /// After this many failed terms the patience with a candidate no longer doubles.
 const DOUBLINGS_MAX: u32 = 3;
 
+/// Ballots of so many terms are kept: the lowest are past.
+const BALLOT_TERMS_MAX: usize = 32;
+
 impl Peer {
     /// Votes in `term`: as it voted before, else for `candidate`, else for whom the policy names.
     pub(in crate::protocol) fn cast_ballot(&mut self, term: Term, candidate: Option<&PeerId>, now: Instant) {
@@ -136,6 +139,9 @@ impl Peer {
             return self.publish(Topic::Report(round, sender), Body::Refuse { promised });
         }
         self.open.ballots.entry(term).or_default().insert(sender, accepted);
+        if self.open.ballots.len() > BALLOT_TERMS_MAX {
+            self.open.ballots.pop_first();
+        }
     }
 
     /// Proclaims itself where a quorum voted for this peer.

@@ -1,5 +1,6 @@
 //! Gathering: the leader pulls every live trainer's update and starts the aggregation.
 
+use std::collections::BTreeSet;
 use std::time::Instant;
 
 use crate::protocol::message::Update;
@@ -53,7 +54,7 @@ impl Peer {
     }
 
     /// The members whose verified update is here, in `PeerId` order.
-    fn gathered(&self) -> Vec<PeerId> {
+    fn gathered(&self) -> BTreeSet<PeerId> {
         let held = |update: &Update| self.transfers.holds(&update.manifest.digest);
         self.open.updates.iter().filter(|(_, update)| held(update)).map(|(peer, _)| peer.clone()).collect()
     }
@@ -79,7 +80,7 @@ impl Peer {
         let Some(roster) = self.durable.roster() else { return };
         let trains = |peer: &&PeerId| **peer != self.me || self.trains() || self.open.updates.contains_key(*peer);
         let awaited = |peer: &&PeerId| {
-            !gathered.contains(peer) && !self.open.left_out.contains(*peer) && self.is_awaited(peer, since, now)
+            !gathered.contains(*peer) && !self.open.left_out.contains(*peer) && self.is_awaited(peer, since, now)
         };
         let missing = roster.members().iter().filter(trains).filter(awaited).count();
         let trainers = roster.members().iter().filter(trains).count();
@@ -105,13 +106,13 @@ impl Peer {
         late.then(|| (self.gathered().len(), self.config.min_updates))
     }
 
-    fn aggregate(&mut self, peers: Vec<PeerId>, now: Instant) {
+    fn aggregate(&mut self, peers: BTreeSet<PeerId>, now: Instant) {
         let part =
             |peer: &PeerId| self.open.updates.get(peer).map(|update| (update.manifest.digest, update.num_examples));
         let parts = peers.iter().filter_map(part).collect();
         let round = self.round();
         self.open.marks.gathered = Some(now);
-        self.with_leadership(|leading| leading.aggregate = Aggregate::Running(peers));
+        self.with_leadership(|leading| leading.aggregate = Aggregate::Running(peers.into_iter().collect()));
         self.actions.push(Action::Start(Job::Aggregate { round, parts }));
     }
 
