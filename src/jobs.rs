@@ -1,7 +1,7 @@
 //! Slow work: what a [`Job`] does, with a trainer and a store of blobs. The node and the simulator run the same.
 
 use std::ops::ControlFlow;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 
@@ -29,19 +29,21 @@ pub struct Workshop {
 }
 
 impl Workshop {
-    /// Does a job. `trainer` is asked for only by those that need it; `on_progress` hears of training, batch by batch.
-    pub fn perform<T: AsMut<dyn Trainer>>(
+    /// Does a job. Those that need the trainer have it to themselves; `on_progress` hears of training, batch by batch.
+    pub fn perform(
         &self,
         job: Job,
-        trainer: impl FnOnce() -> T,
+        trainer: &Mutex<Box<dyn Trainer>>,
         on_progress: &mut dyn FnMut(Round, Progress) -> ControlFlow<()>,
     ) -> Done {
+        // A job that panicked is a bug and ends the node; what it left of the trainer is not used again.
+        let own = || trainer.lock().unwrap_or_else(PoisonError::into_inner);
         match job {
-            Job::Initial => Done::Initial(self.keep(&trainer().as_mut().weights())),
-            Job::Evaluate { model } => Done::Evaluated { model, result: self.evaluate(model, trainer().as_mut()) },
+            Job::Initial => Done::Initial(self.keep(&own().weights())),
+            Job::Evaluate { model } => Done::Evaluated { model, result: self.evaluate(model, own().as_mut()) },
             Job::Train { round, model } => {
                 let mut on_batch = |progress| on_progress(round, progress);
-                Done::Trained { round, result: self.train(round, model, trainer().as_mut(), &mut on_batch) }
+                Done::Trained { round, result: self.train(round, model, own().as_mut(), &mut on_batch) }
             }
             Job::Verify { manifest, chunks } => {
                 let result = self.verify(&manifest, chunks);

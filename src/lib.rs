@@ -8,6 +8,7 @@ pub mod jobs;
 pub mod journal;
 pub mod node;
 pub mod protocol;
+pub mod sim;
 pub mod training;
 pub mod transfer;
 pub mod transport;

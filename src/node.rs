@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::future::Future;
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
@@ -138,15 +138,6 @@ struct Driver<'a, T> {
 enum JobEvent {
     Progress(Round, Progress),
     Done(Result<Done, NodeError>),
-}
-
-/// A trainer that a job has to itself while it needs it.
-struct Held<'a>(MutexGuard<'a, Box<dyn Trainer>>);
-
-impl AsMut<dyn Trainer + 'static> for Held<'_> {
-    fn as_mut(&mut self) -> &mut (dyn Trainer + 'static) {
-        &mut **self.0
-    }
 }
 
 /// What the broker publishes for a peer that dies: a goodbye.
@@ -317,9 +308,7 @@ impl<T: Transport> Driver<'_, T> {
         tokio::spawn(async move {
             let report = jobs.clone();
             let work = move || {
-                // A trainer that panicked is a bug that ends the node (`LostJob`); its lock then means nothing.
-                let own = || Held(trainer.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
-                workshop.perform(job, own, &mut |round, progress| {
+                workshop.perform(job, &trainer, &mut |round, progress| {
                     let _ = report.send(JobEvent::Progress(round, progress));
                     if cancelled.load(Ordering::Relaxed) >= round.0 {
                         ControlFlow::Break(())

@@ -1,0 +1,60 @@
+//! A trainer whose model is arithmetic: small, exact and different for every peer.
+
+use std::sync::Arc;
+
+use crate::training::{OnProgress, TrainError, Trainer};
+use crate::types::{Digest, Metrics, PeerId, Round};
+use crate::weights::{Layout, LayoutMismatch, TensorSpec, Weights};
+
+/// Weights that move halfway to the peer's own target each round.
+#[derive(Clone, Debug)]
+pub(super) struct ArithmeticTrainer {
+    weights: Weights,
+    target: f32,
+    num_examples: u64,
+}
+
+impl ArithmeticTrainer {
+    pub(super) fn new(peer: &PeerId, values: usize, seed: u64) -> Self {
+        let layout = Arc::new(Layout { tensors: vec![TensorSpec { name: "w".into(), shape: vec![values] }] });
+        let initial = (0..values).map(|i| (seed as f32 + i as f32).sin() * 10.0).collect();
+        let weights = Weights::new(layout, initial).expect("as many values as the layout has");
+        let lot = Digest::of(peer.as_str().as_bytes()).shared_seed();
+        Self { weights, target: (lot % 1000) as f32 / 1000.0, num_examples: 1 + lot % 50 }
+    }
+
+    fn set(&mut self, values: Vec<f32>) -> Result<(), LayoutMismatch> {
+        self.weights = Weights::new(self.weights.layout().clone(), values)?;
+        Ok(())
+    }
+}
+
+impl Trainer for ArithmeticTrainer {
+    fn layout(&self) -> Arc<Layout> {
+        self.weights.layout().clone()
+    }
+
+    fn num_examples(&self) -> u64 {
+        self.num_examples
+    }
+
+    fn weights(&self) -> Weights {
+        self.weights.clone()
+    }
+
+    fn set_weights(&mut self, weights: &Weights) -> Result<(), TrainError> {
+        Ok(self.set(weights.values().to_vec())?)
+    }
+
+    fn train(&mut self, round: Round, _: &mut OnProgress<'_>) -> Result<Metrics, TrainError> {
+        let step = 1.0 / (1.0 + round.0 as f32);
+        self.set(self.weights.values().iter().map(|w| w + (self.target - w) * 0.5 + step * 0.01).collect())?;
+        self.evaluate()
+    }
+
+    fn evaluate(&mut self) -> Result<Metrics, TrainError> {
+        let values = self.weights.values();
+        let loss = values.iter().map(|w| f64::from((w - self.target).abs())).sum::<f64>() / values.len() as f64;
+        Ok(Metrics { num_examples: self.num_examples, loss, accuracy: 1.0 / (1.0 + loss) })
+    }
+}
