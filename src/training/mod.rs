@@ -1,10 +1,30 @@
 //! Training: what a node asks of a model and its data.
+//!
+//! [`Trainer`] is the whole of it. [`BurnTrainer`] is the implementation at hand: a [`Model`] in burn, trained on a
+//! [`Dataset`] as a [`TrainingConfig`] says. [`Partition`] shares one data set out among the peers of one machine;
+//! [`export`] writes and reads safetensors files. burn appears in this floor alone.
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use crate::types::{Metrics, Round};
 use crate::weights::{Layout, LayoutMismatch, Weights};
+
+mod burn_trainer;
+mod config;
+mod dataset;
+pub mod export;
+mod models;
+mod named;
+mod partition;
+mod random;
+
+pub use burn_trainer::BurnTrainer;
+pub use config::{Backend, HIDDEN_LAYERS_MAX, HIDDEN_WIDTH_MAX, Optimizer, SettingError, TrainingConfig};
+pub use dataset::{DataError, Dataset};
+pub use models::Model;
+pub use named::UnknownName;
+pub use partition::{EXAMPLES_MIN, Partition, PartitionError, histogram};
 
 /// How far local training has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,9 +41,20 @@ pub type OnProgress<'a> = dyn FnMut(Progress) -> ControlFlow<()> + 'a;
 /// Why a trainer could not do what it was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum TrainError {
-    /// Weights of another model.
+    /// Values that do not fit their own layout.
     #[error(transparent)]
     Layout(#[from] LayoutMismatch),
+    /// Weights of another model.
+    #[error("the weights are of another model: it has {given} where this one has {here}")]
+    OtherModel {
+        /// The first tensor that differs, as this trainer's model has it.
+        here: String,
+        /// What the weights have in its place.
+        given: String,
+    },
+    /// A setting that makes no sense.
+    #[error(transparent)]
+    Setting(#[from] SettingError),
     /// The progress callback asked to stop.
     #[error("training was stopped")]
     Stopped,
@@ -45,14 +76,15 @@ pub trait Trainer: Send {
     /// The current weights.
     fn weights(&self) -> Weights;
 
-    /// Replaces the current weights.
+    /// Replaces the current weights; refuses those of another layout.
     fn set_weights(&mut self, weights: &Weights) -> Result<(), TrainError>;
 
     /// Trains the current weights on local data for one round; returns the metrics over the training examples.
     ///
     /// The result is a function of weights, data, seed and `round` alone: a round trained again gives the same bits.
+    /// After an error the weights are what they were before.
     fn train(&mut self, round: Round, on_progress: &mut OnProgress<'_>) -> Result<Metrics, TrainError>;
 
-    /// Measures the current weights on held-out data.
+    /// Measures the current weights on held-out data. Without any, all metrics are 0.
     fn evaluate(&mut self) -> Result<Metrics, TrainError>;
 }

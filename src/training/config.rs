@@ -1,0 +1,212 @@
+//! What to train and how.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use super::models::Model;
+use super::named::named;
+
+/// The most hidden layers a model may have.
+pub const HIDDEN_LAYERS_MAX: usize = 16;
+
+/// The widest a hidden layer may be.
+pub const HIDDEN_WIDTH_MAX: usize = 65_536;
+
+/// How to train. All but [`backend`](Self::backend) must be the same at every peer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TrainingConfig {
+    /// Which model.
+    pub model: Model,
+
+    /// The widths of the hidden layers, first to last. Empty: no hidden layer, a linear classifier.
+    pub hidden: Vec<usize>,
+
+    /// How gradients become steps. Its state (momentum, moments) starts anew each round and stays with the peer.
+    pub optimizer: Optimizer,
+
+    /// The length of a step. Too high and the loss grows or is no longer finite; too low and rounds are wasted.
+    /// With a momentum of 0.9 [`Sgd`](Optimizer::Sgd) wants 0.01 to 0.1; [`Adam`](Optimizer::Adam) 0.001 to 0.005.
+    pub learning_rate: f64,
+
+    /// How much of the last step [`Sgd`](Optimizer::Sgd) keeps, 0 to below 1. Unused by [`Adam`](Optimizer::Adam).
+    pub momentum: f64,
+
+    /// Examples a step. Smaller: more steps an epoch, each noisier and cheaper.
+    pub batch_size: usize,
+
+    /// Passes over the local data each round. More: fewer rounds and less traffic; too many and peers whose data
+    /// differ drift apart before they are averaged.
+    pub local_epochs: u32,
+
+    /// What initial weights and the order of batches are drawn from. One seed, data and roster: the same bits.
+    pub seed: u64,
+
+    /// What computes, on this peer's machine alone. Backends round differently, so bits are the same only where
+    /// the backend and the kind of processor are.
+    pub backend: Backend,
+}
+
+/// How gradients become steps.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum Optimizer {
+    /// Stochastic gradient descent with momentum, as `torch.optim.SGD` computes it.
+    #[default]
+    Sgd,
+    /// Adam (Kingma and Ba, 2015) with PyTorch's constants.
+    Adam,
+}
+
+named!(Optimizer, "optimizer", Sgd => "sgd", Adam => "adam");
+
+/// What computes tensors. Both run every operation on the thread that asks for it: a peer trains on one core, and
+/// several peers in one process share the cores between them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum Backend {
+    /// burn's own processor backend.
+    #[default]
+    Flex,
+    /// burn's older backend over `ndarray`: much slower on convolutions.
+    Ndarray,
+}
+
+named!(Backend, "backend", Flex => "flex", Ndarray => "ndarray");
+
+/// A setting that makes no sense.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{key} = {value}: must be {expected}")]
+pub struct SettingError {
+    /// The configuration's key.
+    pub key: &'static str,
+    /// What was given.
+    pub value: String,
+    /// What it must be, as the end of a sentence.
+    pub expected: &'static str,
+}
+
+/// Chosen on the digits with 5 peers of which one in turn aggregates. On 40 seeds other than those of the choice the
+/// worst held-out accuracy was 0.961 after 10 rounds when partitioned evenly, 0.953 after 40 rounds with a Dirichlet
+/// alpha of 0.3.
+impl Default for TrainingConfig {
+    fn default() -> Self {
+        Self {
+            model: Model::default(),
+            hidden: vec![64],
+            optimizer: Optimizer::default(),
+            learning_rate: 0.1,
+            momentum: 0.9,
+            batch_size: 16,
+            local_epochs: 5,
+            seed: 42,
+            backend: Backend::default(),
+        }
+    }
+}
+
+impl TrainingConfig {
+    /// The settings that every peer must share, by key, as text.
+    pub fn shared_entries(&self) -> BTreeMap<String, String> {
+        let entries = [
+            ("model", self.model.to_string()),
+            ("hidden", widths(&self.hidden)),
+            ("optimizer", self.optimizer.to_string()),
+            ("learning_rate", self.learning_rate.to_string()),
+            ("momentum", self.momentum.to_string()),
+            ("batch_size", self.batch_size.to_string()),
+            ("local_epochs", self.local_epochs.to_string()),
+            ("seed", self.seed.to_string()),
+        ];
+        entries.into_iter().map(|(key, value)| (key.to_owned(), value)).collect()
+    }
+
+    /// Refuses the first setting that makes no sense.
+    pub fn check(&self) -> Result<(), SettingError> {
+        let expect = |holds: bool, key, value: String, expected| {
+            if holds { Ok(()) } else { Err(SettingError { key, value, expected }) }
+        };
+        let (lr, momentum) = (self.learning_rate, self.momentum);
+        let layers_fit = self.hidden.len() <= HIDDEN_LAYERS_MAX;
+        let widths_fit = self.hidden.iter().all(|width| (1..=HIDDEN_WIDTH_MAX).contains(width));
+        expect(layers_fit, "hidden", widths(&self.hidden), "at most 16 layers")?;
+        expect(widths_fit, "hidden", widths(&self.hidden), "widths from 1 to 65536")?;
+        expect(lr.is_finite() && lr > 0.0, "learning_rate", lr.to_string(), "a number above 0")?;
+        expect((0.0..1.0).contains(&momentum), "momentum", momentum.to_string(), "from 0 to below 1")?;
+        expect(self.batch_size > 0, "batch_size", self.batch_size.to_string(), "at least 1")?;
+        expect(self.local_epochs > 0, "local_epochs", self.local_epochs.to_string(), "at least 1")
+    }
+}
+
+fn widths(hidden: &[usize]) -> String {
+    if hidden.is_empty() {
+        return "none".into();
+    }
+    hidden.iter().map(usize::to_string).collect::<Vec<_>>().join(",")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_name_is_its_members_text_and_its_serialised_form() {
+        for (&member, &name) in Optimizer::ALL.iter().zip(Optimizer::NAMES) {
+            assert_eq!(name.parse(), Ok(member));
+            assert_eq!(member.to_string(), name);
+            assert_eq!(serde_json::to_value(member).unwrap(), name);
+        }
+        assert_eq!("mlp".parse(), Ok(Model::Mlp));
+        assert_eq!("ndarray".parse(), Ok(Backend::Ndarray));
+    }
+
+    #[test]
+    fn an_unknown_name_is_answered_with_the_valid_ones() {
+        let error = "adm".parse::<Optimizer>().unwrap_err().to_string();
+        assert_eq!(error, "\"adm\" is not a known optimizer: use sgd or adam");
+        let error = toml::from_str::<TrainingConfig>("backend = \"cuda\"").unwrap_err().to_string();
+        assert!(error.contains("flex or ndarray"), "{error}");
+    }
+
+    #[test]
+    fn the_configuration_survives_toml_and_refuses_unknown_keys() {
+        let config = TrainingConfig { hidden: vec![32, 16], optimizer: Optimizer::Adam, ..Default::default() };
+        let text = toml::to_string(&config).unwrap();
+        assert_eq!(toml::from_str::<TrainingConfig>(&text).unwrap(), config);
+        assert_eq!(toml::from_str::<TrainingConfig>("").unwrap(), TrainingConfig::default());
+        assert!(toml::from_str::<TrainingConfig>("learning_rat = 1.0").is_err());
+    }
+
+    #[test]
+    fn peers_share_everything_but_the_backend() {
+        let config = TrainingConfig::default();
+        let entries = config.shared_entries();
+        let other = TrainingConfig { backend: Backend::Ndarray, ..config.clone() };
+        assert_eq!(other.shared_entries(), entries);
+        let keys: Vec<&str> = entries.keys().map(String::as_str).collect();
+        let expected =
+            ["batch_size", "hidden", "learning_rate", "local_epochs", "model", "momentum", "optimizer", "seed"];
+        assert_eq!(keys, expected);
+        let wider = TrainingConfig { hidden: vec![128, 64], ..config };
+        assert_eq!(wider.shared_entries()["hidden"], "128,64");
+    }
+
+    #[test]
+    fn a_setting_that_makes_no_sense_is_named() {
+        assert_eq!(TrainingConfig::default().check(), Ok(()));
+        let base = TrainingConfig::default;
+        let cases = [
+            ("learning_rate", TrainingConfig { learning_rate: 0.0, ..base() }),
+            ("learning_rate", TrainingConfig { learning_rate: f64::NAN, ..base() }),
+            ("momentum", TrainingConfig { momentum: 1.0, ..base() }),
+            ("batch_size", TrainingConfig { batch_size: 0, ..base() }),
+            ("local_epochs", TrainingConfig { local_epochs: 0, ..base() }),
+            ("hidden", TrainingConfig { hidden: vec![64, 0], ..base() }),
+            ("hidden", TrainingConfig { hidden: vec![1; 17], ..base() }),
+        ];
+        for (key, config) in cases {
+            assert_eq!(config.check().unwrap_err().key, key);
+        }
+    }
+}

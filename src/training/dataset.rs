@@ -1,0 +1,290 @@
+//! Labelled examples in memory.
+
+use std::io::Read;
+use std::sync::Arc;
+
+use flate2::read::GzDecoder;
+use rand::seq::SliceRandom;
+
+use super::random::generator;
+
+static DIGITS: &[u8] = include_bytes!("data/digits.csv.gz");
+const DIGITS_FEATURES: usize = 64;
+const DIGITS_PIXEL_MAX: f32 = 16.0;
+
+/// Examples with a label each.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Dataset {
+    features: Vec<f32>,
+    labels: Vec<u32>,
+    num_features: usize,
+    class_names: Arc<[String]>, // shared by all subsets, of which every batch is one
+}
+
+/// Why data cannot be used.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum DataError {
+    /// The number of values is not examples × features.
+    #[error("{values} values do not make {examples} examples of {num_features} features")]
+    Shape {
+        /// How many values there were.
+        values: usize,
+        /// How many labels there were.
+        examples: usize,
+        /// How many values an example should have.
+        num_features: usize,
+    },
+    /// A label that names no class.
+    #[error("example {example} has label {label}, but there are {num_classes} classes")]
+    Label {
+        /// Which example, counted from 0.
+        example: usize,
+        /// Its label.
+        label: u32,
+        /// How many classes there are.
+        num_classes: usize,
+    },
+    /// A NaN or an infinity.
+    #[error("example {example} holds a value that is not finite")]
+    NotFinite {
+        /// Which example, counted from 0.
+        example: usize,
+    },
+    /// A share of held-out examples outside 0 to 1.
+    #[error("a share of {0} cannot be held out: use 0 to below 1, such as 0.2")]
+    Fraction(f64),
+}
+
+impl Dataset {
+    /// Takes row-major `features` (`[labels.len(), num_features]`) and the label of each row, an index into
+    /// `class_names`.
+    pub fn new(
+        features: Vec<f32>,
+        labels: Vec<u32>,
+        num_features: usize,
+        class_names: Vec<String>,
+    ) -> Result<Self, DataError> {
+        let (values, examples, num_classes) = (features.len(), labels.len(), class_names.len());
+        if num_features == 0 || examples.checked_mul(num_features) != Some(values) {
+            return Err(DataError::Shape { values, examples, num_features });
+        }
+        if let Some(example) = labels.iter().position(|&label| label as usize >= num_classes) {
+            return Err(DataError::Label { example, label: labels[example], num_classes });
+        }
+        if let Some(at) = features.iter().position(|value| !value.is_finite()) {
+            return Err(DataError::NotFinite { example: at / num_features });
+        }
+        Ok(Self { features, labels, num_features, class_names: class_names.into() })
+    }
+
+    /// 1,797 handwritten digits of 8×8 pixels, scaled to 0..1: the test part of UCI's *Optical Recognition of
+    /// Handwritten Digits* (E. Alpaydin and C. Kaynak, 1998, CC BY 4.0). It is compiled into the binary.
+    pub fn digits() -> Self {
+        let mut text = String::new();
+        GzDecoder::new(DIGITS).read_to_string(&mut text).expect("the data compiled in is gzipped text");
+        let (mut features, mut labels) = (Vec::new(), Vec::new());
+        for line in text.lines() {
+            let mut numbers = line.split(',').map(|n| n.parse::<u8>().expect("the data compiled in is numbers"));
+            features.extend(numbers.by_ref().take(DIGITS_FEATURES).map(|pixel| f32::from(pixel) / DIGITS_PIXEL_MAX));
+            labels.extend(numbers.map(u32::from));
+        }
+        let class_names = (0..10).map(|digit| digit.to_string()).collect();
+        Self::new(features, labels, DIGITS_FEATURES, class_names).expect("the data compiled in is whole")
+    }
+
+    /// How many examples there are.
+    pub fn len(&self) -> usize {
+        self.labels.len()
+    }
+
+    /// Whether there is no example.
+    pub fn is_empty(&self) -> bool {
+        self.labels.is_empty()
+    }
+
+    /// How many values an example has.
+    pub fn num_features(&self) -> usize {
+        self.num_features
+    }
+
+    /// How many classes a label may name.
+    pub fn num_classes(&self) -> usize {
+        self.class_names.len()
+    }
+
+    /// What each label stands for.
+    pub fn class_names(&self) -> &[String] {
+        &self.class_names
+    }
+
+    /// Every value, row-major: `[len, num_features]`.
+    pub fn features(&self) -> &[f32] {
+        &self.features
+    }
+
+    /// The label of every example.
+    pub fn labels(&self) -> &[u32] {
+        &self.labels
+    }
+
+    /// The values of one example.
+    ///
+    /// # Panics
+    ///
+    /// If there is no such example.
+    pub fn example(&self, index: usize) -> &[f32] {
+        &self.features[index * self.num_features..][..self.num_features]
+    }
+
+    /// The examples at `indices`, in that order.
+    ///
+    /// # Panics
+    ///
+    /// If an index is not below [`len`](Self::len).
+    #[must_use]
+    pub fn subset(&self, indices: &[usize]) -> Self {
+        Self {
+            features: indices.iter().flat_map(|&index| self.example(index)).copied().collect(),
+            labels: indices.iter().map(|&index| self.labels[index]).collect(),
+            num_features: self.num_features,
+            class_names: self.class_names.clone(),
+        }
+    }
+
+    /// Splits into examples to train on and examples held out to measure with, drawn by `seed`.
+    ///
+    /// The share held out is `val_fraction`, and the same of every label as nearly as whole examples allow. At
+    /// least one example is left to train on if there is any; at least one is held out if there are two and
+    /// `val_fraction` is above 0.
+    pub fn split(&self, val_fraction: f64, seed: u64) -> Result<(Self, Self), DataError> {
+        if !(0.0..1.0).contains(&val_fraction) {
+            return Err(DataError::Fraction(val_fraction));
+        }
+        let mut rng = generator(&format!("held-out examples, seed {seed}"));
+        let mut by_label = by_label(&self.labels, self.num_classes());
+        let quotas = quotas(&by_label.iter().map(Vec::len).collect::<Vec<_>>(), val_fraction);
+        let (mut train, mut held_out) = (Vec::new(), Vec::new());
+        for (indices, quota) in by_label.iter_mut().zip(quotas) {
+            indices.shuffle(&mut rng);
+            held_out.extend_from_slice(&indices[..quota]);
+            train.extend_from_slice(&indices[quota..]);
+        }
+        Ok((self.subset(&train), self.subset(&held_out)))
+    }
+}
+
+/// The indices of each label's examples.
+pub(super) fn by_label(labels: &[u32], num_classes: usize) -> Vec<Vec<usize>> {
+    let mut groups = vec![Vec::new(); num_classes];
+    for (index, &label) in labels.iter().enumerate() {
+        groups[label as usize].push(index);
+    }
+    groups
+}
+
+/// How many of each group to hold out: `fraction` of it, rounded so that the total is right as well (the method of
+/// largest remainders).
+fn quotas(groups: &[usize], fraction: f64) -> Vec<usize> {
+    let examples: usize = groups.iter().sum();
+    let at_least = usize::from(fraction > 0.0).min(examples.saturating_sub(1));
+    let total = (examples as f64 * fraction).round() as usize;
+    let total = total.clamp(at_least, examples.saturating_sub(1));
+    // Below 1 though the fraction is, the product of the two may round up to the whole group.
+    let whole = |size: usize| ((size as f64 * fraction) as usize).min(size.saturating_sub(1));
+    let mut quotas: Vec<usize> = groups.iter().map(|&size| whole(size)).collect();
+    let remainder = |group: usize| groups[group] as f64 * fraction - quotas[group] as f64;
+    let mut order: Vec<usize> = (0..groups.len()).filter(|&group| groups[group] > 0).collect();
+    order.sort_by(|&a, &b| remainder(b).total_cmp(&remainder(a)).then(a.cmp(&b)));
+    let missing = total - quotas.iter().sum::<usize>();
+    for group in order.into_iter().take(missing) {
+        quotas[group] += 1;
+    }
+    quotas
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn examples(labels: &[u32]) -> Dataset {
+        let features = (0..labels.len()).map(|index| index as f32).collect();
+        Dataset::new(features, labels.to_vec(), 1, vec!["a".into(), "b".into(), "c".into()]).unwrap()
+    }
+
+    fn count(data: &Dataset, label: u32) -> usize {
+        data.labels().iter().filter(|&&l| l == label).count()
+    }
+
+    #[test]
+    fn the_digits_are_all_there() {
+        let digits = Dataset::digits();
+        assert_eq!((digits.len(), digits.num_features(), digits.num_classes()), (1797, 64, 10));
+        let counts: Vec<usize> = (0..10).map(|label| count(&digits, label)).collect();
+        assert_eq!(counts, [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]);
+        assert!(digits.features().iter().all(|value| (0.0..=1.0).contains(value)));
+        assert_eq!(&digits.example(0)[..6], [0.0, 0.0, 5.0 / 16.0, 13.0 / 16.0, 9.0 / 16.0, 1.0 / 16.0]);
+    }
+
+    #[test]
+    fn data_that_does_not_fit_together_is_refused() {
+        let names = || vec!["a".to_owned(), "b".to_owned()];
+        let shape = Dataset::new(vec![0.0; 5], vec![0, 1], 2, names()).unwrap_err();
+        assert_eq!(shape, DataError::Shape { values: 5, examples: 2, num_features: 2 });
+        let label = Dataset::new(vec![0.0; 4], vec![0, 2], 2, names()).unwrap_err();
+        assert_eq!(label, DataError::Label { example: 1, label: 2, num_classes: 2 });
+        let value = Dataset::new(vec![0.0, 0.0, 0.0, f32::NAN], vec![0, 1], 2, names()).unwrap_err();
+        assert_eq!(value, DataError::NotFinite { example: 1 });
+    }
+
+    #[test]
+    fn a_subset_keeps_each_label_with_its_example() {
+        let subset = examples(&[0, 1, 2, 1]).subset(&[3, 0, 2]);
+        assert_eq!(subset.features(), [3.0, 0.0, 2.0]);
+        assert_eq!(subset.labels(), [1, 0, 2]);
+    }
+
+    #[test]
+    fn every_digit_is_held_out_in_the_same_share() {
+        let digits = Dataset::digits();
+        let (train, held_out) = digits.split(0.2, 7).unwrap();
+        assert_eq!((train.len(), held_out.len()), (1438, 359));
+        for label in 0..10 {
+            let share = count(&held_out, label) as f64 / count(&digits, label) as f64;
+            assert!((share - 0.2).abs() < 0.01, "{label}: {share}");
+        }
+    }
+
+    #[test]
+    fn a_split_is_drawn_by_its_seed() {
+        let digits = Dataset::digits();
+        assert_eq!(digits.split(0.2, 7), digits.split(0.2, 7));
+        assert_ne!(digits.split(0.2, 7), digits.split(0.2, 8));
+    }
+
+    #[test]
+    fn a_share_that_leaves_nothing_to_train_on_is_refused() {
+        for fraction in [1.0, -0.1, f64::NAN, f64::INFINITY] {
+            assert!(examples(&[0, 1]).split(fraction, 1).is_err(), "{fraction}");
+        }
+        assert_eq!(examples(&[]).split(0.5, 1).unwrap(), (examples(&[]), examples(&[])));
+    }
+
+    proptest! {
+        #[test]
+        fn a_split_covers_the_data_once_and_leaves_something_to_train_on(
+            labels in prop::collection::vec(0u32..3, 1..60),
+            fraction in prop_oneof![0.0..1.0, Just(0.0), Just(1.0f64.next_down())],
+            seed: u64,
+        ) {
+            let (train, held_out) = examples(&labels).split(fraction, seed).unwrap();
+            prop_assert!(!train.is_empty());
+            prop_assert_eq!(held_out.is_empty(), labels.len() < 2 || fraction == 0.0);
+            let expected = labels.len() as f64 * fraction;
+            prop_assert!((held_out.len() as f64 - expected).abs() <= 1.0);
+            let mut seen: Vec<f32> = [train.features(), held_out.features()].concat();
+            seen.sort_by(f32::total_cmp);
+            prop_assert_eq!(seen, (0..labels.len()).map(|index| index as f32).collect::<Vec<_>>());
+        }
+    }
+}
