@@ -293,6 +293,11 @@ impl Layers {
         Ok(settings)
     }
 
+    /// How many peers `run` starts, whatever else the settings say.
+    pub fn peers(&self) -> usize {
+        self.count("peers")
+    }
+
     /// The settings of `run`, which starts all its peers itself: there must be enough of them.
     pub fn settings_of_run(&self) -> Result<Settings, ConfigError> {
         let settings = self.settings()?;

@@ -152,6 +152,9 @@ impl JournalError {
 }
 
 impl Journal {
+    /// The name of the state file in the state directory.
+    pub const STATE_FILE: &str = STATE;
+
     /// Opens the state directory `dir`, or creates it for a peer of `federation` called `name` (without one: a random
     /// name).
     ///

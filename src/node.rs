@@ -73,6 +73,14 @@ pub struct Traffic {
     pub received: u64,
 }
 
+impl Traffic {
+    /// Both together.
+    #[must_use]
+    pub fn plus(self, other: Traffic) -> Traffic {
+        Traffic { sent: self.sent + other.sent, received: self.received + other.received }
+    }
+}
+
 /// How a node's run ended.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Outcome {

@@ -200,7 +200,9 @@ mod tests {
         let metrics = loss.map(|loss| Metrics { num_examples: 4, loss, accuracy: 0.5 });
         let digest = Digest::of(&round.to_le_bytes());
         let weights = weights(round as f32);
-        run_dir.save(&NamedModel { weights: &weights, federation: "ward", round: Round(round), digest, metrics }).unwrap();
+        run_dir
+            .save(&NamedModel { weights: &weights, federation: "ward", round: Round(round), digest, metrics })
+            .unwrap();
     }
 
     fn round_of(dir: &Path, name: &str) -> String {
