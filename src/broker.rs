@@ -21,7 +21,7 @@ use bytes::Bytes;
 use rumqttd::local::{LinkBuilder, LinkRx, LinkTx};
 use rumqttd::{Notification, Router, RouterConfig};
 use tokio::net::TcpListener;
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 use tokio::task::{JoinHandle, JoinSet};
 use tracing::{debug, warn};
 
@@ -108,6 +108,8 @@ pub struct Broker {
     addr: SocketAddr,
     /// Dropping this ends the front.
     stop: oneshot::Sender<()>,
+    /// How many connections are open.
+    open: watch::Receiver<usize>,
     front: JoinHandle<()>,
     router: RouterThread,
 }
@@ -125,14 +127,21 @@ impl Broker {
         let router = RouterThread::spawn(&config);
         let front = Arc::new(Front::new(&config, router.links.clone()));
         let (stop, stopped) = oneshot::channel();
-        let front = tokio::spawn(accept(listener, front, config.connections_max, stopped));
+        let (count, open) = watch::channel(0);
+        let front = tokio::spawn(accept(listener, front, config.connections_max, count, stopped));
         debug!(%addr, "the broker listens");
-        Ok(Self { addr, stop, front, router })
+        Ok(Self { addr, stop, open, front, router })
     }
 
     /// The address it listens on, with the real port.
     pub fn addr(&self) -> SocketAddr {
         self.addr
+    }
+
+    /// Waits until no connection is open.
+    pub async fn deserted(&self) {
+        // An error says that the front has ended, and every connection with it.
+        let _ = self.open.clone().wait_for(|open| *open == 0).await;
     }
 
     /// Closes the listener and every connection and ends the router. The port is free when this returns, and another
@@ -157,9 +166,16 @@ fn listen_error(addr: SocketAddr, source: io::Error) -> BrokerError {
 }
 
 /// Takes connections until `stopped`, then ends them all.
-async fn accept(listener: TcpListener, front: Arc<Front>, connections_max: usize, mut stopped: oneshot::Receiver<()>) {
+async fn accept(
+    listener: TcpListener,
+    front: Arc<Front>,
+    connections_max: usize,
+    count: watch::Sender<usize>,
+    mut stopped: oneshot::Receiver<()>,
+) {
     let mut connections = JoinSet::new();
     loop {
+        count.send_replace(connections.len());
         tokio::select! {
             _ = &mut stopped => break,
             Some(_) = connections.join_next() => {}
@@ -405,6 +421,20 @@ mod tests {
         assert_well(&two).await;
         Wire::connect(&one, "other", None).await.publish("topic", b"of one", false).await;
         assert_eq!(listener.payload().await, "of one");
+    }
+
+    #[tokio::test]
+    async fn a_broker_is_deserted_when_the_last_connection_has_ended() {
+        let broker = broker().await;
+        broker.deserted().await;
+        let (one, other) = (Wire::connect(&broker, "one", None).await, Wire::connect(&broker, "other", None).await);
+        let mut deserted = std::pin::pin!(broker.deserted());
+        one.disconnect().await;
+        assert!(
+            std::future::poll_fn(|context| std::task::Poll::Ready(deserted.as_mut().poll(context).is_pending())).await
+        );
+        drop(other);
+        deserted.await;
     }
 
     #[tokio::test]

@@ -14,10 +14,11 @@ use toml::de::{DeTable, DeValue};
 use crate::types::PeerId;
 
 mod keys;
+mod shared;
 mod value;
 
 pub use keys::{Group, KEYS, Key, NONE, UsedBy, VARIABLE_PREFIX, markdown};
-pub use value::{Kind, Reals, Value};
+pub use value::{Kind, Part, Reals, Value};
 
 /// Variables that carry the prefix and are no keys: the name of the configuration file, and the filter of the log.
 pub const OTHER_VARIABLES: [&str; 2] = ["RODIZIO_CONFIG", "RODIZIO_LOG"];
@@ -61,6 +62,8 @@ pub struct Settings {
     pub local_epochs: u32,
     /// How weights are encoded on the wire.
     pub codec: &'static str,
+    /// Seed of weights, partition and order.
+    pub seed: u64,
     /// The data set.
     pub data: &'static str,
     /// How the data set is split among peers.
@@ -69,8 +72,8 @@ pub struct Settings {
     pub alpha: f64,
     /// Share of a peer's examples held out, between 0 and 1.
     pub val_fraction: f64,
-    /// Seed of weights, partition and order.
-    pub seed: u64,
+    /// Which part of the data set is this peer's, when it is split for a simulation.
+    pub part: Option<Part>,
     /// How long a round waits for the slowest.
     pub round_timeout: Duration,
     /// How long a leader may be silent.
@@ -265,11 +268,12 @@ impl Layers {
             batch_size: self.count("batch_size"),
             local_epochs: self.count("local_epochs"),
             codec: self.choice("codec"),
+            seed: self.count("seed"),
             data: self.choice("data"),
             partition: self.choice("partition"),
             alpha: self.set_real("alpha"),
             val_fraction: self.set_real("val_fraction"),
-            seed: self.count("seed"),
+            part: self.part("part"),
             round_timeout: self.duration("round_timeout"),
             election_timeout: self.duration("election_timeout"),
             settle_time: self.duration("settle_time"),
@@ -287,6 +291,11 @@ impl Layers {
         };
         self.check_together(&settings)?;
         Ok(settings)
+    }
+
+    /// How many peers `run` starts, whatever else the settings say.
+    pub fn peers(&self) -> usize {
+        self.count("peers")
     }
 
     /// The settings of `run`, which starts all its peers itself: there must be enough of them.
@@ -430,6 +439,14 @@ impl Layers {
         }
     }
 
+    fn part(&self, name: &str) -> Option<Part> {
+        match self.value(name) {
+            Value::Part(part) => Some(part),
+            Value::Unset => None,
+            other => mistyped(name, &other),
+        }
+    }
+
     fn path(&self, name: &str) -> Option<PathBuf> {
         match self.value(name) {
             Value::Path(path) => Some(path),
@@ -445,7 +462,8 @@ impl Settings {
         KEYS.iter().map(|key| (key, self.value(key.name))).collect()
     }
 
-    /// What peers must agree on about training, by key, as text: the group [`Group::Training`].
+    /// What peers must agree on about training, by key, as text: the group [`Group::Training`]. Keys of the data are not
+    /// among them: they change a peer's own examples and nobody else's.
     pub fn training_entries(&self) -> BTreeMap<String, String> {
         let of_training = self.values().into_iter().filter(|(key, _)| key.group == Group::Training);
         of_training.map(|(key, value)| (key.name.to_owned(), value.to_string())).collect()
@@ -494,11 +512,12 @@ impl Settings {
             "batch_size" => Value::Count(self.batch_size as u64),
             "local_epochs" => Value::Count(self.local_epochs.into()),
             "codec" => Value::Choice(self.codec),
+            "seed" => Value::Count(self.seed),
             "data" => Value::Choice(self.data),
             "partition" => Value::Choice(self.partition),
             "alpha" => Value::Real(self.alpha),
             "val_fraction" => Value::Real(self.val_fraction),
-            "seed" => Value::Count(self.seed),
+            "part" => or_unset(self.part, Value::Part),
             "round_timeout" => Value::Duration(self.round_timeout),
             "election_timeout" => Value::Duration(self.election_timeout),
             "settle_time" => Value::Duration(self.settle_time),
@@ -632,6 +651,7 @@ mod tests {
                 Kind::Real(_) => "0.5",
                 Kind::Path => "some/dir",
                 Kind::Peer => "peer-7",
+                Kind::Part => "2/5",
                 _ => "a:1883",
             };
             let file = with_file(&format!("{} = {sample:?}", key.name)).unwrap();
@@ -763,6 +783,6 @@ mod tests {
             spelled("hidden = '64 , 32'\nlearning_rate = 0.10"),
             spelled("hidden = [64,32]\nlearning_rate = 1e-1")
         );
-        assert_ne!(spelled("batch_size = 16"), spelled(""));
+        assert_ne!(spelled("batch_size = 17"), spelled(""));
     }
 }

@@ -152,6 +152,9 @@ impl JournalError {
 }
 
 impl Journal {
+    /// The name of the state file in the state directory.
+    pub const STATE_FILE: &str = STATE;
+
     /// Opens the state directory `dir`, or creates it for a peer of `federation` called `name` (without one: a random
     /// name).
     ///
@@ -204,6 +207,17 @@ impl Journal {
     }
 }
 
+/// Reads a blob of the state directory `dir`, which another process or task may be using: `None` when it is not, or no
+/// longer, there.
+pub fn read_blob(dir: &Path, digest: Digest) -> Result<Option<Bytes>, JournalError> {
+    let path = dir.join(BLOBS).join(blob_name(digest));
+    let Some(bytes) = read_if_there(&path)? else { return Ok(None) };
+    if Digest::of(&bytes) != digest {
+        return Err(JournalError::Damaged { path, problem: "its content does not have the digest of its name" });
+    }
+    Ok(Some(bytes.into()))
+}
+
 impl Blobs {
     /// Blobs in memory alone, for tests and simulation.
     pub fn memory() -> Self {
@@ -231,12 +245,7 @@ impl Blobs {
             return Ok(Some(bytes.clone()));
         }
         let Some(disk) = &self.disk else { return Ok(None) };
-        let path = disk.blobs_dir().join(blob_name(digest));
-        let Some(bytes) = read_if_there(&path)? else { return Ok(None) };
-        if Digest::of(&bytes) != digest {
-            return Err(JournalError::Damaged { path, problem: "its content does not have the digest of its name" });
-        }
-        let bytes = Bytes::from(bytes);
+        let Some(bytes) = read_blob(&disk.dir, digest)? else { return Ok(None) };
         self.cached().insert(digest, bytes.clone());
         Ok(Some(bytes))
     }

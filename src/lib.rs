@@ -10,7 +10,7 @@
 //!
 //! | floor | what | modules |
 //! |---|---|---|
-//! | 5 people | one peer from its settings, the local cluster, what people and scripts see | [`config`], [`cli`] |
+//! | 5 people | one peer from its settings, the local cluster, what people and scripts see | [`peer`], [`cluster`], [`events`], [`rundir`], [`config`], [`cli`] |
 //! | 4 meeting | the one loop, with a real clock or in virtual time | [`node`], [`sim`], [`jobs`] |
 //! | 3 effects | models and data (burn), messages (rumqttc), the broker (rumqttd), durable state | [`training`], [`transport`], [`broker`], [`journal`] |
 //! | 2 decisions | the protocol: pure, (event, now) → actions | [`protocol`] |
@@ -47,11 +47,15 @@
 pub mod aggregation;
 pub mod broker;
 pub mod cli;
+pub mod cluster;
 pub mod config;
+pub mod events;
 pub mod jobs;
 pub mod journal;
 pub mod node;
+pub mod peer;
 pub mod protocol;
+pub mod rundir;
 pub mod sim;
 pub mod training;
 pub mod transfer;

@@ -11,13 +11,14 @@ use tokio::sync::mpsc;
 
 use crate::jobs::Workshop;
 use crate::journal::{Blobs, Journal, JournalError};
+use crate::protocol::message::{Body, Envelope, VERSION};
 use crate::protocol::{
-    Action, Config, Difference, Done, Durable, Event, Identity, Job, Notice, Peer, Reason, Topics, Waiting,
+    Action, Config, Difference, Done, Durable, Event, Identity, Job, Notice, Peer, Reason, Topic, Topics, Waiting,
 };
 use crate::training::{Progress, Trainer};
 use crate::transfer::Codec;
-use crate::transport::{Class, Outgoing, Transport, TransportEvent};
-use crate::types::{Digest, Metrics, PeerId, Round};
+use crate::transport::{Class, Outgoing, Transport, TransportEvent, Will};
+use crate::types::{Digest, Metrics, PeerId, Round, Term};
 
 /// Where a node keeps its promises.
 #[derive(Debug)]
@@ -46,7 +47,7 @@ pub struct Node<T> {
     pub durable: Option<Durable>,
     /// Model and data.
     pub trainer: Box<dyn Trainer>,
-    /// Give up after waiting this long for others.
+    /// Give up after waiting this long for others, or for a broker that was lost.
     pub wait_timeout: Option<Duration>,
 }
 
@@ -70,6 +71,14 @@ pub struct Traffic {
     pub sent: u64,
     /// Received, in bytes.
     pub received: u64,
+}
+
+impl Traffic {
+    /// Both together.
+    #[must_use]
+    pub fn plus(self, other: Traffic) -> Traffic {
+        Traffic { sent: self.sent + other.sent, received: self.received + other.received }
+    }
 }
 
 /// How a node's run ended.
@@ -97,6 +106,8 @@ pub enum Outcome {
     },
     /// Waited too long.
     GaveUp(Waiting),
+    /// The broker was lost and did not come back in time; says why.
+    LostBroker(String),
     /// Asked to stop; the state is kept.
     Interrupted,
 }
@@ -125,6 +136,8 @@ struct Driver<'a, T> {
     cancelled: Arc<AtomicU64>,
     traffic: Traffic,
     waiting: Option<(Waiting, Instant)>,
+    /// Why there is no broker, and since when.
+    lost: Option<(String, Instant)>,
     outcome: Option<Outcome>,
     stopping: bool,
     observe: &'a mut (dyn FnMut(Observation<'_>) + Send),
@@ -133,6 +146,14 @@ struct Driver<'a, T> {
 enum JobEvent {
     Progress(Round, Progress),
     Done(Result<Done, NodeError>),
+}
+
+/// What the broker publishes for a peer that dies: a goodbye.
+pub fn last_will(peer: &PeerId, topics: &Topics) -> Will {
+    let signature = Vec::new();
+    let (sender, round, term) = (peer.clone(), Round::GENESIS, Term(0));
+    let goodbye = Envelope { version: VERSION, sender, signature, round, term, body: Body::Goodbye };
+    Will { topic: topics.name(&Topic::Init(peer.clone())), payload: goodbye.encode(), retain: true }
 }
 
 impl<T: Transport> Node<T> {
@@ -167,6 +188,7 @@ impl<T: Transport> Node<T> {
             cancelled: Arc::default(),
             traffic: Traffic::default(),
             waiting: None,
+            lost: None,
             outcome: None,
             stopping: false,
             observe,
@@ -198,7 +220,7 @@ impl<T: Transport> Driver<'_, T> {
     ) -> Result<Outcome, NodeError> {
         let mut shutdown = std::pin::pin!(shutdown);
         loop {
-            let give_up = self.waiting.as_ref().zip(wait_timeout).map(|((_, since), timeout)| *since + timeout);
+            let give_up = self.waiting_since().zip(wait_timeout).map(|(since, timeout)| since + timeout);
             let event = tokio::select! {
                 () = &mut shutdown => return Ok(Outcome::Interrupted),
                 event = self.transport.next() => self.received(event),
@@ -211,9 +233,10 @@ impl<T: Transport> Driver<'_, T> {
                     None => None,
                 },
                 () = sleep_until(peer.deadline()) => Some(Event::Tick),
-                () = sleep_until(give_up) => match self.waiting.take() {
-                    Some((waiting, _)) => return Ok(Outcome::GaveUp(waiting)),
-                    None => None,
+                () = sleep_until(give_up) => match (self.lost.take(), self.waiting.take()) {
+                    (Some((reason, _)), _) => return Ok(Outcome::LostBroker(reason)),
+                    (None, Some((waiting, _))) => return Ok(Outcome::GaveUp(waiting)),
+                    (None, None) => None,
                 },
             };
             let Some(event) = event else { continue };
@@ -226,14 +249,22 @@ impl<T: Transport> Driver<'_, T> {
         }
     }
 
+    /// Since when nothing can be done but wait: for the broker, or else for others.
+    fn waiting_since(&self) -> Option<Instant> {
+        let lost = self.lost.as_ref().map(|(_, since)| *since);
+        lost.or(self.waiting.as_ref().map(|(_, since)| *since))
+    }
+
     fn received(&mut self, event: TransportEvent) -> Option<Event> {
         Some(match event {
             TransportEvent::Connected { broker } => {
+                self.lost = None;
                 (self.observe)(Observation::Connected(&broker));
                 Event::Connected
             }
             TransportEvent::Disconnected { reason } => {
                 (self.observe)(Observation::Disconnected(&reason));
+                self.lost.get_or_insert((reason, Instant::now()));
                 Event::Disconnected
             }
             // Retained topics are cleared with an empty message.

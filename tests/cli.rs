@@ -136,7 +136,7 @@ fn a_flag_wins_over_a_variable_over_a_file_over_the_default() {
     let text = printed(&["config", "--json", "--patience", "3"], &env);
     let json: serde_json::Value = serde_json::from_str(&text).unwrap();
     let values = ["rounds", "seed", "patience", "batch_size"].map(|key| json[key].as_u64().unwrap());
-    assert_eq!(values, [1, 2, 3, 32]);
+    assert_eq!(values, [1, 2, 3, 16]);
     let other = write(dir.path(), "other.toml", "rounds = 9\n");
     assert!(
         printed(&["config", "--config", &other], &env).contains("rounds = 9 "),

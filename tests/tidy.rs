@@ -21,6 +21,7 @@ const FLOORS: &[(&str, u32)] = &[
     ("peer", 5),
     ("cluster", 5),
     ("events", 5),
+    ("rundir", 5),
     ("config", 5),
     ("cli", 5),
 ];

@@ -65,6 +65,9 @@ pub struct BrokerArgs {
 #[derive(Debug, Args)]
 #[command(after_help = JOIN_EXAMPLES)]
 pub struct JoinArgs {
+    /// Write every entry to stdout, one a line, and stop when stdin ends: for `run --processes`
+    #[arg(long, hide = true, conflicts_with = "json")]
+    pub entries: bool,
     #[command(flatten)]
     #[allow(missing_docs)] // a doc comment would become the help text of the group
     pub file: FileArgs,
@@ -234,6 +237,8 @@ Examples:
       Take part as clinic-3
   rodizio join --host-broker --listen 0.0.0.0:1883 --min-peers 3
       Run a broker for the others as well; training starts with three peers
+  rodizio join --part 2/5
+      One of five peers that share out the data set, with the broker of this machine
   rodizio join --broker lab:1883,spare:1883
       Go to spare when lab cannot be reached
   rodizio join --broker lab:1883 --state-dir /var/lib/rodizio

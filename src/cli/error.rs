@@ -3,11 +3,21 @@
 use std::io::{self, ErrorKind, Write};
 use std::process::ExitCode;
 
+use anyhow::anyhow;
 use console::Style;
 
+use crate::broker::BrokerError;
 use crate::cli::Stream;
-use crate::config::ConfigError;
+use crate::cluster::ClusterError;
+use crate::config::{ConfigError, Key};
+use crate::events::WITHOUT_MODEL;
 use crate::journal::JournalError;
+use crate::node::{NodeError, Outcome};
+use crate::peer::PeerError;
+use crate::protocol::Difference;
+use crate::rundir::RunDirError;
+use crate::transport::mqtt::TransportError;
+use crate::types::PeerId;
 
 /// The exit codes, on which scripts rely.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,6 +37,22 @@ pub enum Exit {
     BadData = 5,
     /// Ctrl-C, as shells count it: 128 and the signal's number.
     Interrupted = 130,
+}
+
+impl Exit {
+    /// The meaning of an exit code.
+    pub fn from_code(code: i32) -> Option<Self> {
+        let all = [
+            Exit::Finished,
+            Exit::Internal,
+            Exit::Usage,
+            Exit::NoBroker,
+            Exit::GaveUp,
+            Exit::BadData,
+            Exit::Interrupted,
+        ];
+        all.into_iter().find(|exit| *exit as i32 == code)
+    }
 }
 
 impl From<Exit> for ExitCode {
@@ -56,6 +82,37 @@ impl Failure {
     #[must_use]
     pub fn hint(self, hint: impl Into<String>) -> Self {
         Self { hint: Some(hint.into()), ..self }
+    }
+
+    /// The same failure, said of one peer among many.
+    #[must_use]
+    pub fn of(self, peer: &PeerId) -> Self {
+        Self { error: self.error.context(peer.clone()), ..self }
+    }
+
+    /// Why a peer that ran to an end has no result; `None` if it has one, or was asked to stop.
+    pub fn of_outcome(outcome: &Outcome) -> Option<Self> {
+        Some(match outcome {
+            Outcome::Finished { .. } | Outcome::Interrupted => return None,
+            Outcome::Refused { peer, difference } => {
+                let Difference { key, theirs, mine } = difference;
+                let error =
+                    anyhow!("the federation has {key} = {theirs}, this peer has {key} = {mine} (told by {peer})");
+                let hint = match Key::find(key) {
+                    Some(key) => format!("--{} {theirs} takes part, another --federation trains apart", key.flag()),
+                    None => "take part with the same model, or train apart with another --federation".to_owned(),
+                };
+                Failure::new(Exit::Usage, error).hint(hint)
+            }
+            Outcome::GaveUp(waiting) => Failure::new(Exit::GaveUp, anyhow!("gave up waiting: {waiting}"))
+                .hint("--wait-timeout sets how long to wait"),
+            Outcome::LostBroker(reason) => {
+                Failure::new(Exit::NoBroker, anyhow!("the broker was lost and did not come back: {reason}"))
+                    .hint("the state is kept: run the same command again when the broker is back")
+            }
+            Outcome::FinishedWithoutModel => Failure::new(Exit::BadData, anyhow!(WITHOUT_MODEL))
+                .hint("the other peers have it in their run directories"),
+        })
     }
 
     /// Whether the reader of the output went away, as in `rodizio config | head -1`: nothing to complain about.
@@ -94,6 +151,49 @@ impl From<JournalError> for Failure {
     }
 }
 
+impl From<PeerError> for Failure {
+    fn from(error: PeerError) -> Self {
+        match error {
+            PeerError::Journal(error) => error.into(),
+            PeerError::Node(NodeError::Journal(error)) => error.into(),
+            PeerError::Node(_) | PeerError::LostTask => Failure::new(Exit::Internal, error),
+            PeerError::State(_) => Failure::new(Exit::BadData, error)
+                .hint("use the version of rodizio that wrote it, or join as a new peer with an empty --state-dir"),
+            PeerError::Transport(TransportError::Address(_) | TransportError::NoAddress) => {
+                Failure::new(Exit::Usage, error).hint("--broker takes HOST:PORT")
+            }
+            PeerError::Transport(_) => Failure::new(Exit::NoBroker, error)
+                .hint("start one with `rodizio broker`, or name another with --broker HOST:PORT"),
+            PeerError::Partition(_) => Failure::new(Exit::BadData, error).hint("start fewer peers (--peers)"),
+            PeerError::Data(_) | PeerError::Train(_) => Failure::new(Exit::BadData, error),
+        }
+    }
+}
+
+impl From<ClusterError> for Failure {
+    fn from(error: ClusterError) -> Self {
+        match error {
+            ClusterError::Peer { peer, source } => Failure::from(source).of(&peer),
+            ClusterError::Broker(BrokerError::InUse(_)) => Failure::new(Exit::NoBroker, error)
+                .hint("another broker runs there: join it with --broker, or choose another port with --listen"),
+            ClusterError::Broker(_) | ClusterError::Address { .. } => Failure::new(Exit::NoBroker, error)
+                .hint("--listen takes an address of this machine and a port, like 127.0.0.1:1883"),
+        }
+    }
+}
+
+impl From<RunDirError> for Failure {
+    fn from(error: RunDirError) -> Self {
+        Failure::new(Exit::Internal, error).hint("choose a directory that can be written with --run-dir")
+    }
+}
+
+impl From<anyhow::Error> for Failure {
+    fn from(error: anyhow::Error) -> Self {
+        Self { exit: Exit::Internal, error, hint: None }
+    }
+}
+
 impl From<io::Error> for Failure {
     fn from(error: io::Error) -> Self {
         Failure::new(Exit::Internal, error)
@@ -102,8 +202,6 @@ impl From<io::Error> for Failure {
 
 #[cfg(test)]
 mod tests {
-    use anyhow::anyhow;
-
     use super::*;
     use crate::cli::tests::Captured;
 
@@ -121,6 +219,32 @@ mod tests {
         let captured = Captured::default();
         Failure::new(Exit::Usage, anyhow!("x")).report(&mut captured.stream(true)).unwrap();
         assert!(captured.text().starts_with("\u{1b}[31m"), "{:?}", captured.text());
+    }
+
+    #[test]
+    fn a_peer_that_is_refused_learns_the_key_and_both_values() {
+        let difference = Difference { key: "batch_size".into(), theirs: "16".into(), mine: "32".into() };
+        let failure = Failure::of_outcome(&Outcome::Refused { peer: PeerId::new("a").unwrap(), difference }).unwrap();
+        assert_eq!(failure.exit, Exit::Usage);
+        let said = failure.error.to_string();
+        assert!(said.contains("batch_size = 16") && said.contains("batch_size = 32"), "{said}");
+        assert!(failure.hint.unwrap().starts_with("--batch-size 16 "));
+    }
+
+    #[test]
+    fn an_exit_code_is_read_back() {
+        for exit in [Exit::Finished, Exit::Usage, Exit::GaveUp, Exit::Interrupted] {
+            assert_eq!(Exit::from_code(exit as i32), Some(exit));
+        }
+        assert_eq!(Exit::from_code(77), None);
+    }
+
+    #[test]
+    fn a_failure_of_one_peer_names_it() {
+        let captured = Captured::default();
+        let failure = Failure::new(Exit::BadData, anyhow!("its data are damaged"));
+        failure.of(&PeerId::new("peer-3").unwrap()).report(&mut captured.stream(false)).unwrap();
+        assert_eq!(captured.text(), "error: peer-3: its data are damaged\n");
     }
 
     #[test]

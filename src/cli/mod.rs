@@ -12,9 +12,16 @@ use console::Style;
 use crate::config::Layers;
 
 pub mod args;
+pub mod broker;
 pub mod config;
 pub mod error;
+pub mod follow;
+pub mod interrupt;
+pub mod join;
+pub mod log;
+pub mod narrator;
 pub mod output;
+pub mod run;
 pub mod sim;
 
 use args::{Command, Invocation};
@@ -98,10 +105,11 @@ fn invoke(shell: &mut Shell) -> Result<Exit, Failure> {
 fn dispatch(invocation: Invocation, shell: &mut Shell) -> Result<Exit, Failure> {
     let layers = layers(&invocation, &shell.env)?;
     match invocation.command {
+        Command::Run(args) => run::run(&args, layers, shell),
+        Command::Broker(args) => broker::run(&args, &layers, shell),
+        Command::Join(args) => join::run(&args, layers, shell),
         Command::Config(args) => config::run(&args, &layers, shell),
         Command::Sim(args) => sim::run(&args, shell),
-        // MERGE: one arm a subcommand, `Command::Run(args) => run::run(&args, layers, shell)` and so on.
-        other => Err(Failure::new(Exit::Internal, anyhow::anyhow!("this build lacks the subcommand: {other:?}"))),
     }
 }
 
@@ -119,6 +127,11 @@ fn layers(invocation: &Invocation, env: &BTreeMap<String, String>) -> Result<Lay
         layers.flag(key, text)?;
     }
     Ok(layers)
+}
+
+/// What the tasks of a subcommand run on. Training has threads of its own beside it.
+fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
+    Ok(tokio::runtime::Builder::new_multi_thread().enable_all().build()?)
 }
 
 fn read_file(path: &Path) -> Result<String, Failure> {

@@ -3,6 +3,7 @@
 //! The result goes to stdout, everything else to stderr. On a terminal rounds are rows of a table and progress is
 //! redrawn in place; elsewhere every line says what its numbers are, and progress is left out.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -33,13 +34,18 @@ pub enum Notice {
     },
     /// A round was committed.
     Round(RoundLine),
+    /// Something that is good to know, over one or more lines.
+    Info {
+        /// The text.
+        text: String,
+    },
     /// Something that the user should know, as a sentence.
     Warning {
         /// The sentence.
         text: String,
     },
     /// Training is over.
-    Finished(Summary),
+    Finished(Box<Summary>),
 }
 
 /// A committed round.
@@ -63,27 +69,33 @@ pub struct RoundLine {
     pub members: usize,
     /// How long it took.
     pub seconds: f64,
-    /// How many bytes this process sent and received.
+    /// How many bytes the peers of this command sent.
     pub bytes: u64,
 }
 
 /// The result.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Summary {
-    /// Why training is over.
+    /// Why training is over, as a word.
     pub reason: String,
-    /// How many rounds were committed.
+    /// How many rounds made a model.
     pub rounds: u64,
     /// Validation accuracy of the last model, 0 to 1, if it is known.
     pub accuracy: Option<f64>,
     /// Validation loss of the last model, if it is known.
     pub loss: Option<f64>,
-    /// The last model.
+    /// The last model's blob.
     pub digest: Digest,
+    /// The last model's file.
+    pub model: PathBuf,
+    /// Who led each round, from the first; `None` for a round that was not seen.
+    pub leaders: Vec<Option<PeerId>>,
     /// How long it all took.
     pub seconds: f64,
+    /// How many bytes the peers of this command sent.
+    pub bytes_sent: u64,
     /// Where the results are.
-    pub run_dir: Option<PathBuf>,
+    pub run_dir: PathBuf,
 }
 
 /// Writes notices for people, or the result for programs.
@@ -129,6 +141,7 @@ impl<'a> Output<'a> {
             Notice::Waiting { text } => self.waiting(&printable(text)),
             Notice::Phase { text, done, total } => self.phase(&printable(text), *done, *total),
             Notice::Round(line) => self.round(line),
+            Notice::Info { text } => self.info(text),
             Notice::Warning { text } => self.warning(&printable(text)),
             Notice::Finished(summary) => self.finished(summary),
         }
@@ -170,6 +183,13 @@ impl<'a> Output<'a> {
             self.print(&dim.apply_to(header()).to_string())?;
         }
         self.print(&row(line, &self.shell.stderr))
+    }
+
+    fn info(&mut self, text: &str) -> io::Result<()> {
+        if self.args.quiet {
+            return Ok(());
+        }
+        text.lines().try_for_each(|line| self.print(&printable(line)))
     }
 
     fn warning(&mut self, text: &str) -> io::Result<()> {
@@ -280,11 +300,21 @@ fn summary_text(summary: &Summary) -> String {
     );
     text += &format!("  accuracy  {}\n", decimals(summary.accuracy));
     text += &format!("  loss      {}\n", decimals(summary.loss));
-    text += &format!("  model     {}\n", summary.digest);
-    if let Some(run_dir) = &summary.run_dir {
-        text += &format!("  results   {}\n", run_dir.display());
-    }
+    text += &format!("  leaders   {}\n", turns(&summary.leaders));
+    text += &format!("  sent      {}\n", human_bytes(summary.bytes_sent));
+    text += &format!("  digest    {}\n", summary.digest);
+    text += &format!("  model     {}\n", summary.model.display());
     text
+}
+
+/// Who led how often: `peer-1 7, peer-2 6`.
+fn turns(leaders: &[Option<PeerId>]) -> String {
+    let mut turns: BTreeMap<&PeerId, usize> = BTreeMap::new();
+    for leader in leaders.iter().flatten() {
+        *turns.entry(leader).or_default() += 1;
+    }
+    let turns: Vec<_> = turns.iter().map(|(leader, turns)| format!("{leader} {turns}")).collect();
+    if turns.is_empty() { "-".to_owned() } else { turns.join(", ") }
 }
 
 fn summary_json(summary: &Summary) -> serde_json::Value {
@@ -293,8 +323,11 @@ fn summary_json(summary: &Summary) -> serde_json::Value {
         "rounds": summary.rounds,
         "val_accuracy": summary.accuracy,
         "val_loss": summary.loss,
-        "model": summary.digest.to_string(),
+        "digest": summary.digest.to_string(),
+        "model": summary.model,
+        "leaders": summary.leaders,
         "seconds": summary.seconds,
+        "bytes_sent": summary.bytes_sent,
         "run_dir": summary.run_dir,
     })
 }
@@ -340,8 +373,6 @@ pub fn human_seconds(seconds: f64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use console::{measure_text_width, strip_ansi_codes};
     use indicatif::TermLike;
 
@@ -363,16 +394,20 @@ mod tests {
         }
     }
 
-    fn summary() -> Summary {
-        Summary {
-            reason: "target_accuracy reached".into(),
+    fn summary() -> Box<Summary> {
+        let leader = |name| Some(PeerId::new(name).unwrap());
+        Box::new(Summary {
+            reason: "target_accuracy".into(),
             rounds: 12,
             accuracy: Some(0.9512),
             loss: None,
             digest: Digest::of(b"model"),
+            model: "runs/first/model.safetensors".into(),
+            leaders: vec![None, leader("peer-2"), leader("peer-1"), leader("peer-2")],
             seconds: 75.0,
-            run_dir: Some("runs/first".into()),
-        }
+            bytes_sent: 2_000_000,
+            run_dir: "runs/first".into(),
+        })
     }
 
     fn waiting() -> Notice {
@@ -481,21 +516,24 @@ mod tests {
         let notices = [waiting(), Notice::Round(line(1, "a")), Notice::Finished(summary())];
         let (stdout, _) = shown(&notices, OutputArgs::default(), false);
         let expected = format!(
-            "finished after 12 rounds in 1 min 15 s: target_accuracy reached\n  accuracy  0.9512\n  loss      -\n  \
-             model     {}\n  results   runs/first\n",
+            "finished after 12 rounds in 1 min 15 s: target_accuracy\n  accuracy  0.9512\n  loss      -\n  \
+             leaders   peer-1 1, peer-2 2\n  sent      2.0 MB\n  digest    {}\n  \
+             model     runs/first/model.safetensors\n",
             Digest::of(b"model")
         );
         assert_eq!(stdout, expected);
         let (stdout, _) = shown(&notices, OutputArgs { json: true, ..OutputArgs::default() }, false);
         let parsed: serde_json::Value = serde_json::from_str(&stdout).unwrap();
         assert_eq!((&parsed["rounds"], &parsed["val_loss"]), (&12.into(), &serde_json::Value::Null));
-        assert_eq!(parsed["model"], Digest::of(b"model").to_string());
+        assert_eq!(parsed["digest"], Digest::of(b"model").to_string());
+        assert_eq!(parsed["leaders"], serde_json::json!([null, "peer-2", "peer-1", "peer-2"]));
     }
 
     #[test]
     fn quiet_leaves_the_result_and_warnings() {
         let warning = Notice::Warning { text: "peer-3 left".into() };
-        let notices = [waiting(), warning, Notice::Round(line(1, "a")), Notice::Finished(summary())];
+        let info = Notice::Info { text: "5 peers".into() };
+        let notices = [waiting(), info, warning, Notice::Round(line(1, "a")), Notice::Finished(summary())];
         let (stdout, stderr) = shown(&notices, OutputArgs { quiet: true, ..OutputArgs::default() }, false);
         assert_eq!(stderr, "warning: peer-3 left\n");
         assert!(stdout.starts_with("finished"));

@@ -32,7 +32,7 @@ pub enum Group {
     Federation,
     /// When training is over.
     Stopping,
-    /// Model and optimizer. The peers must agree on every key of this group.
+    /// Model, optimizer and seed. The peers must agree on every key of this group.
     Training,
     /// What a peer trains on.
     Data,
@@ -178,14 +178,16 @@ pub static KEYS: &[Key] = &[
         "How a step follows from a gradient"),
     key(Group::Training, UsedBy::Peers, "learning_rate", Kind::Real(Reals::Positive), "0.1",
         "Length of a step"),
-    key(Group::Training, UsedBy::Peers, "momentum", Kind::Real(Reals::ShareBelowOne), "0",
+    key(Group::Training, UsedBy::Peers, "momentum", Kind::Real(Reals::ShareBelowOne), "0.9",
         "Share of the last step that sgd keeps in the next"),
-    key(Group::Training, UsedBy::Peers, "batch_size", count(1, 1_000_000), "32",
+    key(Group::Training, UsedBy::Peers, "batch_size", count(1, 1_000_000), "16",
         "Examples in a step"),
-    key(Group::Training, UsedBy::Peers, "local_epochs", count(1, 10_000), "1",
+    key(Group::Training, UsedBy::Peers, "local_epochs", count(1, 10_000), "5",
         "Passes over a peer's own data in a round"),
     key(Group::Training, UsedBy::Peers, "codec", Kind::Choice(&["f32"]), "f32",
         "How weights are encoded on the wire"),
+    key(Group::Training, UsedBy::Peers, "seed", count(0, COUNT_MAX), "42",
+        "Seed of the initial weights, the partition and the order of examples"),
 
     key(Group::Data, UsedBy::Peers, "data", Kind::Choice(&["digits"]), "digits",
         "The data set"),
@@ -195,8 +197,8 @@ pub static KEYS: &[Key] = &[
         "Skew of the dirichlet partition: 0.1 is strong, 100 almost none"),
     key(Group::Data, UsedBy::Peers, "val_fraction", Kind::Real(Reals::Between), "0.2",
         "Share of a peer's examples held out to evaluate on"),
-    key(Group::Data, UsedBy::Peers, "seed", count(0, COUNT_MAX), "0",
-        "Seed of the initial weights, the partition and the order of examples"),
+    key(Group::Data, UsedBy::Join, "part", Kind::Part, NONE,
+        "This peer's part I/N of a data set that is split for a simulation; none: all of it"),
 
     key(Group::Waiting, UsedBy::Peers, "round_timeout", duration(100, DAYS_30_MS), "5m",
         "How long a round waits for the slowest before min_updates is enough"),
@@ -208,9 +210,9 @@ pub static KEYS: &[Key] = &[
         "How long to wait for missing peers before giving up (exit code 4)"),
 
     key(Group::Network, UsedBy::Peers, "broker", Kind::Addresses { len_max: 64 }, NONE,
-        "Brokers to connect to, HOST:PORT, in order of preference"),
+        "Brokers to connect to, HOST:PORT, the best first; none: run: its own, join: 127.0.0.1:1883"),
     key(Group::Network, UsedBy::Everyone, "listen", Kind::Address, NONE,
-        "Where a broker of one's own listens, HOST:PORT; port 0 takes a free one"),
+        "Where a broker of one's own listens, HOST:PORT (port 0: a free one); none: run: 127.0.0.1:0, else 127.0.0.1:1883"),
     key(Group::Network, UsedBy::Join, "host_broker", Kind::Switch, "false",
         "Whether this peer runs a broker for the others"),
     key(Group::Network, UsedBy::Peers, "prefix", Kind::Levels { len_max: 8 }, "rodizio",
@@ -224,8 +226,8 @@ pub static KEYS: &[Key] = &[
         "Name of this peer; none: the one kept in state_dir, or a new one"),
     key(Group::Machine, UsedBy::Peers, "backend", Kind::Choice(&["flex", "ndarray"]), "flex",
         "What computes the training"),
-    key(Group::Machine, UsedBy::Peers, "state_dir", Kind::Path, NONE,
-        "Where a peer keeps its name and its state; none: run: in run_dir, join: .rodizio/FEDERATION"),
+    key(Group::Machine, UsedBy::Join, "state_dir", Kind::Path, NONE,
+        "Where a peer keeps its name and its state; none: under .rodizio/FEDERATION"),
     key(Group::Machine, UsedBy::Peers, "run_dir", Kind::Path, NONE,
         "Where the results go; none: runs/FEDERATION-TIME"),
 ];

@@ -6,6 +6,16 @@ use std::time::Duration;
 
 use crate::types::{PEER_ID_BYTES_MAX, PeerId};
 
+/// One of the equal claims to a data set that is split among peers: the `index`-th of `of`, counted from 1. Its text is
+/// `index/of`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Part {
+    /// Which, from 1 to `of`.
+    pub index: usize,
+    /// Among how many.
+    pub of: usize,
+}
+
 /// What values a key takes. Its `Display` says so in words.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Kind {
@@ -61,6 +71,8 @@ pub enum Kind {
     },
     /// A [`PeerId`].
     Peer,
+    /// A [`Part`].
+    Part,
     /// A path.
     Path,
 }
@@ -105,6 +117,8 @@ pub enum Value {
     Texts(Vec<String>),
     /// Of [`Kind::Peer`].
     Peer(PeerId),
+    /// Of [`Kind::Part`].
+    Part(Part),
     /// Of [`Kind::Path`].
     Path(PathBuf),
 }
@@ -130,6 +144,7 @@ impl Kind {
             Kind::Address => port_of(text).map(|_| Value::Text(text.into())),
             Kind::Addresses { len_max } => addresses(text, len_max).map(Value::Texts),
             Kind::Peer => PeerId::new(text).ok().map(Value::Peer),
+            Kind::Part => part(text).map(Value::Part),
             Kind::Path => (!text.is_empty()).then(|| Value::Path(text.into())),
         }
     }
@@ -148,6 +163,7 @@ impl Kind {
             Kind::Level | Kind::Peer => "NAME",
             Kind::Levels { .. } => "TOPIC",
             Kind::Address | Kind::Addresses { .. } => "HOST:PORT",
+            Kind::Part => "I/N",
             Kind::Path => "DIR",
         }
     }
@@ -183,6 +199,7 @@ impl fmt::Display for Kind {
             Kind::Peer => {
                 write!(f, "1 to {PEER_ID_BYTES_MAX} of A-Z a-z 0-9 - _ . (the words all and none are taken)")
             }
+            Kind::Part => write!(f, "I/N, like 2/5: 1 to N, N up to {PARTS_MAX}"),
             Kind::Path => f.write_str("a path"),
         }
     }
@@ -256,6 +273,7 @@ impl fmt::Display for Value {
             Value::Text(text) => f.write_str(text),
             Value::Texts(items) => f.write_str(&items.join(",")),
             Value::Peer(peer) => peer.fmt(f),
+            Value::Part(part) => part.fmt(f),
             Value::Path(path) => path.display().fmt(f),
         }
     }
@@ -263,6 +281,21 @@ impl fmt::Display for Value {
 
 fn whole(text: &str, min: u64, max: u64) -> Option<u64> {
     text.parse().ok().filter(|n| (min..=max).contains(n))
+}
+
+/// More parts than any data set at hand has examples to give.
+const PARTS_MAX: usize = 10_000;
+
+fn part(text: &str) -> Option<Part> {
+    let (index, of) = text.split_once('/')?;
+    let (index, of) = (index.trim().parse().ok()?, of.trim().parse().ok()?);
+    (1 <= index && index <= of && of <= PARTS_MAX).then_some(Part { index, of })
+}
+
+impl fmt::Display for Part {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.index, self.of)
+    }
 }
 
 fn counts(text: &str, max: u64, len_max: usize) -> Option<Vec<u64>> {
@@ -375,6 +408,7 @@ mod tests {
         takes(&Kind::Level, &["a", "ward-3.lab_x"], &["", "a/b", "a b", "#", "+", "é"]);
         takes(&Kind::Levels { len_max: 2 }, &["a", "a/b"], &["", "a//b", "/a", "a/b/c", "$SYS/#"]);
         takes(&Kind::Peer, &["peer-1"], &["all", "", "a/b"]);
+        takes(&Kind::Part, &["1/1", "2/5", "5 / 5"], &["0/5", "6/5", "1", "1/", "/1", "1/10001", "-1/2"]);
         takes(&Kind::Path, &["a b/c"], &[""]);
     }
 

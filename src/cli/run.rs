@@ -1,0 +1,294 @@
+//! `rodizio run`: a broker and many peers on this machine, in one command.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::ExitStatus;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, anyhow};
+use tokio::sync::mpsc::unbounded_channel;
+
+use crate::broker::Broker;
+use crate::cli::args::RunArgs;
+use crate::cli::follow::{Audience, check_same, choose_run_dir, earlier_settings};
+use crate::cli::narrator::Narrator;
+use crate::cli::output::{Notice, Output};
+use crate::cli::{Exit, Failure, Shell, interrupt, log, runtime};
+use crate::cluster::{Cluster, Processes, Program, Stop, peer_settings, reachable_at, start_broker};
+use crate::config::{Layers, Settings, Source};
+use crate::events::Recorder;
+use crate::node::Outcome;
+use crate::peer::{LocalPeer, PeerError};
+use crate::rundir::RunDir;
+use crate::types::PeerId;
+use crate::weights::Layout;
+
+/// Where the broker of a run listens unless the user says otherwise: a free port of this machine alone.
+const LISTEN: &str = "127.0.0.1:0";
+
+/// How long peers of other machines may take to leave the broker of a run that is over.
+const GUESTS_MAX: Duration = Duration::from_secs(30);
+
+/// So many peers are listed; the rest is summed up.
+const LISTED_MAX: usize = 20;
+
+/// A wait that is shorter is part of starting, and not told.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// Runs the cluster to its end.
+pub fn run(args: &RunArgs, mut layers: Layers, shell: &mut Shell) -> Result<Exit, Failure> {
+    let started = Instant::now();
+    let (run_dir, settings) = prepare(&mut layers)?;
+    let (env, colour) = (shell.env.clone(), shell.stderr.colour);
+    let mut output = Output::new(shell, args.output);
+    log::start(args.output.verbose, &env, colour, &output.bar())?;
+    run_dir.write_config(&settings.to_toml(&layers))?;
+    runtime()?.block_on(cluster(args, settings, run_dir, started, &mut output))
+}
+
+/// Settles what the user left open, and opens the run directory.
+fn prepare(layers: &mut Layers) -> Result<(RunDir, Settings), Failure> {
+    layers.derive("min_peers", &layers.peers().to_string(), "as many as peers");
+    let settings = layers.settings_of_run()?;
+    let earlier = settings.run_dir.as_deref().map(earlier_settings).transpose()?.flatten();
+    if *layers.source("federation") == Source::Default {
+        match &earlier {
+            Some(earlier) => layers.derive("federation", &earlier.federation, "that of the run directory"),
+            // Two runs that meet at one broker are not to mix.
+            None if !settings.brokers.is_empty() => {
+                let name = format!("run-{:08x}", rand::random::<u32>());
+                layers.derive("federation", &name, "a new one");
+            }
+            None => {}
+        }
+    }
+    let settings = layers.settings_of_run()?;
+    let dir = choose_run_dir(layers, &settings);
+    let settings = layers.settings_of_run()?;
+    if let Some(earlier) = earlier {
+        check_same(&dir, &earlier, &settings)?;
+    }
+    Ok((RunDir::open(&dir)?, settings))
+}
+
+async fn cluster(
+    args: &RunArgs,
+    mut settings: Settings,
+    run_dir: RunDir,
+    started: Instant,
+    output: &mut Output<'_>,
+) -> Result<Exit, Failure> {
+    let (_request, stop) = interrupt::listen();
+    let broker = broker_of(&mut settings).await?;
+    let dir = run_dir.path().to_owned();
+    let cluster = Cluster::open(&settings, &dir)?;
+    output.show(&Notice::Info { text: introduction(args, &settings, broker.as_ref(), &dir, cluster.peers()) })?;
+    let recorder = recorder(&settings, run_dir, cluster.peers());
+    let names = cluster.peers().iter().map(|peer| peer.name().clone()).collect();
+    let narrator = Narrator::new(names, settings.rounds, PATIENCE, started);
+    let mut audience = Audience { recorder, narrator, output };
+    let failure = if args.processes {
+        // Their state directories are for the processes now.
+        drop(cluster);
+        as_processes(args, &settings, &dir, &stop, &mut audience).await?
+    } else {
+        as_tasks(cluster, &stop, &mut audience).await
+    };
+    let finished = audience.conclude()?;
+    if let Some(broker) = broker {
+        tokio::select! {
+            _ = tokio::time::timeout(GUESTS_MAX, broker.deserted()) => {}
+            () = stop.clone().requested() => {}
+        }
+        broker.stop().await;
+    }
+    match failure {
+        _ if finished => Ok(Exit::Finished),
+        _ if stop.is_requested() => {
+            let text = format!("interrupted; to go on: rodizio run --run-dir {} and the same settings", dir.display());
+            output.show(&Notice::Info { text })?;
+            Ok(Exit::Interrupted)
+        }
+        Some(failure) => Err(failure),
+        None => Err(Failure::new(Exit::Internal, anyhow!("the peers ended without a result"))),
+    }
+}
+
+/// Starts a broker where the user names none; the settings then name it.
+async fn broker_of(settings: &mut Settings) -> Result<Option<Broker>, Failure> {
+    if !settings.brokers.is_empty() {
+        return Ok(None);
+    }
+    let listen = settings.listen.as_deref().unwrap_or(LISTEN);
+    let broker = start_broker(listen, settings.peers, settings.chunk_bytes).await?;
+    settings.brokers = vec![reachable_at(broker.addr()).to_string()];
+    Ok(Some(broker))
+}
+
+fn recorder(settings: &Settings, run_dir: RunDir, peers: &[LocalPeer]) -> Recorder {
+    let layout: Arc<Layout> = peers.first().map(LocalPeer::layout).unwrap_or_default();
+    let state_dirs = peers.iter().map(|peer| (peer.name().clone(), peer.state_dir().to_owned()));
+    let state_dirs: BTreeMap<PeerId, PathBuf> = state_dirs.collect();
+    Recorder::new(run_dir, &settings.federation, layout, settings.codec(), state_dirs)
+}
+
+/// Why there is no result, as far as the peers can tell.
+async fn as_tasks(cluster: Cluster, stop: &Stop, audience: &mut Audience<'_, '_>) -> Option<Failure> {
+    let (sender, mut entries) = unbounded_channel();
+    let ended = audience.follow(&mut entries, stop, cluster.run(stop, &sender)).await;
+    ended.into_iter().find_map(|(peer, result)| failure_of(result).map(|failure| failure.of(&peer)))
+}
+
+fn failure_of(result: Result<Outcome, PeerError>) -> Option<Failure> {
+    match result {
+        Ok(outcome) => Failure::of_outcome(&outcome),
+        Err(error) => Some(error.into()),
+    }
+}
+
+async fn as_processes(
+    args: &RunArgs,
+    settings: &Settings,
+    run_dir: &Path,
+    stop: &Stop,
+    audience: &mut Audience<'_, '_>,
+) -> Result<Option<Failure>, Failure> {
+    let (sender, mut entries) = unbounded_channel();
+    let path = std::env::current_exe().context("cannot find the file of this program")?;
+    let verbose = (0..args.output.verbose).map(|_| "--verbose".into()).collect();
+    let program = Program { path, args: verbose };
+    let processes = Processes::start(&program, settings, run_dir, &sender).context("cannot start a peer")?;
+    debug_assert_eq!(peer_settings(settings, run_dir).len(), settings.peers);
+    let ended = audience.follow(&mut entries, stop, processes.run(stop)).await;
+    Ok(ended.into_iter().find_map(|(peer, status)| failure_of_process(status).map(|failure| failure.of(&peer))))
+}
+
+/// The process has said why on its standard error, which was shown.
+fn failure_of_process(status: std::io::Result<ExitStatus>) -> Option<Failure> {
+    match status {
+        Ok(status) if status.success() => None,
+        Ok(status) => {
+            let exit = status.code().and_then(Exit::from_code).unwrap_or(Exit::Internal);
+            Some(Failure::new(exit, anyhow!("its process ended with {status}")))
+        }
+        Err(error) => Some(error.into()),
+    }
+}
+
+/// What is started, and who has which data.
+fn introduction(
+    args: &RunArgs,
+    settings: &Settings,
+    broker: Option<&Broker>,
+    dir: &Path,
+    peers: &[LocalPeer],
+) -> String {
+    let kind = if args.processes { "processes" } else { "peers in this process" };
+    let (at, whose) = (settings.brokers.join(", "), if broker.is_some() { ", started here" } else { "" });
+    let mut text = format!("{} {kind}, federation {}\n", peers.len(), settings.federation);
+    text += &format!("broker   {at}{whose}\n");
+    text += &format!("results  {}\n", dir.display());
+    if let Some(peer) = peers.first() {
+        let hidden: Vec<_> = settings.hidden.iter().map(usize::to_string).collect();
+        let hidden = if hidden.is_empty() { "no".to_owned() } else { hidden.join("-") };
+        let len = grouped(peer.layout().len());
+        text += &format!("model    {} with {hidden} hidden, {len} parameters\n", settings.model);
+        text += &format!("data     {}, split {}\n", settings.data, settings.partition());
+    }
+    if peers.iter().any(LocalPeer::is_resumed) {
+        text += "the peers go on where an earlier run stopped\n";
+    }
+    text + &labels(peers)
+}
+
+/// How many examples of each label each peer trains on.
+fn labels(peers: &[LocalPeer]) -> String {
+    let Some(first) = peers.first() else { return String::new() };
+    let head = ["peer", "train", "held out"].iter().map(|name| (*name).to_owned());
+    let mut rows = vec![head.chain(first.class_names().iter().cloned()).collect::<Vec<_>>()];
+    rows.extend(peers.iter().take(LISTED_MAX).map(|peer| {
+        let counts = [peer.num_examples().to_string(), peer.num_held_out().to_string()];
+        let labels = peer.histogram().into_iter().map(|count| count.to_string());
+        [peer.name().to_string()].into_iter().chain(counts).chain(labels).collect()
+    }));
+    let widths: Vec<usize> = (0..rows[0].len())
+        .map(|column| rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max().unwrap_or(0))
+        .collect();
+    let line = |row: &Vec<String>| {
+        let cells = row.iter().zip(&widths).enumerate();
+        let padded = cells.map(|(column, (cell, width))| match column {
+            0 => format!("{cell:<width$}"),
+            _ => format!("{cell:>width$}"),
+        });
+        padded.collect::<Vec<_>>().join("  ")
+    };
+    let mut text: String = rows.iter().map(|row| line(row) + "\n").collect();
+    if peers.len() > LISTED_MAX {
+        text += &format!("and {} more\n", peers.len() - LISTED_MAX);
+    }
+    text
+}
+
+/// A number with commas between thousands.
+fn grouped(number: usize) -> String {
+    let digits = number.to_string();
+    let groups: Vec<_> = digits.as_bytes().rchunks(3).rev().map(String::from_utf8_lossy).collect();
+    groups.join(",")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Key;
+
+    #[test]
+    fn thousands_are_grouped() {
+        for (number, text) in [(0, "0"), (999, "999"), (4810, "4,810"), (1_234_567, "1,234,567")] {
+            assert_eq!(grouped(number), text);
+        }
+    }
+
+    fn prepared(dir: &Path, flags: &[(&str, &str)]) -> Settings {
+        let mut layers = Layers::new();
+        layers.flag(Key::find("run_dir").unwrap(), dir.to_str().unwrap()).unwrap();
+        for (key, text) in flags {
+            layers.flag(Key::find(key).unwrap(), text).unwrap();
+        }
+        let (run_dir, settings) = prepare(&mut layers).unwrap();
+        run_dir.write_config(&settings.to_toml(&layers)).unwrap();
+        settings
+    }
+
+    #[test]
+    fn a_run_waits_for_all_its_peers_unless_told_otherwise() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(prepared(&dir.path().join("a"), &[("peers", "4")]).min_peers, 4);
+        assert_eq!(prepared(&dir.path().join("b"), &[("peers", "4"), ("min_peers", "2")]).min_peers, 2);
+    }
+
+    #[test]
+    fn runs_at_a_broker_that_others_use_have_names_of_their_own() {
+        let dir = tempfile::tempdir().unwrap();
+        let broker = [("broker", "lab:1883")];
+        let first = prepared(&dir.path().join("a"), &broker).federation;
+        let second = prepared(&dir.path().join("b"), &broker).federation;
+        assert!(first.starts_with("run-") && first != second, "{first} {second}");
+        assert_eq!(prepared(&dir.path().join("a"), &broker).federation, first, "it goes on under its name");
+        assert_eq!(prepared(&dir.path().join("c"), &[]).federation, "default");
+    }
+
+    #[test]
+    fn the_table_of_labels_has_a_line_a_peer_and_no_more_than_that() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut settings = prepared(&dir.path().join("run"), &[("peers", "22"), ("hidden", "2")]);
+        settings.brokers = vec!["127.0.0.1:1".into()];
+        let cluster = Cluster::open(&settings, dir.path()).unwrap();
+        let text = labels(cluster.peers());
+        let lines: Vec<_> = text.lines().collect();
+        assert_eq!(lines.len(), 1 + LISTED_MAX + 1);
+        assert!(lines[0].starts_with("peer     train  held out   0   1"), "{text}");
+        assert_eq!(lines[21], "and 2 more");
+        assert!(lines[..21].iter().all(|line| line.len() == lines[0].len()), "{text}");
+    }
+}

@@ -1,0 +1,212 @@
+//! A cluster: a broker and many peers on this machine, as tasks of this process or as processes of their own.
+//!
+//! Its peers are what [`join`](crate::peer) runs, each with its part of the data set; nothing tells them that they share
+//! a machine.
+
+mod processes;
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use tokio::sync::mpsc::UnboundedSender;
+use tokio::sync::watch;
+
+use crate::broker::{Broker, BrokerConfig, BrokerError};
+use crate::config::{Part, Settings};
+use crate::events::Entry;
+use crate::node::Outcome;
+use crate::peer::{LocalPeer, PeerError};
+use crate::types::PeerId;
+
+pub use processes::{Processes, Program};
+
+/// Where a run directory keeps the state of its peers.
+const PEERS: &str = "peers";
+
+/// Connections beside those of a cluster's own peers: for peers of other machines, and observers.
+const GUEST_CONNECTIONS: usize = 64;
+
+/// The peers of a cluster, ready to run.
+pub struct Cluster {
+    peers: Vec<LocalPeer>,
+}
+
+/// Why there is no cluster.
+#[derive(Debug, thiserror::Error)]
+pub enum ClusterError {
+    /// A name that is no address.
+    #[error("cannot listen on {listen}: {source}")]
+    Address {
+        /// What was given.
+        listen: String,
+        /// Why it is none.
+        source: io::Error,
+    },
+    /// The broker does not start.
+    #[error(transparent)]
+    Broker(#[from] BrokerError),
+    /// A peer cannot run.
+    #[error("{peer}: {source}")]
+    Peer {
+        /// Which.
+        peer: PeerId,
+        /// Why.
+        source: PeerError,
+    },
+}
+
+/// A request to stop, which many may wait for.
+#[derive(Clone, Debug)]
+pub struct Stop(watch::Receiver<bool>);
+
+impl Stop {
+    /// A request, and the way to make it. Dropping the sender makes none.
+    pub fn new() -> (watch::Sender<bool>, Self) {
+        let (sender, receiver) = watch::channel(false);
+        (sender, Self(receiver))
+    }
+
+    /// Waits until it is made.
+    pub async fn requested(mut self) {
+        if self.0.wait_for(|requested| *requested).await.is_err() {
+            std::future::pending().await
+        }
+    }
+
+    /// Whether it was made.
+    pub fn is_requested(&self) -> bool {
+        *self.0.borrow()
+    }
+}
+
+impl Cluster {
+    /// Opens `settings.peers` peers that will meet at `settings.brokers` and keep their state in `run_dir`.
+    pub fn open(settings: &Settings, run_dir: &Path) -> Result<Self, ClusterError> {
+        let open = |settings: &Settings| {
+            LocalPeer::open(settings).map_err(|source| ClusterError::Peer { peer: name_in(settings), source })
+        };
+        let peers = peer_settings(settings, run_dir).iter().map(open).collect::<Result<_, _>>()?;
+        Ok(Self { peers })
+    }
+
+    /// The peers, in the order of their names.
+    pub fn peers(&self) -> &[LocalPeer] {
+        &self.peers
+    }
+
+    /// Runs every peer in a task of its own until all have ended; how, in the order of their names.
+    ///
+    /// One that fails does not end the others: they notice, and go on without it.
+    pub async fn run(self, stop: &Stop, entries: &UnboundedSender<Entry>) -> Vec<(PeerId, Result<Outcome, PeerError>)> {
+        let started: Vec<_> =
+            self.peers.into_iter().map(|peer| (peer.name().clone(), spawn(peer, stop, entries))).collect();
+        let mut ended = Vec::with_capacity(started.len());
+        for (name, task) in started {
+            ended.push((name, task.await.unwrap_or(Err(PeerError::LostTask))));
+        }
+        ended
+    }
+}
+
+/// Runs a peer in a task of its own, which sends what it tells to `entries`. A task that is aborted is a peer that dies.
+pub fn spawn(
+    peer: LocalPeer,
+    stop: &Stop,
+    entries: &UnboundedSender<Entry>,
+) -> tokio::task::JoinHandle<Result<Outcome, PeerError>> {
+    let (stop, entries) = (stop.clone(), entries.clone());
+    tokio::spawn(async move {
+        let mut tell = |entry: Entry| {
+            tracing::debug!(target: "rodizio::events", "{}", entry.to_line());
+            // Nobody listens when the program is ending.
+            let _ = entries.send(entry);
+        };
+        peer.run(stop.requested(), &mut tell).await
+    })
+}
+
+/// Starts a broker at `listen`, `HOST:PORT`, with room for so many peers.
+pub async fn start_broker(listen: &str, peers: usize, chunk_bytes: usize) -> Result<Broker, ClusterError> {
+    let address = |source| ClusterError::Address { listen: listen.to_owned(), source };
+    let mut found = tokio::net::lookup_host(listen).await.map_err(address)?;
+    let listen = found.next().ok_or_else(|| address(io::Error::other("the name has no address")))?;
+    let config = BrokerConfig::for_chunks(chunk_bytes);
+    let connections_max = config.connections_max.max(2 * peers + GUEST_CONNECTIONS);
+    Ok(Broker::start(BrokerConfig { listen, connections_max, ..config }).await?)
+}
+
+/// Where this machine reaches a broker that listens on `addr`, which may mean all its addresses.
+pub fn reachable_at(addr: SocketAddr) -> SocketAddr {
+    match addr {
+        SocketAddr::V4(v4) if v4.ip().is_unspecified() => SocketAddr::from(([127, 0, 0, 1], v4.port())),
+        SocketAddr::V6(v6) if v6.ip().is_unspecified() => SocketAddr::from((std::net::Ipv6Addr::LOCALHOST, v6.port())),
+        addr => addr,
+    }
+}
+
+/// The settings of each peer of a cluster: its name, its part of the data set and its state directory.
+pub fn peer_settings(settings: &Settings, run_dir: &Path) -> Vec<Settings> {
+    let of = settings.peers;
+    let width = of.to_string().len();
+    let one = |index: usize| {
+        let name = PeerId::new(&format!("peer-{index:0width$}")).expect("letters, digits and a dash are a name");
+        let state_dir = Some(state_dir(run_dir, &name));
+        Settings { part: Some(Part { index, of }), peer: Some(name), state_dir, ..settings.clone() }
+    };
+    (1..=of).map(one).collect()
+}
+
+fn state_dir(run_dir: &Path, peer: &PeerId) -> PathBuf {
+    run_dir.join(PEERS).join(peer.as_str())
+}
+
+fn name_in(settings: &Settings) -> PeerId {
+    settings.peer.clone().expect("a peer of a cluster is named")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Layers;
+
+    fn settings(peers: usize) -> Settings {
+        Settings { peers, ..Layers::new().settings().unwrap() }
+    }
+
+    #[test]
+    fn names_are_in_the_order_of_their_numbers() {
+        let names = |peers| -> Vec<String> {
+            peer_settings(&settings(peers), Path::new("run")).iter().map(|one| name_in(one).to_string()).collect()
+        };
+        assert_eq!(names(2), ["peer-1", "peer-2"]);
+        assert_eq!(names(10)[..2], ["peer-01", "peer-02"]);
+        assert!(names(100).is_sorted());
+    }
+
+    #[test]
+    fn every_peer_has_its_own_part_and_directory() {
+        let peers = peer_settings(&settings(3), Path::new("run"));
+        let parts: Vec<_> = peers.iter().map(|one| one.part.unwrap().to_string()).collect();
+        assert_eq!(parts, ["1/3", "2/3", "3/3"]);
+        assert_eq!(peers[2].state_dir.as_deref(), Some(Path::new("run/peers/peer-3")));
+    }
+
+    #[test]
+    fn a_broker_on_all_addresses_is_reached_on_this_machine() {
+        for (listens, reached) in
+            [("0.0.0.0:1883", "127.0.0.1:1883"), ("[::]:1883", "[::1]:1883"), ("192.168.1.20:1", "192.168.1.20:1")]
+        {
+            assert_eq!(reachable_at(listens.parse().unwrap()).to_string(), reached);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_broker_listens_where_a_name_points() {
+        let broker = start_broker("localhost:0", 2, 1 << 16).await.unwrap();
+        assert!(broker.addr().ip().is_loopback() && broker.addr().port() > 0);
+        let taken = start_broker(&broker.addr().to_string(), 2, 1 << 16).await;
+        assert!(matches!(taken, Err(ClusterError::Broker(BrokerError::InUse(addr))) if addr == broker.addr()));
+        broker.stop().await;
+    }
+}

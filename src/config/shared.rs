@@ -1,0 +1,121 @@
+//! Settings in the terms of the floors below: what the peers share, what a trainer needs, which data a peer has.
+
+use crate::aggregation::Rule;
+use crate::config::Settings;
+use crate::protocol::{Config, Policy};
+use crate::training::{Backend, Model, Optimizer, Partition, TrainingConfig};
+use crate::transfer::Codec;
+
+/// Each word below was read by a key whose kind lists the words that its type takes; a test goes through them all.
+const CHECKED: &str = "the key takes only words that its type knows";
+
+impl Settings {
+    /// What every peer of the federation must share.
+    pub fn shared(&self) -> Config {
+        Config {
+            federation: self.federation.clone(),
+            min_peers: self.min_peers,
+            min_updates: self.min_updates,
+            rounds: self.rounds,
+            target_accuracy: self.target_accuracy,
+            tolerance: self.tolerance,
+            patience: self.patience,
+            policy: self.policy.parse::<Policy>().expect(CHECKED),
+            rule: self.strategy.parse::<Rule>().expect(CHECKED),
+            leader_trains: self.leader_trains,
+            round_timeout: self.round_timeout,
+            election_timeout: self.election_timeout,
+            settle_time: self.settle_time,
+            chunk_bytes: self.chunk_bytes,
+            training: self.training_entries(),
+        }
+    }
+
+    /// What a trainer needs.
+    pub fn training(&self) -> TrainingConfig {
+        TrainingConfig {
+            model: self.model.parse::<Model>().expect(CHECKED),
+            hidden: self.hidden.clone(),
+            optimizer: self.optimizer.parse::<Optimizer>().expect(CHECKED),
+            learning_rate: self.learning_rate,
+            momentum: self.momentum,
+            batch_size: self.batch_size,
+            local_epochs: self.local_epochs,
+            seed: self.seed,
+            backend: self.backend.parse::<Backend>().expect(CHECKED),
+        }
+    }
+
+    /// How weights are written as bytes.
+    pub fn codec(&self) -> Codec {
+        self.codec.parse().expect(CHECKED)
+    }
+
+    /// How the data set is shared out among the parts.
+    pub fn partition(&self) -> Partition {
+        Partition::named(self.partition, self.alpha).expect(CHECKED)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Group, KEYS, Kind, Layers};
+
+    fn defaults() -> Settings {
+        Layers::new().settings().unwrap()
+    }
+
+    #[test]
+    fn the_defaults_of_the_table_are_those_of_the_floors_below() {
+        let training = defaults().training_entries();
+        assert_eq!(defaults().shared(), Config { training, ..Config::default() });
+        assert_eq!(defaults().training(), TrainingConfig::default());
+        assert_eq!(defaults().codec(), Codec::default());
+        assert_eq!(defaults().partition(), Partition::default());
+    }
+
+    #[test]
+    fn every_word_of_a_key_is_known_to_its_type() {
+        for key in KEYS {
+            let words = match key.kind {
+                Kind::Choice(words) => words.to_vec(),
+                Kind::Policy(_) => vec!["random", "rotate", "fixed:peer-1"],
+                _ => continue,
+            };
+            for word in words {
+                let mut layers = Layers::new();
+                layers.flag(key, word).unwrap();
+                let settings = layers.settings().unwrap();
+                let (shared, training) = (settings.shared(), settings.training());
+                let taken = [
+                    ("policy", shared.policy.to_string()),
+                    ("strategy", shared.rule.to_string()),
+                    ("model", training.model.to_string()),
+                    ("optimizer", training.optimizer.to_string()),
+                    ("backend", training.backend.to_string()),
+                    ("codec", settings.codec().to_string()),
+                    ("partition", settings.partition().name().to_owned()),
+                    ("data", settings.data.to_owned()),
+                ];
+                let taken = taken.iter().find(|(name, _)| *name == key.name);
+                assert_eq!(taken.map(|(_, text)| text.as_str()), Some(word), "{}", key.name);
+            }
+        }
+    }
+
+    #[test]
+    fn peers_agree_on_what_training_asks_for_and_on_the_codec() {
+        let settings = defaults();
+        let mut expected = settings.training().shared_entries();
+        expected.insert("codec".into(), "f32".into());
+        assert_eq!(settings.shared().training, expected);
+        let shared = settings.shared().entries();
+        for key in KEYS.iter().filter(|key| matches!(key.group, Group::Stopping | Group::Training)) {
+            assert!(shared.contains_key(key.name), "{} is not compared", key.name);
+        }
+        for key in KEYS.iter().filter(|key| matches!(key.group, Group::Data | Group::Network | Group::Machine)) {
+            assert_eq!(shared.contains_key(key.name), key.name == "chunk_bytes", "{}", key.name);
+        }
+    }
+}

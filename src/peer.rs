@@ -1,0 +1,272 @@
+//! One peer of this machine: settings become a journal, a trainer and a transport, and a node that runs them.
+//!
+//! `join` runs one of these, a [cluster](crate::cluster) many.
+
+use std::future::Future;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::broker::BrokerConfig;
+use crate::config::{Part, Settings};
+use crate::events::{Entry, Event, Witness};
+use crate::journal::{Journal, JournalError};
+use crate::node::{self, Node, NodeError, Outcome, Storage};
+use crate::protocol::{Durable, Topics};
+use crate::training::{BurnTrainer, DataError, Dataset, PartitionError, TrainError, Trainer, histogram};
+use crate::transport::mqtt::{MqttConfig, MqttTransport, TransportError};
+use crate::types::PeerId;
+use crate::weights::Layout;
+
+/// How often a connection shows that it lives. A dead one is noticed at the other end at once, or after
+/// `election_timeout` by its silence; this is for the broker, which then frees its place.
+const KEEP_ALIVE: Duration = Duration::from_secs(5);
+
+/// How long a broker that is not there yet is waited for: long enough for one that was started just before.
+const BROKER_PATIENCE: Duration = Duration::from_secs(3);
+
+/// A peer that is ready to run: its data are here, its state directory is open.
+pub struct LocalPeer {
+    settings: Settings,
+    name: PeerId,
+    state_dir: PathBuf,
+    journal: Journal,
+    durable: Option<Durable>,
+    trainer: BurnTrainer,
+}
+
+/// Why a peer cannot run.
+#[derive(Debug, thiserror::Error)]
+pub enum PeerError {
+    /// Its state directory cannot be used.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// Its state is not what this version writes.
+    #[error("{} holds promises that this version cannot read", .0.display())]
+    State(PathBuf),
+    /// Its data cannot be used.
+    #[error(transparent)]
+    Data(#[from] DataError),
+    /// The data set cannot be split.
+    #[error(transparent)]
+    Partition(#[from] PartitionError),
+    /// Its model and its data do not go together.
+    #[error(transparent)]
+    Train(#[from] TrainError),
+    /// No broker was reached.
+    #[error(transparent)]
+    Transport(#[from] TransportError),
+    /// It failed while it ran.
+    #[error(transparent)]
+    Node(#[from] NodeError),
+    /// Its task panicked: a bug.
+    #[error("its task ended without a result")]
+    LostTask,
+}
+
+impl LocalPeer {
+    /// Opens the state directory, which the settings name, and loads the data.
+    ///
+    /// # Panics
+    /// If the settings name no state directory: the caller chooses one.
+    pub fn open(settings: &Settings) -> Result<Self, PeerError> {
+        let state_dir = settings.state_dir.clone().expect("the caller has chosen a state directory");
+        let (journal, loaded) = Journal::open(&state_dir, &settings.federation, settings.peer.as_ref())?;
+        let decode = |bytes: &Vec<u8>| {
+            Durable::decode(bytes).ok_or_else(|| PeerError::State(state_dir.join(Journal::STATE_FILE)))
+        };
+        let durable = loaded.state.as_ref().map(decode).transpose()?;
+        let name = loaded.peer;
+        let (train, held_out) = own_data(settings)?.split(settings.val_fraction, settings.seed)?;
+        let trainer = BurnTrainer::new(settings.training(), name.clone(), train, held_out)?;
+        Ok(Self { settings: settings.clone(), name, state_dir, journal, durable, trainer })
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &PeerId {
+        &self.name
+    }
+
+    /// The federation that it takes part in.
+    pub fn federation(&self) -> &str {
+        &self.settings.federation
+    }
+
+    /// The brokers where it meets the others, the best first.
+    pub fn brokers(&self) -> &[String] {
+        &self.settings.brokers
+    }
+
+    /// The same peer, which meets the others at `broker` if its settings name none.
+    #[must_use]
+    pub fn or_meeting_at(mut self, broker: String) -> Self {
+        if self.settings.brokers.is_empty() {
+            self.settings.brokers.push(broker);
+        }
+        self
+    }
+
+    /// Where it keeps its state.
+    pub fn state_dir(&self) -> &Path {
+        &self.state_dir
+    }
+
+    /// Names and shapes of its model.
+    pub fn layout(&self) -> Arc<Layout> {
+        self.trainer.layout()
+    }
+
+    /// Whether it goes on where an earlier run of it stopped.
+    pub fn is_resumed(&self) -> bool {
+        self.durable.is_some()
+    }
+
+    /// Whether its federation had finished when it stopped.
+    pub fn has_finished(&self) -> bool {
+        let head = self.durable.as_ref().and_then(|durable| durable.head.as_ref());
+        head.is_some_and(|head| head.decree.reason().is_some())
+    }
+
+    /// How many examples it trains on.
+    pub fn num_examples(&self) -> u64 {
+        self.trainer.num_examples()
+    }
+
+    /// How many examples it holds out to measure with.
+    pub fn num_held_out(&self) -> usize {
+        self.trainer.held_out_data().len()
+    }
+
+    /// What each label stands for.
+    pub fn class_names(&self) -> &[String] {
+        self.trainer.train_data().class_names()
+    }
+
+    /// How many examples of each label it has to train on.
+    pub fn histogram(&self) -> Vec<usize> {
+        let data = self.trainer.train_data();
+        let all: Vec<usize> = (0..data.len()).collect();
+        histogram(data.labels(), &all, data.num_classes())
+    }
+
+    /// Takes part until the federation finishes or `stop` ends; tells what happens.
+    ///
+    /// A peer whose future is dropped instead goes without a goodbye: its last will speaks for it.
+    pub async fn run(
+        self,
+        stop: impl Future<Output = ()>,
+        tell: &mut (dyn FnMut(Entry) + Send),
+    ) -> Result<Outcome, PeerError> {
+        let (name, num_examples) = (self.name.clone(), self.num_examples());
+        let version = env!("CARGO_PKG_VERSION").to_owned();
+        tell(Entry::now(&name, Event::Started { pid: std::process::id(), version, num_examples }));
+        let mut witness = Witness::new(name.clone());
+        let ended = self.take_part(stop, &mut witness, tell).await;
+        let last = match &ended {
+            Ok(outcome) => witness.see_end(outcome),
+            Err(error) => Some(Entry::now(&name, Event::Ended { why: error.to_string() })),
+        };
+        last.into_iter().for_each(tell);
+        ended
+    }
+
+    async fn take_part(
+        self,
+        stop: impl Future<Output = ()>,
+        witness: &mut Witness,
+        tell: &mut (dyn FnMut(Entry) + Send),
+    ) -> Result<Outcome, PeerError> {
+        let mut stop = std::pin::pin!(stop);
+        let topics = Topics::new(&self.settings.prefix, &self.settings.federation);
+        let connecting = MqttTransport::connect(self.mqtt_config(&topics), BROKER_PATIENCE);
+        let transport = tokio::select! {
+            transport = connecting => transport?,
+            () = &mut stop => return Ok(Outcome::Interrupted),
+        };
+        let node = Node {
+            peer: self.name,
+            config: self.settings.shared(),
+            codec: self.settings.codec(),
+            topics,
+            transport,
+            storage: Storage::Disk(self.journal),
+            durable: self.durable,
+            trainer: Box::new(self.trainer),
+            wait_timeout: Some(self.settings.wait_timeout),
+        };
+        let mut observe = |observation: node::Observation<'_>| {
+            if let Some(entry) = witness.see(&observation) {
+                tell(entry);
+            }
+        };
+        Ok(node.run(stop, &mut observe).await?)
+    }
+
+    fn mqtt_config(&self, topics: &Topics) -> MqttConfig {
+        MqttConfig {
+            brokers: self.settings.brokers.clone(),
+            federation: self.settings.federation.clone(),
+            peer: self.name.clone(),
+            keep_alive: KEEP_ALIVE,
+            packet_bytes_max: BrokerConfig::for_chunks(self.settings.chunk_bytes).packet_bytes_max,
+            will: Some(node::last_will(&self.name, topics)),
+            control_filters: topics.control_filters(&self.name),
+            bulk_filters: topics.bulk_filters(&self.name),
+            hello_first: true,
+        }
+    }
+}
+
+/// The examples of this peer: the data set, or its part of it.
+fn own_data(settings: &Settings) -> Result<Dataset, PartitionError> {
+    let data = match settings.data {
+        "digits" => Dataset::digits(),
+        other => unreachable!("the key takes only data sets that are known here, and not {other}"),
+    };
+    let Some(Part { index, of }) = settings.part else { return Ok(data) };
+    let parts = settings.partition().partition(data.labels(), data.num_classes(), of, settings.seed)?;
+    Ok(data.subset(&parts[index - 1]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Layers;
+
+    fn settings(state_dir: &Path) -> Settings {
+        let state_dir = Some(state_dir.to_owned());
+        Settings { state_dir, peer: Some(PeerId::new("a").unwrap()), ..Layers::new().settings().unwrap() }
+    }
+
+    #[test]
+    fn the_parts_of_a_data_set_are_the_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let of_part = |part: Option<Part>| own_data(&Settings { part, ..settings(dir.path()) }).unwrap();
+        let parts: Vec<Dataset> = (1..=4).map(|index| of_part(Some(Part { index, of: 4 }))).collect();
+        assert_eq!(parts.iter().map(Dataset::len).sum::<usize>(), of_part(None).len());
+        assert_ne!(parts[0], parts[1]);
+    }
+
+    #[test]
+    fn a_peer_tells_what_data_it_has() {
+        let dir = tempfile::tempdir().unwrap();
+        let peer = LocalPeer::open(&settings(&dir.path().join("state"))).unwrap();
+        assert_eq!(peer.histogram().iter().sum::<usize>() as u64, peer.num_examples());
+        assert_eq!(peer.histogram().len(), 10);
+        assert!(!peer.is_resumed() && !peer.has_finished());
+    }
+
+    #[test]
+    fn promises_that_cannot_be_read_are_refused_with_their_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let settings = settings(dir.path());
+        let (mut journal, _) = Journal::open(dir.path(), &settings.federation, settings.peer.as_ref()).unwrap();
+        journal.save_state(b"not promises").unwrap();
+        drop(journal);
+        let Err(error) = LocalPeer::open(&settings) else { panic!("it was opened") };
+        assert_eq!(
+            error.to_string(),
+            format!("{} holds promises that this version cannot read", dir.path().join("state").display())
+        );
+    }
+}

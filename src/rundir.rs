@@ -1,0 +1,264 @@
+//! The run directory: what a run leaves for people and scripts.
+//!
+//! ```text
+//! <run directory>/
+//!   config.toml         the effective configuration
+//!   events.jsonl        what happened, one JSON object a line
+//!   model.safetensors   the last global model that is known here
+//!   best.safetensors    the one with the lowest validation loss so far
+//! ```
+//!
+//! Models are written beside their file and renamed, so whoever reads one reads a whole one.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use crate::training::export::{ExportError, from_safetensors, to_safetensors};
+use crate::types::{Digest, Metrics, Round};
+use crate::weights::Weights;
+
+/// The name of the effective configuration.
+pub const CONFIG: &str = "config.toml";
+
+/// The name of the log of events.
+pub const EVENTS: &str = "events.jsonl";
+
+/// The name of the last model.
+pub const MODEL: &str = "model.safetensors";
+
+/// The name of the best model.
+pub const BEST: &str = "best.safetensors";
+
+/// The metadata's key of the validation loss, by which the best model is known.
+const VAL_LOSS: &str = "val_loss";
+
+/// An open run directory.
+#[derive(Debug)]
+pub struct RunDir {
+    dir: PathBuf,
+    events: File,
+    /// The validation loss of the best model.
+    best: Option<f64>,
+}
+
+/// A global model and what is known of it.
+#[derive(Debug)]
+pub struct NamedModel<'a> {
+    /// Its weights.
+    pub weights: &'a Weights,
+    /// The federation that made it.
+    pub federation: &'a str,
+    /// The round that made it.
+    pub round: Round,
+    /// The digest of its blob.
+    pub digest: Digest,
+    /// Its metrics over all peers, if they are known.
+    pub metrics: Option<Metrics>,
+}
+
+/// Why the run directory cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum RunDirError {
+    /// The file system said no.
+    #[error("cannot {action} {}: {source}", path.display())]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// The model does not fit into a file.
+    #[error(transparent)]
+    Export(#[from] ExportError),
+}
+
+impl RunDir {
+    /// Opens `dir`, or creates it. What an earlier run left there is added to.
+    pub fn open(dir: &Path) -> Result<Self, RunDirError> {
+        fs::create_dir_all(dir).map_err(failed("create", dir))?;
+        let path = dir.join(EVENTS);
+        let events = open_events(&path).map_err(failed("open", &path))?;
+        Ok(Self { dir: dir.to_owned(), events, best: best_loss(dir) })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Where the last model is, or will be.
+    pub fn model(&self) -> PathBuf {
+        self.dir.join(MODEL)
+    }
+
+    /// The configuration that an earlier run left in `dir`, if one did.
+    pub fn earlier_config(dir: &Path) -> Result<Option<String>, RunDirError> {
+        let path = dir.join(CONFIG);
+        match fs::read_to_string(&path) {
+            Ok(text) => Ok(Some(text)),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            Err(source) => Err(RunDirError::Io { action: "read", path, source }),
+        }
+    }
+
+    /// Keeps the effective configuration.
+    pub fn write_config(&self, text: &str) -> Result<(), RunDirError> {
+        self.replace(CONFIG, text.as_bytes())
+    }
+
+    /// Adds a line to the log of events. `line` has no line break.
+    pub fn append(&mut self, line: &str) -> Result<(), RunDirError> {
+        // One write, so that a reader sees whole lines and a crash leaves them.
+        let written = self.events.write_all(format!("{line}\n").as_bytes());
+        written.map_err(failed("write to", &self.dir.join(EVENTS)))
+    }
+
+    /// Keeps a model as the last, and as the best if it is.
+    pub fn save(&mut self, model: &NamedModel<'_>) -> Result<(), RunDirError> {
+        let bytes = to_safetensors(model.weights, &metadata(model))?;
+        self.replace(MODEL, &bytes)?;
+        let Some(loss) = model.metrics.map(|metrics| metrics.loss) else { return Ok(()) };
+        if self.best.is_none_or(|best| loss < best) {
+            self.replace(BEST, &bytes)?;
+            self.best = Some(loss);
+        }
+        Ok(())
+    }
+
+    fn replace(&self, name: &str, bytes: &[u8]) -> Result<(), RunDirError> {
+        let path = self.dir.join(name);
+        let temporary = self.dir.join(format!(".{name}.{}.tmp", std::process::id()));
+        let written = fs::write(&temporary, bytes).and_then(|()| fs::rename(&temporary, &path));
+        written.map_err(|source| {
+            // The reason for the failure matters more than what is left over.
+            let _ = fs::remove_file(&temporary);
+            RunDirError::Io { action: "write", path, source }
+        })
+    }
+}
+
+fn failed(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> RunDirError {
+    let path = path.to_owned();
+    move |source| RunDirError::Io { action, path, source }
+}
+
+/// A line that a crash cut short stays one line of its own.
+fn open_events(path: &Path) -> std::io::Result<File> {
+    let mut events = File::options().create(true).read(true).append(true).open(path)?;
+    let mut last = [b'\n'];
+    if events.metadata()?.len() > 0 {
+        events.seek(SeekFrom::End(-1))?;
+        events.read_exact(&mut last)?;
+    }
+    if last != *b"\n" {
+        events.write_all(b"\n")?;
+    }
+    Ok(events)
+}
+
+/// A file that cannot be read is no best model: the next one takes its place.
+fn best_loss(dir: &Path) -> Option<f64> {
+    let bytes = fs::read(dir.join(BEST)).ok()?;
+    let (_, metadata) = from_safetensors(&bytes).ok()?;
+    metadata.get(VAL_LOSS)?.parse().ok()
+}
+
+fn metadata(model: &NamedModel<'_>) -> BTreeMap<String, String> {
+    let known = [
+        ("rodizio", env!("CARGO_PKG_VERSION").to_owned()),
+        ("federation", model.federation.to_owned()),
+        ("round", model.round.to_string()),
+        ("digest", model.digest.to_string()),
+    ];
+    let measured = model.metrics.iter().flat_map(|metrics| {
+        [
+            (VAL_LOSS, metrics.loss.to_string()),
+            ("val_accuracy", metrics.accuracy.to_string()),
+            ("val_examples", metrics.num_examples.to_string()),
+        ]
+    });
+    known.into_iter().chain(measured).map(|(key, value)| (key.to_owned(), value)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::weights::{Layout, TensorSpec};
+
+    fn weights(value: f32) -> Weights {
+        let tensor = TensorSpec { name: "fc1.weight".into(), shape: vec![2] };
+        Weights::new(Arc::new(Layout { tensors: vec![tensor] }), vec![value; 2]).unwrap()
+    }
+
+    fn save(run_dir: &mut RunDir, round: u64, loss: Option<f64>) {
+        let metrics = loss.map(|loss| Metrics { num_examples: 4, loss, accuracy: 0.5 });
+        let digest = Digest::of(&round.to_le_bytes());
+        let weights = weights(round as f32);
+        run_dir
+            .save(&NamedModel { weights: &weights, federation: "ward", round: Round(round), digest, metrics })
+            .unwrap();
+    }
+
+    fn round_of(dir: &Path, name: &str) -> String {
+        let (weights, metadata) = from_safetensors(&fs::read(dir.join(name)).unwrap()).unwrap();
+        assert_eq!(weights.values()[0].to_string(), metadata["round"]);
+        metadata["round"].clone()
+    }
+
+    #[test]
+    fn the_last_and_the_best_model_are_kept_over_restarts() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut run_dir = RunDir::open(dir.path()).unwrap();
+        save(&mut run_dir, 1, Some(0.5));
+        save(&mut run_dir, 2, Some(0.3));
+        save(&mut run_dir, 3, Some(0.4));
+        assert_eq!((round_of(dir.path(), MODEL), round_of(dir.path(), BEST)), ("3".into(), "2".into()));
+        let mut run_dir = RunDir::open(dir.path()).unwrap();
+        save(&mut run_dir, 4, Some(0.35));
+        save(&mut run_dir, 5, None);
+        assert_eq!((round_of(dir.path(), MODEL), round_of(dir.path(), BEST)), ("5".into(), "2".into()));
+        save(&mut run_dir, 6, Some(0.2));
+        assert_eq!(round_of(dir.path(), BEST), "6");
+        let names = fs::read_dir(dir.path()).unwrap().count();
+        assert_eq!(names, 3, "a temporary file is left over");
+    }
+
+    #[test]
+    fn a_model_says_where_it_comes_from() {
+        let dir = tempfile::tempdir().unwrap();
+        save(&mut RunDir::open(dir.path()).unwrap(), 7, Some(0.25));
+        let (_, metadata) = from_safetensors(&fs::read(dir.path().join(MODEL)).unwrap()).unwrap();
+        let expected = [("federation", "ward"), ("round", "7"), ("val_loss", "0.25"), ("val_accuracy", "0.5")];
+        for (key, value) in expected {
+            assert_eq!(metadata[key], value);
+        }
+        assert_eq!(metadata["digest"].len(), 64);
+        assert_eq!(metadata["rodizio"], env!("CARGO_PKG_VERSION"));
+    }
+
+    #[test]
+    fn events_are_added_below_those_of_before_each_on_its_line() {
+        let dir = tempfile::tempdir().unwrap();
+        RunDir::open(dir.path()).unwrap().append("one").unwrap();
+        let path = dir.path().join(EVENTS);
+        fs::write(&path, "one\ncut sho").unwrap();
+        RunDir::open(dir.path()).unwrap().append("two").unwrap();
+        assert_eq!(fs::read_to_string(path).unwrap(), "one\ncut sho\ntwo\n");
+    }
+
+    #[test]
+    fn a_directory_that_cannot_be_made_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("file");
+        fs::write(&file, "").unwrap();
+        let error = RunDir::open(&file.join("run")).unwrap_err().to_string();
+        assert!(error.starts_with("cannot create ") && error.contains("file/run"), "{error}");
+        assert_eq!(RunDir::earlier_config(dir.path()).unwrap(), None);
+    }
+}
