@@ -1,4 +1,48 @@
 //! Federated learning without a server: the peers take turns to aggregate.
+//!
+//! Each round the peers of a *federation* elect one of themselves over MQTT. The others train the current model on
+//! data that never leaves them; the elected *leader* pulls their updates, aggregates them, and the members make the
+//! result theirs by a quorum of accepts. Next round it is somebody else's turn.
+//!
+//! # Layout
+//!
+//! The source has floors, and imports only point down (`tests/tidy.rs` checks it):
+//!
+//! | floor | what | modules |
+//! |---|---|---|
+//! | 5 people | one peer from its settings, the local cluster, what people and scripts see | [`peer`], [`cluster`], [`events`], [`rundir`], [`config`], [`cli`] |
+//! | 4 meeting | the one loop, with a real clock or in virtual time | [`node`], [`sim`], [`jobs`] |
+//! | 3 effects | models and data (burn), messages (rumqttc), the broker (rumqttd), durable state | [`training`], [`transport`], [`broker`], [`journal`] |
+//! | 2 decisions | the protocol: pure, (event, now) → actions | [`protocol`] |
+//! | 1 arithmetic | updates → model; blobs ↔ chunks | [`aggregation`], [`transfer`] |
+//! | 0 words | names, numbers, weights | [`types`], [`weights`] |
+//!
+//! Below floor 3 there is no clock, no randomness, no IO and no thread: time comes in as an argument, slow work leaves
+//! as a [`protocol::Job`] and returns as an event, everything else leaves as a [`protocol::Action`].
+//!
+//! # The trip of a tensor
+//!
+//! 1. A burn module's parameters are laid out as [`weights::Weights`]: one flat row of `f32` and a
+//!    [`weights::Layout`] of names and shapes ([`training`]).
+//! 2. [`jobs`] encodes the row ([`transfer::Codec`]); the bytes are a *blob*, named by their blake3 digest, and kept
+//!    by the [`journal`].
+//! 3. The trainer announces a [`transfer::Manifest`] to the leader. The leader grants chunks, a window at a time; each
+//!    chunk is a slice of the blob behind a small header, one MQTT message on the bulk connection ([`transport`]).
+//! 4. The leader joins the chunks, checks digest, layout and that every value is finite, and, once all updates are
+//!    in, aggregates them in `PeerId` order ([`aggregation`]).
+//! 5. The leader proposes a [`protocol::Decree`] that names the new blob. Members pull it (each chunk is published
+//!    once, the broker fans out), verify it, make it durable and accept.
+//! 6. A quorum of accepts commits. Every member loads the row back into its module, evaluates, and trains on.
+//!
+//! # Where the design was changed
+//!
+//! - **Genesis** is two steps instead of one: all founders first join one *roster* (a unanimous vote on names alone),
+//!   then round 0 is a round like any other whose leader proposes the initial weights. Only the small step needs
+//!   everybody, and the large one is crash-safe like every round ([`protocol`], `phases/genesis.rs`).
+//! - **A leader's heartbeat says what it has** of each member, and members answer it with what is lacking. One message
+//!   is so the retransmission timer of all reports, and hellos need not be heartbeats (they would grow as N²).
+//! - **Newcomers** are admitted only as many at once as leave the members that live a quorum of the next roster.
+//! - **A finish names the last model**, so that a peer that was away can still pull it.
 
 pub mod aggregation;
 pub mod broker;

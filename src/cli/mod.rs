@@ -22,6 +22,7 @@ pub mod log;
 pub mod narrator;
 pub mod output;
 pub mod run;
+pub mod sim;
 
 use args::{Command, Invocation};
 pub use error::{Exit, Failure};
@@ -108,9 +109,7 @@ fn dispatch(invocation: Invocation, shell: &mut Shell) -> Result<Exit, Failure> 
         Command::Broker(args) => broker::run(&args, &layers, shell),
         Command::Join(args) => join::run(&args, layers, shell),
         Command::Config(args) => config::run(&args, &layers, shell),
-        other @ Command::Sim(_) => {
-            Err(Failure::new(Exit::Internal, anyhow::anyhow!("this build lacks the subcommand: {other:?}")))
-        }
+        Command::Sim(args) => sim::run(&args, shell),
     }
 }
 

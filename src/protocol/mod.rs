@@ -49,6 +49,9 @@ use phases::round::OpenRound;
 use phases::transfer::Transfers;
 use timer::Timers;
 
+/// The most other peers that a peer remembers: names come from the network.
+const NEIGHBOURS_MAX: usize = 2 * roster::ROSTER_MAX;
+
 /// What happened to a peer.
 #[derive(Clone, Debug)]
 pub enum Event {
@@ -184,6 +187,8 @@ pub struct Identity {
 #[derive(Clone, Debug)]
 struct Neighbour {
     hello: Option<Hello>,
+    /// What keeps it from training with this peer, by its hello.
+    difference: Option<Difference>,
     heard: Instant,
     /// Said goodbye, or its last will did.
     gone: bool,
@@ -231,6 +236,7 @@ pub struct Peer {
     ended: Option<Ended>,
     stopped: bool,
     last_waiting: Option<Waiting>,
+    waiting_checked: Option<Instant>,
     head_told: Option<Instant>,
     /// The model whose metrics were told last, and the round that made it.
     metrics_told: Option<(Round, Digest)>,
@@ -271,6 +277,7 @@ impl Peer {
             ended: None,
             stopped: false,
             last_waiting: None,
+            waiting_checked: None,
             head_told: None,
             metrics_told: None,
             earlier_federation: None,
@@ -282,15 +289,24 @@ impl Peer {
         };
         if peer.durable.roster().is_some() {
             peer.enter_round(now);
+            // Nothing is said before the hello; ballots are sent again once there is a connection.
+            peer.actions.retain(|action| !matches!(action, Action::Publish { .. }));
         }
         peer
     }
 
     /// Takes what happened at `now`; returns what to do, in order.
     pub fn handle(&mut self, event: Event, now: Instant) -> Vec<Action> {
+        if self.ended == Some(Ended::Refused) {
+            // It has no part in this federation, whatever it hears.
+            return Vec::new();
+        }
         match event {
-            Event::Tick => {}
-            Event::Connected => self.on_connected(now),
+            Event::Tick => self.look_around(now),
+            Event::Connected => {
+                self.on_connected(now);
+                self.look_around(now);
+            }
             Event::Disconnected => self.connected = false,
             Event::Message(message) => self.on_message(&message, now),
             Event::Done(done) => self.on_done(done, now),
@@ -354,21 +370,22 @@ impl Peer {
             Ok(decoded) => decoded,
             Err(error) => return self.bad_message(None, error.to_string()),
         };
-        if envelope.sender == self.me {
+        let known = self.neighbours.contains_key(&envelope.sender);
+        if envelope.sender == self.me || !known && self.neighbours.len() >= NEIGHBOURS_MAX {
             return;
         }
         self.hear(&envelope, now);
         let Envelope { sender, round, term, body, .. } = envelope;
         match body {
             Body::Hello(hello) => self.on_hello(sender, round, hello, now),
-            Body::Goodbye => self.on_goodbye(&sender),
-            Body::Call { roster, released } => self.on_call(&sender, term, roster, &released, now),
+            Body::Goodbye => self.on_goodbye(&sender, now),
+            Body::Call { roster, released } => self.on_call(&sender, term, &roster, &released, now),
             Body::Join { gave_up } => self.on_join(sender, term, gave_up),
             Body::Bound { candidate, call } => self.on_bound(sender, term, candidate, call),
             Body::Founded(roster) => self.on_founded(roster, now),
             Body::Ballot { candidate, accepted } => self.on_ballot(sender, round, term, &candidate, accepted, now),
             Body::Evaluation(metrics) => self.on_evaluation(sender, round, metrics),
-            Body::Leader(leading) => self.on_leader(&sender, round, term, leading, now),
+            Body::Leader(leading) => self.on_leader(&sender, round, term, &leading, now),
             Body::Proposal(decree) => self.on_proposal(sender, round, term, decree, now),
             Body::Update(update) => self.on_update(sender, round, update, now),
             Body::Status => {}
@@ -393,7 +410,7 @@ impl Peer {
 
     /// Notes that a peer lives, and of which term it speaks.
     fn hear(&mut self, envelope: &Envelope, now: Instant) {
-        let heard = Neighbour { hello: None, heard: now, gone: false };
+        let heard = Neighbour { hello: None, difference: None, heard: now, gone: false };
         let neighbour = self.neighbours.entry(envelope.sender.clone()).or_insert(heard);
         neighbour.heard = now;
         if !matches!(envelope.body, Body::Goodbye) {

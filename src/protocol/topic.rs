@@ -23,6 +23,18 @@ pub enum Topic {
     Head,
 }
 
+impl Topic {
+    /// The only peer that subscribes, where it is one.
+    pub fn subscriber(&self) -> Option<&PeerId> {
+        match self {
+            Topic::Election(_, peer) | Topic::Report(_, peer) | Topic::Grant(_, peer) | Topic::Weights(_, peer) => {
+                Some(peer)
+            }
+            Topic::Init(_) | Topic::Leader(_) | Topic::WeightsAll(_) | Topic::Head => None,
+        }
+    }
+}
+
 /// The topics of one federation.
 #[derive(Clone, Debug)]
 pub struct Topics {
@@ -108,6 +120,10 @@ mod tests {
         for topic in &mine {
             let name = topics.name(topic);
             assert_eq!(filters.iter().filter(|filter| matches(filter, &name)).count(), 1, "{name}");
+            let other = PeerId::new("c").unwrap();
+            let others = [topics.control_filters(&other), topics.bulk_filters(&other)].concat();
+            let heard_by_all = others.iter().any(|filter| matches(filter, &name));
+            assert_eq!(topic.subscriber(), (!heard_by_all).then_some(&me), "{name}");
         }
         let other = topics.name(&Topic::Report(round, PeerId::new("b").unwrap()));
         assert!(!filters.iter().any(|filter| matches(filter, &other)));

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use bytes::Bytes;
 
 use crate::aggregation::{Contribution, Rule};
+use crate::journal::Blobs;
 use crate::protocol::message::{Body, Envelope, Head};
 use crate::protocol::{Decree, Durable, Outcome, Roster};
 use crate::transfer::Codec;
@@ -32,7 +33,8 @@ pub(super) struct Check {
     ballots: BTreeMap<(PeerId, Round), BTreeMap<Term, PeerId>>,
     accepts: BTreeMap<(PeerId, Round, Term), Digest>,
     /// Every update that was trained: whose, in which round, from which model.
-    updates: BTreeMap<Digest, (PeerId, Round, Digest, Weights)>,
+    updates: BTreeMap<(PeerId, Digest), (Round, Digest, Weights)>,
+    /// Who has persisted an update in which round.
     trained: BTreeSet<(PeerId, Round)>,
 }
 
@@ -40,7 +42,7 @@ pub(super) struct Check {
 pub(super) struct Persisted<'a> {
     pub peer: &'a PeerId,
     pub durable: &'a Durable,
-    pub holds: &'a dyn Fn(&Digest) -> bool,
+    pub blobs: &'a Blobs,
 }
 
 impl Check {
@@ -59,12 +61,20 @@ impl Check {
     }
 
     /// A peer has persisted something.
-    pub(super) fn persisted(&mut self, peer: &PeerId, durable: &Durable, all: &[Persisted<'_>]) -> Result<(), Broken> {
+    pub(super) fn persisted<'a>(
+        &mut self,
+        peer: &PeerId,
+        durable: &Durable,
+        all: impl FnOnce() -> Vec<Persisted<'a>>,
+    ) -> Result<(), Broken> {
         if let Some(roster) = &durable.founding.roster {
             let founded = self.founded.get_or_insert_with(|| roster.clone());
             if founded != roster {
                 return Err((ONE_DECREE, format!("two first rosters: {founded:?} and {roster:?}")));
             }
+        }
+        if durable.open.update.is_some() {
+            self.trained.insert((peer.clone(), durable.open.round));
         }
         let Some(head) = &durable.head else { return Ok(()) };
         let round = head.decree.round;
@@ -79,7 +89,7 @@ impl Check {
             }
             Some(_) => Ok(()),
             None => {
-                self.committed(head, all)?;
+                self.committed(head, &all())?;
                 self.decrees.insert(round, head.decree.clone());
                 Ok(())
             }
@@ -108,10 +118,8 @@ impl Check {
         let Some(parent) = before else { return Ok(()) };
         let mut contributions = Vec::new();
         for part in &decree.contributors {
-            match self.updates.get(&part.update) {
-                Some((peer, round, from, weights))
-                    if *peer == part.peer && *round == decree.round && *from == parent.model().digest =>
-                {
+            match self.updates.get(&(part.peer.clone(), part.update)) {
+                Some((round, from, weights)) if *round == decree.round && *from == parent.model().digest => {
                     contributions.push(Contribution { num_examples: part.num_examples, weights });
                 }
                 _ => {
@@ -140,12 +148,11 @@ impl Check {
         update: Digest,
         weights: Weights,
     ) -> Result<(), Broken> {
-        self.updates.insert(update, (peer.clone(), round, model, weights));
-        if self.trained.insert((peer.clone(), round)) {
-            Ok(())
-        } else {
-            Err((TRAINED_ONCE, format!("{peer} trained {round:?} again")))
+        self.updates.insert((peer.clone(), update), (round, model, weights));
+        if self.trained.contains(&(peer.clone(), round)) {
+            return Err((TRAINED_ONCE, format!("{peer} trained {round:?} again")));
         }
+        Ok(())
     }
 
     /// A peer has sent a message.
@@ -186,5 +193,5 @@ fn holds(peer: &Persisted<'_>, decree: &Decree) -> bool {
     let beyond = head.is_some_and(|head| head.decree.round > decree.round);
     let committed = head.is_some_and(|head| head.decree == *decree);
     let accepted = peer.durable.open.accepted.as_ref().is_some_and(|(_, accepted)| accepted == decree);
-    beyond || (committed || accepted) && (peer.holds)(&decree.model().digest)
+    beyond || (committed || accepted) && peer.blobs.get(decree.model().digest).is_ok_and(|blob| blob.is_some())
 }

@@ -1,7 +1,7 @@
 //! The simulator: a whole federation in virtual time, with faults drawn from a seed.
 //!
 //! Every peer is the real [`Peer`](crate::protocol::Peer) with the real jobs on tiny weights; the network carries encoded
-//! bytes. After every step the [`check`] compares what all peers have persisted and sent with the protocol's invariants.
+//! bytes. After every step `check.rs` compares what all peers have persisted and sent with the protocol's invariants.
 //! A run is a function of (scenario, seed): what fails once fails again.
 //!
 //! First comes a *safety* phase, in which anything may happen; then all faults end, and in the *liveness* phase the

@@ -91,16 +91,20 @@ impl Network {
         message: &Bytes,
         rng: &mut ChaCha8Rng,
     ) -> Vec<(PeerId, Duration)> {
-        let (name, side) = (self.topics.name(topic), self.side(from));
+        let side = self.side(from);
         if retain && side == 0 {
-            self.retained.insert(name.clone(), message.clone());
+            self.retained.insert(self.topics.name(topic), message.clone());
         }
         // The broker acknowledges hellos, so they are not lost; everything else may be.
         let loss = if matches!(topic, Topic::Init(_)) { 0.0 } else { self.loss };
         let mut deliveries = Vec::new();
-        for (peer, link) in &self.links {
-            let hears = link.subscribed && link.side == side && peer != from;
-            if !hears || !link.filters.iter().any(|filter| matches(filter, &name)) || rng.random_bool(loss) {
+        let subscribers: Vec<&PeerId> = match topic.subscriber() {
+            Some(peer) => vec![peer],
+            None => self.links.keys().collect(),
+        };
+        for peer in subscribers {
+            let hears = self.links.get(peer).is_some_and(|link| link.subscribed && link.side == side);
+            if !hears || peer == from || rng.random_bool(loss) {
                 continue;
             }
             let copies = if rng.random_bool(self.duplication) { 2 } else { 1 };

@@ -209,7 +209,8 @@ impl<'a> World<'a> {
     /// Whether every peer that still exists has the last decree and its model.
     fn is_over(&self) -> bool {
         let Some(last) = self.check.newest().filter(|decree| decree.reason().is_some()) else { return false };
-        let done = |peer: &SimulatedPeer| peer.lost_for_good || peer.has(last);
+        // Who comes when all is over finds nothing to take part in.
+        let done = |peer: &SimulatedPeer| peer.lost_for_good || peer.has(last) || peer.is_stranger();
         self.peers.values().all(done)
     }
 
@@ -423,19 +424,15 @@ impl<'a> World<'a> {
     }
 
     fn check_persisted(&mut self, id: &PeerId) -> Result<(), Broken> {
-        let holds: Vec<_> = self
-            .peers
-            .iter()
-            .map(|(id, peer)| {
-                (id, peer, move |digest: &Digest| peer.blobs.get(*digest).is_ok_and(|blob| blob.is_some()))
-            })
-            .collect();
-        let all: Vec<Persisted<'_>> = holds
-            .iter()
-            .filter_map(|(id, peer, holds)| peer.durable.as_ref().map(|durable| Persisted { peer: id, durable, holds }))
-            .collect();
-        match &self.peers[id].durable {
-            Some(durable) => self.check.persisted(id, durable, &all),
+        let peers = &self.peers;
+        let all = || {
+            let every = peers.iter();
+            let persisted =
+                every.filter_map(|(id, peer)| peer.durable.as_ref().map(|durable| (id, durable, &peer.blobs)));
+            persisted.map(|(peer, durable, blobs)| Persisted { peer, durable, blobs }).collect()
+        };
+        match &peers[id].durable {
+            Some(durable) => self.check.persisted(id, durable, all),
             None => Ok(()),
         }
     }
@@ -513,9 +510,8 @@ impl<'a> World<'a> {
         self.say(id, "loses its state");
         self.take_down(id);
         if let Some(peer) = self.peers.get_mut(id) {
+            // What it had held counts for what was decided with it.
             peer.lost_for_good = true;
-            peer.durable = None;
-            peer.blobs = Blobs::memory();
         }
         let Ok(heir) = PeerId::new(&format!("{id}.new")) else { return };
         if !self.peers.contains_key(&heir) {
@@ -577,19 +573,20 @@ impl<'a> World<'a> {
     }
 
     fn note(&mut self, id: &PeerId, notice: &Notice) {
-        if let Notice::Committed(committed) = notice
-            && committed.led
-        {
-            self.reelections += u64::from(committed.term > Term(0));
-        }
-        let is_commit = matches!(notice, Notice::Committed(committed) if committed.led);
-        if self.detail >= Detail::Notices {
-            self.say(id, &format!("{notice:?}"));
-        } else if let (Notice::Committed(committed), true) = (notice, is_commit) {
-            let decree = &committed.decree;
-            let (round, term, parts) = (decree.round, committed.term, decree.contributors.len());
-            let what = decree.reason().map_or("a model".to_owned(), |reason| format!("the end: {reason}"));
-            self.say(id, &format!("commits round {round} in term {term}: {what}, {parts} contributors"));
+        let every = self.detail >= Detail::Notices;
+        match notice {
+            Notice::Committed(committed) => {
+                self.reelections += u64::from(committed.led && committed.term > Term(0));
+                if committed.led || every {
+                    let decree = &committed.decree;
+                    let (round, term, parts) = (decree.round, committed.term, decree.contributors.len());
+                    let verb = if committed.led { "commits" } else { "learns" };
+                    let what = decree.reason().map_or("a model".to_owned(), |reason| format!("the end: {reason}"));
+                    self.say(id, &format!("{verb} round {round} in term {term}: {what}, {parts} contributors"));
+                }
+            }
+            _ if every => self.say(id, &format!("{notice:?}")),
+            _ => {}
         }
     }
 
@@ -615,6 +612,10 @@ impl SimulatedPeer {
         let manifests = self.durable.iter().flat_map(Durable::manifests);
         let held = |manifest: &&Manifest| self.blobs.get(manifest.digest).is_ok_and(|blob| blob.is_some());
         manifests.filter(held).map(|manifest| manifest.digest).collect()
+    }
+
+    fn is_stranger(&self) -> bool {
+        self.durable.as_ref().is_none_or(|durable| durable.roster().is_none())
     }
 
     fn has(&self, last: &crate::protocol::Decree) -> bool {

@@ -74,9 +74,7 @@ impl BurnTrainer {
 
     fn diverged(&self, round: Round, what: &str) -> TrainError {
         let learning_rate = self.config.learning_rate;
-        TrainError::Failed(format!(
-            "{what} is not finite in round {round}: lower learning_rate (now {learning_rate})"
-        ))
+        TrainError::Failed(format!("{what} is not finite in round {round}: lower learning_rate (now {learning_rate})"))
     }
 
     /// Trains `network` for one round; returns it with the metrics of its last pass over the data.

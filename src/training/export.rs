@@ -164,10 +164,7 @@ mod tests {
     fn a_file_that_is_cut_off_anywhere_is_refused() {
         let bytes = to_safetensors(&model(), &metadata()).unwrap();
         for len in 0..bytes.len() {
-            assert!(
-                matches!(from_safetensors(&bytes[..len]), Err(ExportError::Damaged(_))),
-                "{len} bytes were taken"
-            );
+            assert!(matches!(from_safetensors(&bytes[..len]), Err(ExportError::Damaged(_))), "{len} bytes were taken");
         }
     }
 

@@ -203,14 +203,8 @@ mod tests {
     const DIRICHLET: Partition = Partition::Dirichlet { alpha: 0.3 };
 
     fn kinds() -> impl Strategy<Value = Partition> {
-        let alphas = prop_oneof![
-            0.01..10.0f64,
-            Just(f64::MIN_POSITIVE),
-            Just(1e-300),
-            Just(1e-3),
-            Just(1e300),
-            Just(f64::MAX)
-        ];
+        let alphas =
+            prop_oneof![0.01..10.0f64, Just(f64::MIN_POSITIVE), Just(1e-300), Just(1e-3), Just(1e300), Just(f64::MAX)];
         prop_oneof![Just(Partition::Iid), alphas.prop_map(|alpha| Partition::Dirichlet { alpha })]
     }
 

@@ -14,6 +14,9 @@ use crate::types::{PeerId, Round, Term};
 /// After this many failed terms the patience with a candidate no longer doubles.
 const DOUBLINGS_MAX: u32 = 3;
 
+/// Ballots of so many terms are kept: the lowest are past.
+const BALLOT_TERMS_MAX: usize = 32;
+
 impl Peer {
     /// Votes in `term`: as it voted before, else for `candidate`, else for whom the policy names.
     pub(in crate::protocol) fn cast_ballot(&mut self, term: Term, candidate: Option<&PeerId>, now: Instant) {
@@ -70,8 +73,8 @@ impl Peer {
             return;
         }
         self.depose(now);
-        if self.open.following.is_none() && self.open.leading.is_none() {
-            if self.open.seen_term > self.promised() {
+        if self.open.following.is_none() {
+            if self.open.leading.is_none() && self.open.seen_term > self.promised() {
                 self.cast_ballot(self.open.seen_term, None, now);
             }
             self.try_to_lead(now);
@@ -116,7 +119,6 @@ impl Peer {
         }
     }
 
-    #[expect(clippy::too_many_arguments, reason = "a ballot's parts, checked one by one")]
     pub(in crate::protocol) fn on_ballot(
         &mut self,
         sender: PeerId,
@@ -137,6 +139,9 @@ impl Peer {
             return self.publish(Topic::Report(round, sender), Body::Refuse { promised });
         }
         self.open.ballots.entry(term).or_default().insert(sender, accepted);
+        if self.open.ballots.len() > BALLOT_TERMS_MAX {
+            self.open.ballots.pop_first();
+        }
     }
 
     /// Proclaims itself where a quorum voted for this peer.
@@ -149,6 +154,9 @@ impl Peer {
         if let Some((&term, _)) = higher {
             let me = self.me.clone();
             self.cast_ballot(term, Some(&me), now);
+        }
+        if self.open.leading.is_some() {
+            return;
         }
         let term = self.promised();
         let mut ballots: BTreeSet<PeerId> =
@@ -171,6 +179,7 @@ impl Peer {
             proposal: None,
             accepts: BTreeSet::new(),
             refusals: BTreeSet::new(),
+            late: false,
             told: None,
         });
         self.open.following = None;
@@ -227,7 +236,7 @@ impl Peer {
         sender: &PeerId,
         round: Round,
         term: Term,
-        leading: Leading,
+        leading: &Leading,
         now: Instant,
     ) {
         if !self.accepts_leader(sender, round, term, now) {
@@ -303,10 +312,13 @@ impl Peer {
         }
     }
 
-    /// A leader that too many members have left behind in a higher term steps down.
+    /// A leader whom a quorum could follow, were it not for those it lost to a higher term, steps down and joins them.
     pub(in crate::protocol) fn step_down_if_left_behind(&mut self, now: Instant) {
         let (Some(leading), Some(roster)) = (&self.open.leading, self.durable.roster()) else { return };
-        if roster.len() - leading.refusals.len() < roster.quorum() {
+        let there = roster.members().iter().filter(|peer| self.is_there(peer, leading.since, now));
+        let (lost, willing): (Vec<_>, Vec<_>) = there.partition(|peer| leading.refusals.contains(*peer));
+        let quorum = roster.quorum();
+        if willing.len() < quorum && willing.len() + lost.len() >= quorum {
             let term = self.open.seen_term.max(self.promised().next());
             self.cast_ballot(term, None, now);
         }

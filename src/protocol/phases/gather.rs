@@ -1,10 +1,10 @@
 //! Gathering: the leader pulls every live trainer's update and starts the aggregation.
 
+use std::collections::BTreeSet;
 use std::time::Instant;
 
 use crate::protocol::message::Update;
 use crate::protocol::phases::round::{Aggregate, Work};
-use crate::protocol::timer::Timer;
 use crate::protocol::{Action, Job, Notice, Peer};
 use crate::transfer::Manifest;
 use crate::types::{PeerId, Round};
@@ -40,15 +40,21 @@ impl Peer {
         }
     }
 
-    /// Whether a member is still waited for: it lives, as far as the leader has had time to see.
+    /// Whether a member is still waited for: it lives, as far as the leader has had time to see, and follows.
     pub(in crate::protocol) fn is_awaited(&self, peer: &PeerId, since: Instant, now: Instant) -> bool {
+        self.is_there(peer, since, now)
+            && !self.open.leading.as_ref().is_some_and(|leading| leading.refusals.contains(peer))
+    }
+
+    /// Whether a member lives, as far as the leader has had time to see.
+    pub(in crate::protocol) fn is_there(&self, peer: &PeerId, since: Instant, now: Instant) -> bool {
         let gone = self.neighbours.get(peer).is_some_and(|neighbour| neighbour.gone);
         let early = now.saturating_duration_since(since) < self.silence();
         !gone && (early || self.is_live(peer, now))
     }
 
     /// The members whose verified update is here, in `PeerId` order.
-    fn gathered(&self) -> Vec<PeerId> {
+    fn gathered(&self) -> BTreeSet<PeerId> {
         let held = |update: &Update| self.transfers.holds(&update.manifest.digest);
         self.open.updates.iter().filter(|(_, update)| held(update)).map(|(peer, _)| peer.clone()).collect()
     }
@@ -69,12 +75,12 @@ impl Peer {
         if leading.bound.is_some() || !matches!(leading.aggregate, Aggregate::Gathering) || !self.is_training_round() {
             return;
         }
-        let (since, told) = (leading.since, leading.told);
+        let (since, late, told) = (leading.since, leading.late, leading.told);
         let gathered = self.gathered();
         let Some(roster) = self.durable.roster() else { return };
         let trains = |peer: &&PeerId| **peer != self.me || self.trains() || self.open.updates.contains_key(*peer);
         let awaited = |peer: &&PeerId| {
-            !gathered.contains(peer) && !self.open.left_out.contains(*peer) && self.is_awaited(peer, since, now)
+            !gathered.contains(*peer) && !self.open.left_out.contains(*peer) && self.is_awaited(peer, since, now)
         };
         let missing = roster.members().iter().filter(trains).filter(awaited).count();
         let trainers = roster.members().iter().filter(trains).count();
@@ -86,7 +92,6 @@ impl Peer {
             self.notify(Notice::Gathered { round, done: count.0, total: count.1 });
             self.with_leadership(|leading| leading.told = Some(count));
         }
-        let late = !self.timers.is_running(Timer::Gather) || self.timers.fired(Timer::Gather, now);
         let moving = late && self.transfers.is_moving(now, self.silence());
         if gathered.len() >= needed && (missing == 0 || late && !moving) {
             self.aggregate(gathered, now);
@@ -97,17 +102,17 @@ impl Peer {
     pub(in crate::protocol) fn lacks_updates(&self) -> Option<(usize, usize)> {
         let leading = self.open.leading.as_ref()?;
         let open = matches!(leading.aggregate, Aggregate::Gathering) && leading.bound.is_none();
-        let late = open && self.is_training_round() && !self.timers.is_running(Timer::Gather);
+        let late = open && self.is_training_round() && leading.late;
         late.then(|| (self.gathered().len(), self.config.min_updates))
     }
 
-    fn aggregate(&mut self, peers: Vec<PeerId>, now: Instant) {
+    fn aggregate(&mut self, peers: BTreeSet<PeerId>, now: Instant) {
         let part =
             |peer: &PeerId| self.open.updates.get(peer).map(|update| (update.manifest.digest, update.num_examples));
         let parts = peers.iter().filter_map(part).collect();
         let round = self.round();
         self.open.marks.gathered = Some(now);
-        self.with_leadership(|leading| leading.aggregate = Aggregate::Running(peers));
+        self.with_leadership(|leading| leading.aggregate = Aggregate::Running(peers.into_iter().collect()));
         self.actions.push(Action::Start(Job::Aggregate { round, parts }));
     }
 

@@ -23,7 +23,11 @@ use crate::types::{PeerId, Round, Term};
 #[derive(Debug, Default)]
 pub(in crate::protocol) struct Genesis {
     /// Who was there when the settle time began.
-    present: BTreeSet<PeerId>,
+    pub present: BTreeSet<PeerId>,
+    /// Whether any peer with another configuration was ever seen.
+    pub others_seen: bool,
+    /// Somebody has come or gone since.
+    changed: bool,
     settled: bool,
     /// The roster called for, if this peer is the candidate.
     calling: Option<Roster>,
@@ -42,10 +46,11 @@ impl Peer {
         if self.durable.founding.roster.is_some() {
             return self.repeat_founded(now);
         }
+        self.settle(now);
         if !self.connected {
+            self.timers.clear(Timer::Call);
             return;
         }
-        self.settle(now);
         let candidate = self.genesis.present.first() == Some(&self.me);
         let enough = self.genesis.present.len() >= self.config.min_peers && self.genesis.present.len() <= ROSTER_MAX;
         if !(candidate && enough && self.genesis.settled && self.leads_in_number(now)) {
@@ -64,11 +69,26 @@ impl Peer {
         }
     }
 
+    /// Looks again who is there: time alone may have made somebody silent.
+    pub(in crate::protocol) fn look_around(&mut self, now: Instant) {
+        if self.durable.roster().is_none() {
+            let present = self.present(now);
+            self.genesis.changed |= present != self.genesis.present;
+            self.genesis.present = present;
+        }
+    }
+
+    /// A peer has said hello or goodbye.
+    pub(in crate::protocol) fn note_presence(&mut self, peer: &PeerId, now: Instant) {
+        let is_here = self.is_live(peer, now) && self.is_compatible(peer);
+        let changed =
+            if is_here { self.genesis.present.insert(peer.clone()) } else { self.genesis.present.remove(peer) };
+        self.genesis.changed |= changed;
+    }
+
     /// Starts the settle time again whenever somebody has come or gone.
     fn settle(&mut self, now: Instant) {
-        let present = self.present(now);
-        if present != self.genesis.present {
-            self.genesis.present = present;
+        if std::mem::take(&mut self.genesis.changed) {
             self.genesis.settled = false;
             self.timers.set(Timer::Settle, now + self.config.settle_time);
         }
@@ -87,10 +107,13 @@ impl Peer {
 
     /// Of peers with different configurations the larger group founds the federation, then the one with the first name.
     pub(in crate::protocol) fn other_group(&self, now: Instant) -> Option<PeerId> {
+        if !self.genesis.others_seen {
+            return None;
+        }
         let mut others: BTreeMap<_, BTreeSet<&PeerId>> = BTreeMap::new();
         for (peer, neighbour) in &self.neighbours {
             let Some(hello) = neighbour.hello.as_ref().filter(|_| self.is_live(peer, now)) else { continue };
-            if self.difference(hello).is_some() {
+            if neighbour.difference.is_some() {
                 others.entry((&hello.entries, hello.layout)).or_default().insert(peer);
             }
         }
@@ -140,7 +163,7 @@ impl Peer {
         &mut self,
         sender: &PeerId,
         call: Term,
-        roster: Roster,
+        roster: &Roster,
         released: &[(PeerId, Term)],
         now: Instant,
     ) {
@@ -150,7 +173,7 @@ impl Peer {
         if let Some(founded) = self.durable.founding.roster.clone() {
             return self.publish(Topic::Leader(Round::GENESIS), Body::Founded(founded));
         }
-        let sees_others = self.present(now).iter().any(|peer| !roster.contains(peer));
+        let sees_others = self.genesis.present.iter().any(|peer| !roster.contains(peer));
         if !roster.contains(&self.me) || !roster.contains(sender) || sees_others || !self.is_compatible(sender) {
             return;
         }

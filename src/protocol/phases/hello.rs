@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use crate::protocol::message::{Body, Hello};
-use crate::protocol::timer::Timer;
+use crate::protocol::timer::{Timer, Timers};
 use crate::protocol::{Action, Difference, Ended, Notice, Peer, Topic};
 use crate::types::{PeerId, Round};
 
@@ -72,7 +72,10 @@ impl Peer {
         let difference = self.difference(&hello);
         if let Some(neighbour) = self.neighbours.get_mut(&sender) {
             neighbour.hello = Some(hello);
+            neighbour.difference.clone_from(&difference);
         }
+        self.genesis.others_seen |= difference.is_some();
+        self.note_presence(&sender, now);
         match difference {
             None if is_new => self.notify(Notice::Joined(sender)),
             None => {}
@@ -94,10 +97,11 @@ impl Peer {
         }
     }
 
-    pub(in crate::protocol) fn on_goodbye(&mut self, sender: &PeerId) {
+    pub(in crate::protocol) fn on_goodbye(&mut self, sender: &PeerId, now: Instant) {
         let Some(neighbour) = self.neighbours.get_mut(sender) else { return };
         let left = !neighbour.gone && neighbour.hello.is_some();
         neighbour.gone = true;
+        self.note_presence(sender, now);
         if left {
             self.notify(Notice::Left(sender.clone()));
         }
@@ -122,8 +126,7 @@ impl Peer {
 
     /// Whether a peer said hello and can train with this one.
     pub(in crate::protocol) fn is_compatible(&self, peer: &PeerId) -> bool {
-        let hello = self.neighbours.get(peer).and_then(|neighbour| neighbour.hello.as_ref());
-        hello.is_some_and(|hello| self.difference(hello).is_none())
+        self.neighbours.get(peer).is_some_and(|neighbour| neighbour.hello.is_some() && neighbour.difference.is_none())
     }
 
     /// The compatible peers that are there, with this one.
@@ -149,6 +152,7 @@ impl Peer {
     pub(in crate::protocol) fn stop(&mut self) {
         if !self.stopped {
             self.stopped = true;
+            self.timers = Timers::default();
             self.actions.push(Action::Stop);
         }
     }

@@ -20,6 +20,9 @@ impl Peer {
         if self.timers.fired(Timer::Beat, now) {
             self.beat(now);
         }
+        if self.timers.fired(Timer::Gather, now) {
+            self.with_leadership(|leading| leading.late = true);
+        }
         self.take_own_update();
         self.advance_initial_weights();
         self.advance_parent_metrics(now);
@@ -57,9 +60,11 @@ impl Peer {
     /// The end, once the evaluations that are in say so; after the last round also when nobody could evaluate.
     fn finish_outcome(&self) -> Option<Outcome> {
         let leading = self.open.leading.as_ref()?;
-        let late = !self.timers.is_running(Timer::Gather) || self.open.evaluation == Work::Failed;
+        let late = leading.late || self.open.evaluation == Work::Failed;
         let model = *self.parent_model()?;
-        if self.round() == Round::GENESIS || leading.parent_metrics.is_none() && !(late && !self.is_training_round()) {
+        // Without metrics only the last round can end, and only after waiting for them.
+        let may_end = leading.parent_metrics.is_some() || late && !self.is_training_round();
+        if self.round() == Round::GENESIS || !may_end {
             return None;
         }
         let metrics = leading.parent_metrics;
@@ -98,7 +103,7 @@ impl Peer {
     fn next_roster(&self, now: Instant) -> Roster {
         let since = self.open.leading.as_ref().map_or(now, |leading| leading.since);
         let members = self.durable.roster().map(|roster| roster.members()).unwrap_or_default();
-        let live: BTreeSet<PeerId> = members.iter().filter(|peer| self.is_awaited(peer, since, now)).cloned().collect();
+        let live: BTreeSet<PeerId> = members.iter().filter(|peer| self.is_there(peer, since, now)).cloned().collect();
         let room = live.len().saturating_sub(1).max(1);
         let newcomers: Vec<PeerId> = self.present(now).into_iter().filter(|peer| !members.contains(peer)).collect();
         Roster::of(&live.into_iter().chain(newcomers.into_iter().take(room)).chain([self.me.clone()]).collect())

@@ -57,6 +57,8 @@ pub(in crate::protocol) struct Leadership {
     pub proposal: Option<Decree>,
     pub accepts: BTreeSet<PeerId>,
     pub refusals: BTreeSet<PeerId>,
+    /// The round has waited long enough for stragglers.
+    pub late: bool,
     /// How many updates were last told of.
     pub told: Option<(usize, usize)>,
 }

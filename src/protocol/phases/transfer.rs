@@ -15,8 +15,9 @@ use crate::types::{Digest, PeerId};
 /// How many bytes of one blob a receiver has in flight: enough to keep a link busy.
 const WINDOW_BYTES: u32 = 2 * 1024 * 1024;
 
-/// How many updates a leader pulls at once: the others wait with their owners.
-const PULLS_MAX: usize = 4;
+/// How many bytes of updates a leader has in flight at once: the other updates wait with their owners. What all of
+/// one peer's pulls have in flight must fit half of the broker's log of its topic.
+const GATHER_BYTES: u64 = 4 * WINDOW_BYTES as u64;
 
 /// Chunks that came before the word of what they belong to.
 const EARLY_CHUNKS_MAX: usize = 8;
@@ -84,7 +85,12 @@ impl Peer {
         let (begun, waiting): (Vec<_>, Vec<_>) = updates.into_iter().partition(|(update, _)| {
             self.transfers.pulls.contains_key(&update.digest) || self.transfers.verifying.contains(&update.digest)
         });
-        let chosen = begun.into_iter().chain(waiting).take(PULLS_MAX);
+        let mut room = GATHER_BYTES;
+        let chosen = begun.into_iter().chain(waiting).take_while(|(update, _)| {
+            let fits = room > 0;
+            room = room.saturating_sub(update.bytes.min(u64::from(WINDOW_BYTES)));
+            fits
+        });
         needed.extend(chosen.map(|(update, owner)| (update, vec![owner])));
         needed.retain(|(manifest, _)| !self.transfers.holds(&manifest.digest));
         needed

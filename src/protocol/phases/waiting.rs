@@ -7,6 +7,12 @@ use crate::types::PeerId;
 
 impl Peer {
     pub(in crate::protocol) fn advance_waiting(&mut self, now: Instant) {
+        // In a round this looks at every member; the leader's heartbeats come often enough to look again.
+        let recent = |at: Instant| now.saturating_duration_since(at) < self.heartbeat() / 4;
+        if self.durable.roster().is_some() && self.last_waiting.is_none() && self.waiting_checked.is_some_and(recent) {
+            return;
+        }
+        self.waiting_checked = Some(now);
         let waiting = self.waiting(now);
         if waiting != self.last_waiting {
             self.last_waiting.clone_from(&waiting);
@@ -45,11 +51,10 @@ impl Peer {
 
     fn waiting_for_genesis(&self, now: Instant) -> Option<Waiting> {
         if let Some(peer) = self.other_group(now) {
-            let hello = self.neighbours.get(&peer)?.hello.as_ref()?;
-            let difference = self.difference(hello)?;
+            let difference = self.neighbours.get(&peer)?.difference.clone()?;
             return Some(Waiting::OtherConfiguration { peer, difference });
         }
-        let (present, needed) = (self.present(now).len(), self.config.min_peers);
+        let (present, needed) = (self.genesis.present.len(), self.config.min_peers);
         if present < needed {
             return Some(Waiting::Peers { present, needed });
         }

@@ -1,0 +1,27 @@
+# What people and CI run. `make demo` and `make test` need nothing but Rust and gcc.
+
+# Seeds a scenario for `make sim`.
+SEEDS ?= 20000
+
+.PHONY: demo test format lint docs sim clean
+
+demo: ## Train on this machine: a broker and five peers, until the target is reached
+	cargo run --release --quiet -- run --config configs/quickstart.toml
+
+test: format lint docs ## Everything that must hold before a change lands
+	cargo test --quiet
+
+format:
+	cargo fmt --check
+
+lint:
+	cargo clippy --quiet --all-targets -- -D warnings
+
+docs:
+	RUSTDOCFLAGS="-D warnings" cargo doc --quiet --no-deps
+
+sim: ## The protocol under faults, by many more seeds
+	SEEDS=$(SEEDS) cargo test --release --test simulation
+
+clean:
+	cargo clean

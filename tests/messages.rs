@@ -1,0 +1,249 @@
+//! What comes from the network: every message survives its bytes, and no bytes at all make a peer panic.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use proptest::prelude::*;
+use proptest::test_runner::RngSeed;
+
+use rodizio::protocol::decree::Record;
+use rodizio::protocol::message::{Body, Envelope, Head, Hello, Leading, Update, VERSION};
+use rodizio::protocol::{Config, Contributor, Decree, Durable, Event, Identity, Outcome, Peer, Reason, Roster};
+use rodizio::transfer::{ChunkSet, Codec, Manifest};
+use rodizio::types::{Digest, Metrics, PeerId, Round, Term};
+use rodizio::weights::{Layout, TensorSpec};
+
+/// `cases` cases, the same ones on every run.
+fn cases(cases: u32) -> ProptestConfig {
+    let rng_seed = RngSeed::Fixed(0x0d12_1021_0000_0002);
+    ProptestConfig { cases, rng_seed, failure_persistence: None, ..ProptestConfig::default() }
+}
+
+fn peer() -> impl Strategy<Value = PeerId> {
+    "[a-d]".prop_map(|name| PeerId::new(&name).unwrap())
+}
+
+fn roster() -> impl Strategy<Value = Roster> {
+    prop::collection::btree_set(peer(), 1..5).prop_map(|peers| Roster::of(&peers))
+}
+
+fn digest() -> impl Strategy<Value = Digest> {
+    (0..4u8).prop_map(|lot| Digest::of(&[lot]))
+}
+
+fn metrics() -> impl Strategy<Value = Metrics> {
+    (0..1000u64, 0.0..10.0f64, 0.0..1.0f64).prop_map(|(num_examples, loss, accuracy)| Metrics {
+        num_examples,
+        loss,
+        accuracy,
+    })
+}
+
+/// Of the peer's own layout, so that it is taken for true, or of anything.
+fn manifest() -> impl Strategy<Value = Manifest> {
+    let bytes = prop_oneof![3 => Just(4000u64), 1 => any::<u64>()];
+    let chunk_bytes = prop_oneof![3 => Just(1024u32), 1 => any::<u32>()];
+    (digest(), bytes, chunk_bytes).prop_map(|(digest, bytes, chunk_bytes)| Manifest {
+        digest,
+        bytes,
+        chunk_bytes,
+        codec: Codec::F32,
+    })
+}
+
+fn round() -> impl Strategy<Value = Round> {
+    prop_oneof![4 => (0..4u64).prop_map(Round), 1 => any::<u64>().prop_map(Round)]
+}
+
+fn term() -> impl Strategy<Value = Term> {
+    prop_oneof![4 => (0..4u32).prop_map(Term), 1 => any::<u32>().prop_map(Term)]
+}
+
+fn decree() -> impl Strategy<Value = Decree> {
+    let reason = prop_oneof![Just(Reason::Rounds), Just(Reason::TargetAccuracy), Just(Reason::Patience)];
+    let outcome = (manifest(), prop::option::of(reason)).prop_map(|(model, reason)| match reason {
+        None => Outcome::Model(model),
+        Some(reason) => Outcome::Finish(reason, model),
+    });
+    let contributor = (peer(), digest(), any::<u64>(), metrics())
+        .prop_map(|(peer, update, num_examples, metrics)| Contributor { peer, update, num_examples, metrics });
+    let record =
+        (prop::option::of((0.0..9.0f64, round())), any::<u32>()).prop_map(|(best, stale)| Record { best, stale });
+    let contributors = prop::collection::vec(contributor, 0..4);
+    let who = (round(), digest(), peer(), term());
+    (who, outcome, contributors, prop::option::of(metrics()), record, roster()).prop_map(
+        |((round, parent, leader, term), outcome, contributors, parent_metrics, record, next_roster)| Decree {
+            round,
+            parent,
+            leader,
+            term,
+            outcome,
+            contributors,
+            parent_metrics,
+            record,
+            next_roster,
+        },
+    )
+}
+
+fn hello() -> impl Strategy<Value = Hello> {
+    let entries =
+        prop_oneof![Just(Config::default().entries()), prop::collection::btree_map("[a-z]{1,8}", "[ -~]{0,20}", 0..4),];
+    let head = prop::option::of((round(), digest()));
+    (entries, Just(layout().digest()), any::<u64>(), head, prop::option::of(digest()), any::<bool>()).prop_map(
+        |(entries, layout, num_examples, head, genesis, done)| Hello {
+            entries,
+            layout,
+            num_examples,
+            head,
+            genesis,
+            done,
+        },
+    )
+}
+
+fn chunks() -> impl Strategy<Value = ChunkSet> {
+    prop::collection::btree_set(0..20u32, 0..20).prop_map(|set| ChunkSet::new(set).unwrap())
+}
+
+fn body() -> impl Strategy<Value = Body> {
+    let leading =
+        (prop::collection::vec(peer(), 0..5), prop::collection::vec(any::<u8>(), 0..5), prop::option::of(metrics()))
+            .prop_map(|(ballots, has, parent_metrics)| Body::Leader(Leading { ballots, has, parent_metrics }));
+    let update =
+        (digest(), manifest(), any::<u64>(), metrics()).prop_map(|(parent, manifest, num_examples, metrics)| {
+            Body::Update(Update { parent, manifest, num_examples, metrics })
+        });
+    prop_oneof![
+        hello().prop_map(Body::Hello),
+        Just(Body::Goodbye),
+        (roster(), prop::collection::vec((peer(), term()), 0..3))
+            .prop_map(|(roster, released)| Body::Call { roster, released }),
+        term().prop_map(|gave_up| Body::Join { gave_up }),
+        (peer(), term()).prop_map(|(candidate, call)| Body::Bound { candidate, call }),
+        roster().prop_map(Body::Founded),
+        (peer(), prop::option::of((term(), decree())))
+            .prop_map(|(candidate, accepted)| Body::Ballot { candidate, accepted }),
+        metrics().prop_map(Body::Evaluation),
+        leading,
+        decree().prop_map(Body::Proposal),
+        update,
+        Just(Body::Status),
+        "[ -~]{0,40}".prop_map(|why| Body::Decline { why }),
+        digest().prop_map(|decree| Body::Accept { decree }),
+        term().prop_map(|promised| Body::Refuse { promised }),
+        (digest(), chunks()).prop_map(|(blob, chunks)| Body::Grant { blob, chunks }),
+        (digest(), any::<u32>()).prop_map(|(blob, index)| Body::Chunk { blob, index }),
+        (decree(), prop::collection::vec(peer(), 0..5), digest())
+            .prop_map(|(decree, accepts, genesis)| Body::Head(Head { decree, accepts, genesis })),
+    ]
+}
+
+fn envelope() -> impl Strategy<Value = Envelope> {
+    (peer(), round(), term(), body()).prop_map(|(sender, round, term, body)| Envelope {
+        version: VERSION,
+        sender,
+        signature: vec![],
+        round,
+        term,
+        body,
+    })
+}
+
+fn layout() -> Arc<Layout> {
+    Arc::new(Layout { tensors: vec![TensorSpec { name: "w".into(), shape: vec![1000] }] })
+}
+
+proptest! {
+    #![proptest_config(cases(512))]
+
+    #[test]
+    fn every_message_survives_its_bytes(envelope in envelope(), tail in prop::collection::vec(any::<u8>(), 0..64)) {
+        let tail = if matches!(envelope.body, Body::Chunk { .. }) { tail } else { vec![] };
+        let message = Bytes::from([&envelope.encode()[..], &tail].concat());
+        let (decoded, rest) = Envelope::decode(&message).unwrap();
+        prop_assert_eq!(decoded, envelope);
+        prop_assert_eq!(&rest[..], &tail[..]);
+    }
+
+    #[test]
+    fn a_message_that_was_cut_short_is_refused(envelope in envelope(), share in 0.0..1.0f64) {
+        let message = envelope.encode();
+        let cut = (message.len() as f64 * share) as usize;
+        prop_assert!(Envelope::decode(&message.slice(..cut)).is_err());
+    }
+
+    #[test]
+    fn arbitrary_bytes_are_refused_or_read(bytes in prop::collection::vec(any::<u8>(), 0..256)) {
+        let bytes = Bytes::from(bytes);
+        let _ = Envelope::decode(&bytes);
+        let _ = Durable::decode(&bytes);
+    }
+
+    #[test]
+    fn bytes_that_were_changed_on_the_way_do_not_panic(
+        envelope in envelope(),
+        changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6),
+    ) {
+        let mut bytes = envelope.encode().to_vec();
+        for (at, byte) in changes {
+            let at = at.index(bytes.len());
+            bytes[at] = byte;
+        }
+        let _ = Envelope::decode(&Bytes::from(bytes));
+    }
+}
+
+proptest! {
+    #![proptest_config(cases(256))]
+
+    /// Whatever others say, in whatever order, a peer goes on, and its deadlines do not stand still.
+    #[test]
+    fn no_conversation_makes_a_peer_panic(messages in prop::collection::vec((envelope(), 0..3000u64), 1..60)) {
+        let (me, start) = (PeerId::new("a").unwrap(), Instant::now());
+        let identity = Identity { peer: me, layout: layout(), num_examples: 7 };
+        let mut peer = Peer::new(Config::default(), identity, None, &BTreeSet::new(), start);
+        let mut now = start;
+        peer.handle(Event::Connected, now);
+        for (envelope, wait_ms) in messages {
+            let next = now + Duration::from_millis(wait_ms);
+            while let Some(deadline) = peer.deadline().filter(|deadline| *deadline <= next) {
+                now = now.max(deadline);
+                peer.handle(Event::Tick, now);
+                prop_assert!(peer.deadline().is_none_or(|later| later > now), "a deadline stands still");
+            }
+            now = next;
+            let tail = if matches!(envelope.body, Body::Chunk { .. }) { &[1, 2, 3][..] } else { &[] };
+            peer.handle(Event::Message(Bytes::from([&envelope.encode()[..], tail].concat())), now);
+        }
+        let durable = peer.durable();
+        let decoded = Durable::decode(&durable.encode());
+        prop_assert_eq!(decoded.as_ref(), Some(durable));
+    }
+}
+
+#[test]
+fn a_length_that_no_message_has_allocates_nothing() {
+    // A hello whose map claims 2^60 entries: the header of a real one, then the count.
+    let real = Envelope {
+        version: VERSION,
+        sender: PeerId::new("a").unwrap(),
+        signature: vec![],
+        round: Round(0),
+        term: Term(0),
+        body: Body::Hello(Hello {
+            entries: BTreeMap::new(),
+            layout: Digest::of(b""),
+            num_examples: 0,
+            head: None,
+            genesis: None,
+            done: false,
+        }),
+    };
+    // version, name length, name, signature length, round, term, variant; then the count of entries.
+    let mut bytes = real.encode()[..7].to_vec();
+    bytes.extend([0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x0f]);
+    assert!(Envelope::decode(&Bytes::from(bytes)).is_err());
+}
