@@ -235,9 +235,9 @@ async fn a_leader_that_dies_in_its_round_costs_nothing_but_time() {
     let second = &rounds[&Round(2)];
     assert_ne!(second.leader, leader, "{}", place.told());
     assert!(second.term.0 > 0);
-    let survivors = place.heard.iter().filter(|entry| {
-        matches!(&entry.event, Event::Deposed { round: Round(2), leader: of, gone: true, .. } if *of == leader)
-    });
+    let survivors = place.heard.iter().filter(
+        |entry| matches!(&entry.event, Event::Deposed { round: Round(2), leader: of, gone: true, .. } if *of == leader),
+    );
     assert!(survivors.count() >= 2, "its last will is heard:\n{}", place.told());
     // Who had trained did not train again: each survivor trained once for round 2.
     let trained = place.heard.iter().filter(|entry| matches!(entry.event, Event::Trained { round: Round(2), .. }));
@@ -254,7 +254,8 @@ async fn a_leader_that_dies_in_its_round_costs_nothing_but_time() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_peer_with_another_configuration_is_refused_with_the_key() {
     let mut place = Place::new().await;
-    let settings = place.settings(2, ENDLESS);
+    // Members say what they are as often as a leader may be silent.
+    let settings = Settings { election_timeout: Duration::from_secs(1), ..place.settings(2, ENDLESS) };
     let running = place.start_all(&settings);
     place.until_committed(1).await;
     let other = Settings { batch_size: 8, ..settings };
@@ -265,9 +266,7 @@ async fn a_peer_with_another_configuration_is_refused_with_the_key() {
         (difference.key.as_str(), difference.theirs.as_str(), difference.mine.as_str()),
         ("batch_size", "16", "8")
     );
-    let told = |entry: &Entry| {
-        matches!(&entry.event, Event::Incompatible { who, key, .. } if *who == peer("other") && key == "batch_size")
-    };
+    let told = |entry: &Entry| matches!(&entry.event, Event::Incompatible { who, key, .. } if *who == peer("other") && key == "batch_size");
     if !place.heard.iter().any(told) {
         place.until("the members' word of it", |entry| told(entry).then_some(())).await;
     }
