@@ -70,7 +70,7 @@ impl Stop {
     /// Waits until it is made.
     pub async fn requested(mut self) {
         if self.0.wait_for(|requested| *requested).await.is_err() {
-            std::future::pending().await
+            std::future::pending::<()>().await;
         }
     }
 

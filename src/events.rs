@@ -434,7 +434,7 @@ impl Witness {
             Notice::Gathered { round, done, total } => Event::Gathered { round, done, total },
             Notice::LeftOut { peer: who, why } => Event::LeftOut { who, why },
             Notice::Proposed { round, leader } => Event::Proposed { round, leader },
-            Notice::Committed(committed) => return self.committed(*committed, traffic),
+            Notice::Committed(committed) => return self.committed(&committed, traffic),
             Notice::ModelHeld { round, model } => Event::ModelHeld { round, digest: model },
             Notice::Finished { reason, rounds, model, metrics } => {
                 let (bytes_sent, bytes_received) = self.traffic(traffic);
@@ -456,7 +456,7 @@ impl Witness {
     }
 
     /// The decree that ends the federation makes no model; `finished` tells of it, and of its traffic.
-    fn committed(&mut self, committed: Committed, traffic: Traffic) -> Option<Event> {
+    fn committed(&mut self, committed: &Committed, traffic: Traffic) -> Option<Event> {
         let decree = &committed.decree;
         let (leader, digest) = (decree.leader.clone(), decree.model().digest);
         if decree.reason().is_some() {

@@ -12,7 +12,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use crate::training::export::{ExportError, from_safetensors, to_safetensors};
@@ -103,6 +103,13 @@ impl RunDir {
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
             Err(source) => Err(RunDirError::Io { action: "read", path, source }),
         }
+    }
+
+    /// The lines that the log of events holds so far.
+    pub fn earlier_events(&self) -> Result<impl Iterator<Item = std::io::Result<String>>, RunDirError> {
+        let path = self.dir.join(EVENTS);
+        let file = File::open(&path).map_err(failed("read", &path))?;
+        Ok(BufReader::new(file).lines())
     }
 
     /// Keeps the effective configuration.
@@ -248,8 +255,10 @@ mod tests {
         RunDir::open(dir.path()).unwrap().append("one").unwrap();
         let path = dir.path().join(EVENTS);
         fs::write(&path, "one\ncut sho").unwrap();
-        RunDir::open(dir.path()).unwrap().append("two").unwrap();
-        assert_eq!(fs::read_to_string(path).unwrap(), "one\ncut sho\ntwo\n");
+        let mut run_dir = RunDir::open(dir.path()).unwrap();
+        run_dir.append("two").unwrap();
+        let lines: Vec<String> = run_dir.earlier_events().unwrap().map(Result::unwrap).collect();
+        assert_eq!(lines, ["one", "cut sho", "two"]);
     }
 
     #[test]

@@ -1,7 +1,13 @@
 //! The program from outside: what it prints where, and how it exits.
 
+use std::collections::BTreeSet;
+use std::io::{BufRead, BufReader, Read};
+use std::net::TcpListener;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::thread;
+use std::time::Duration;
 
 use rodizio::config::KEYS;
 
@@ -169,4 +175,281 @@ fn nothing_is_coloured_in_a_pipe() {
         let output = rodizio(&args, &[("TERM", "xterm-256color"), ("COLORTERM", "truecolor")]);
         assert!(!output.stdout.contains(&0x1b) && !output.stderr.contains(&0x1b), "{args:?}");
     }
+}
+
+/// What is waited for comes within this, or never.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// A running program, started in `dir`. It is killed when the test ends first.
+struct Program {
+    child: Child,
+    stdout: Receiver<String>,
+    stderr: Receiver<String>,
+    said: Vec<String>,
+}
+
+impl Program {
+    fn start(dir: &Path, args: &[&str]) -> Self {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_rodizio"));
+        command.args(args).current_dir(dir).env_clear().stdin(Stdio::null());
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let (stdout, stderr) = (lines(child.stdout.take().unwrap()), lines(child.stderr.take().unwrap()));
+        Self { child, stdout, stderr, said: Vec::new() }
+    }
+
+    /// Waits for a line on stderr that has `part`.
+    fn until_said(&mut self, part: &str) {
+        while !self.said.last().is_some_and(|line| line.contains(part)) {
+            match self.stderr.recv_timeout(LIMIT) {
+                Ok(line) => self.said.push(line),
+                Err(_) => panic!("no {part:?} in:\n{}", self.said.join("\n")),
+            }
+        }
+    }
+
+    fn signal(&self, name: &str) {
+        let sent = Command::new("kill").args([&format!("-{name}"), &self.child.id().to_string()]).status().unwrap();
+        assert!(sent.success());
+    }
+
+    /// Waits for the end; returns the exit code, stdout and stderr.
+    fn end(mut self) -> (Option<i32>, String, String) {
+        let mut stdout = Vec::new();
+        // It keeps its stdout open as long as it runs.
+        loop {
+            match self.stdout.recv_timeout(LIMIT) {
+                Ok(line) => stdout.push(line),
+                Err(RecvTimeoutError::Disconnected) => break,
+                Err(RecvTimeoutError::Timeout) => panic!("it does not end; it said:\n{}", self.said.join("\n")),
+            }
+        }
+        let status = self.child.wait().unwrap();
+        self.said.extend(self.stderr.iter());
+        (status.code(), stdout.join("\n"), self.said.join("\n"))
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        // An error says that it has ended.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn lines(stream: impl Read + Send + 'static) -> Receiver<String> {
+    let (sender, receiver) = channel();
+    thread::spawn(move || {
+        for line in BufReader::new(stream).lines().map_while(Result::ok) {
+            // The test may be over.
+            let _ = sender.send(line);
+        }
+    });
+    receiver
+}
+
+/// A broker that was started by the program, and its address.
+fn broker(dir: &Path) -> (Program, String) {
+    let program = Program::start(dir, &["broker", "--listen", "127.0.0.1:0"]);
+    let line = program.stdout.recv_timeout(LIMIT).unwrap();
+    let addr = line.strip_prefix("broker listens on ").unwrap_or_else(|| panic!("{line}")).to_owned();
+    (program, addr)
+}
+
+/// The result that `--json` prints, which has to be all of stdout.
+fn result(stdout: &str) -> serde_json::Value {
+    serde_json::from_str(stdout).unwrap_or_else(|error| panic!("{error}: {stdout}"))
+}
+
+#[test]
+fn a_run_prints_its_rounds_and_one_json_document_without_colour() {
+    let dir = tempfile::tempdir().unwrap();
+    let args = ["run", "--json", "--peers", "3", "--rounds", "3", "--run-dir", "first"];
+    let (code, stdout, stderr) = Program::start(dir.path(), &args).end();
+    assert_eq!(code, Some(0), "{stderr}");
+    assert!(!stdout.contains('\u{1b}') && !stderr.contains('\u{1b}') && !stderr.contains('\r'), "{stderr}");
+    for part in ["3 peers in this process", "4,810 parameters", "peer-3 ", "round 1/3: ", "round 3/3: "] {
+        assert!(stderr.contains(part), "{part} is missing:\n{stderr}");
+    }
+    let result = result(&stdout);
+    assert_eq!((&result["reason"], &result["rounds"]), (&"rounds".into(), &3.into()));
+    assert!(result["val_accuracy"].as_f64().unwrap() > 0.8 && result["val_loss"].as_f64().unwrap() > 0.0);
+    assert!(result["seconds"].as_f64().unwrap() > 0.0 && result["bytes_sent"].as_u64().unwrap() > 3 * 2 * 4 * 4810);
+    assert_eq!(result["digest"].as_str().unwrap().len(), 64);
+    let leaders = result["leaders"].as_array().unwrap();
+    assert!(leaders.len() == 3 && leaders.iter().all(|leader| leader.as_str().unwrap().starts_with("peer-")));
+    assert_eq!((&result["run_dir"], &result["model"]), (&"first".into(), &"first/model.safetensors".into()));
+    for file in ["config.toml", "events.jsonl", "model.safetensors", "best.safetensors"] {
+        assert!(dir.path().join("first").join(file).is_file(), "{file}");
+    }
+    let config = dir.path().join("first/config.toml");
+    assert!(printed(&["config", "--config", config.to_str().unwrap()], &[]).contains("min_peers = 3 "));
+}
+
+#[test]
+fn peers_as_processes_give_the_same_model_as_peers_as_tasks() {
+    let dir = tempfile::tempdir().unwrap();
+    let args = ["run", "--json", "--peers", "3", "--rounds", "3", "--election-timeout", "20s"];
+    let digest = |more: &[&str]| {
+        let (code, stdout, stderr) = Program::start(dir.path(), &[&args, more].concat()).end();
+        assert_eq!(code, Some(0), "{stderr}");
+        let result = result(&stdout);
+        let events = dir.path().join(result["run_dir"].as_str().unwrap()).join("events.jsonl");
+        let text = std::fs::read_to_string(events).unwrap();
+        let parsed = text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+        let pids: BTreeSet<u64> = parsed.filter_map(|entry| entry["pid"].as_u64()).collect();
+        (result["digest"].as_str().unwrap().to_owned(), pids.len(), text.matches("\"round_committed\"").count())
+    };
+    let tasks = digest(&["--run-dir", "tasks"]);
+    let processes = digest(&["--run-dir", "processes", "--processes"]);
+    assert_eq!((tasks.1, tasks.2), (1, 9));
+    assert_eq!((processes.1, processes.2), (3, 9));
+    assert_eq!(tasks.0, processes.0);
+}
+
+#[test]
+fn ctrl_c_ends_a_run_with_its_state_kept_and_the_next_one_goes_on() {
+    for kind in [&[][..], &["--processes"]] {
+        let dir = tempfile::tempdir().unwrap();
+        let args = [&["run", "--peers", "3", "--rounds", "100000", "--run-dir", "first"], kind].concat();
+        let mut program = Program::start(dir.path(), &args);
+        program.until_said("round 2/100000: ");
+        program.signal("INT");
+        let (code, stdout, stderr) = program.end();
+        assert_eq!((code, stdout.as_str()), (Some(130), ""), "{stderr}");
+        assert!(stderr.contains("interrupted; to go on: ") && !stderr.contains("warning: "), "{stderr}");
+        for peer in ["peer-1", "peer-2", "peer-3"] {
+            assert!(dir.path().join("first/peers").join(peer).join("state").is_file());
+        }
+        assert!(dir.path().join("first/model.safetensors").is_file());
+        let mut program = Program::start(dir.path(), &args);
+        program.until_said(": term ");
+        assert!(!program.said.last().unwrap().starts_with("round 1/"), "{:?}", program.said);
+        program.signal("INT");
+        assert_eq!(program.end().0, Some(130));
+    }
+}
+
+#[test]
+fn a_second_ctrl_c_is_no_other_end() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut program = Program::start(dir.path(), &["run", "--peers", "2", "--rounds", "100000"]);
+    program.until_said("round 1/100000: ");
+    program.signal("INT");
+    program.signal("INT");
+    assert_eq!(program.end().0, Some(130));
+}
+
+#[test]
+fn a_run_directory_goes_on_with_its_own_configuration_only() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = |rounds: &str| {
+        let args = ["run", "--peers", "2", "--run-dir", "first", "--rounds", rounds, "--json"];
+        Program::start(dir.path(), &args).end()
+    };
+    let (code, first, _) = run("2");
+    assert_eq!(code, Some(0));
+    let (code, _, stderr) = run("3");
+    assert_eq!(code, Some(2));
+    assert!(stderr.contains("rounds = 2, and now rounds = 3\nhint: set rounds = 2"), "{stderr}");
+    let (code, second, _) = run("2");
+    assert_eq!(code, Some(0), "a run that has finished is told again");
+    for key in ["digest", "leaders", "val_accuracy"] {
+        assert_eq!(result(&first)[key], result(&second)[key]);
+    }
+}
+
+#[test]
+fn three_peers_join_a_broker_and_finish() {
+    let dir = tempfile::tempdir().unwrap();
+    let (program, addr) = broker(dir.path());
+    let join = |part: &str| {
+        let args = ["join", "--broker", &addr, "--min-peers", "3", "--rounds", "3", "--part", part, "--json"];
+        Program::start(dir.path(), &args)
+    };
+    let mut peers = vec![join("1/3")];
+    peers[0].until_said("1 of 3 peers have joined; waiting for 2 (--min-peers 3)");
+    peers.extend([join("2/3"), join("3/3")]);
+    let ends: Vec<_> = peers.into_iter().map(Program::end).collect();
+    assert!(ends.iter().all(|(code, ..)| *code == Some(0)), "{ends:?}");
+    let digests: BTreeSet<String> = ends.iter().map(|(_, stdout, _)| result(stdout)["digest"].to_string()).collect();
+    assert_eq!(digests.len(), 1);
+    let runs = std::fs::read_dir(dir.path().join("runs")).unwrap().count();
+    assert_eq!(runs, 3, "each has results of its own");
+    program.signal("INT");
+    assert_eq!(program.end().0, Some(0), "Ctrl-C is how a broker ends");
+}
+
+#[test]
+fn a_peer_may_host_the_broker_and_stays_until_the_others_have_left() {
+    let dir = tempfile::tempdir().unwrap();
+    let args = ["join", "--host-broker", "--listen", "127.0.0.1:0", "--rounds", "2", "--part", "1/2", "--peer", "host"];
+    let mut host = Program::start(dir.path(), &args);
+    host.until_said("peers of this machine: rodizio join --broker ");
+    let addr = host.said.last().unwrap().rsplit(' ').next().unwrap().to_owned();
+    let guest = Program::start(dir.path(), &["join", "--broker", &addr, "--rounds", "2", "--part", "2/2"]);
+    let ((host, ..), (guest, _, stderr)) = (host.end(), guest.end());
+    assert_eq!((host, guest), (Some(0), Some(0)), "{stderr}");
+    assert!(!stderr.contains("lost"), "{stderr}");
+    assert!(dir.path().join(".rodizio/default/host/peer").is_file());
+}
+
+#[test]
+fn a_port_that_is_taken_is_exit_code_3() {
+    let dir = tempfile::tempdir().unwrap();
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let addr = taken.local_addr().unwrap().to_string();
+    for args in [&["broker"][..], &["run", "--peers", "2"], &["join", "--host-broker"]] {
+        let (code, stdout, stderr) = Program::start(dir.path(), &[args, &["--listen", &addr]].concat()).end();
+        assert_eq!((code, stdout.as_str()), (Some(3), ""), "{stderr}");
+        assert!(
+            stderr.contains(&format!("error: cannot listen on {addr}: address already in use\nhint: ")),
+            "{stderr}"
+        );
+    }
+}
+
+#[test]
+fn a_broker_that_does_not_answer_is_exit_code_3() {
+    let dir = tempfile::tempdir().unwrap();
+    // Nobody listens there any more, and nobody else gets the port so soon.
+    let addr = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    let (code, stdout, stderr) = Program::start(dir.path(), &["join", "--broker", &addr]).end();
+    assert_eq!((code, stdout.as_str()), (Some(3), ""), "{stderr}");
+    assert!(stderr.contains(&format!("error: no broker answers at {addr}")), "{stderr}");
+    assert!(stderr.contains("hint: start one with `rodizio broker`"), "{stderr}");
+}
+
+#[test]
+fn waiting_too_long_is_exit_code_4() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_program, addr) = broker(dir.path());
+    let args = ["join", "--broker", &addr, "--wait-timeout", "300ms"];
+    let (code, stdout, stderr) = Program::start(dir.path(), &args).end();
+    assert_eq!((code, stdout.as_str()), (Some(4), ""), "{stderr}");
+    assert!(stderr.contains("error: gave up waiting: 1 of 2 peers have joined"), "{stderr}");
+}
+
+#[test]
+fn a_state_that_is_damaged_is_exit_code_5() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = || Program::start(dir.path(), &["run", "--peers", "2", "--rounds", "1", "--run-dir", "first"]).end();
+    assert_eq!(run().0, Some(0));
+    let state = dir.path().join("first/peers/peer-2/state");
+    let mut bytes = std::fs::read(&state).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(&state, bytes).unwrap();
+    let (code, _, stderr) = run();
+    assert_eq!(code, Some(5), "{stderr}");
+    assert!(stderr.contains("error: peer-2: first/peers/peer-2/state is damaged"), "{stderr}");
+}
+
+#[test]
+fn a_wrong_log_filter_is_a_mistake_of_usage() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_rodizio"));
+    command.arg("broker").current_dir(dir.path()).env_clear().env("RODIZIO_LOG", "rodizio=loud");
+    let output = command.output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr(&output).starts_with("error: RODIZIO_LOG is not a filter"), "{}", stderr(&output));
 }

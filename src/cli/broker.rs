@@ -24,7 +24,7 @@ pub fn run(args: &BrokerArgs, layers: &Layers, shell: &mut Shell) -> Result<Exit
         writeln!(shell.stdout.out, "broker listens on {}", broker.addr())?;
         shell.stdout.out.flush()?;
         if !args.quiet {
-            write!(shell.stderr.out, "{}Ctrl-C stops it\n", how_to_join(broker.addr()))?;
+            writeln!(shell.stderr.out, "{}Ctrl-C stops it", how_to_join(broker.addr()))?;
         }
         stop.requested().await;
         broker.stop().await;

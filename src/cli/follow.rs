@@ -67,6 +67,16 @@ pub fn check_same(run_dir: &Path, earlier: &Settings, settings: &Settings) -> Re
     Err(Failure::new(Exit::Usage, error).hint(hint))
 }
 
+/// Tells the narrator what earlier runs left in the log of events. What cannot be read is left out.
+pub fn recall(run_dir: &RunDir, narrator: &mut Narrator) -> Result<(), Failure> {
+    for line in run_dir.earlier_events()? {
+        if let Ok(entry) = Entry::from_line(&line?) {
+            narrator.recall(&entry);
+        }
+    }
+    Ok(())
+}
+
 /// Everything that hears of entries.
 pub struct Audience<'a, 'shell> {
     /// Writes them down.
@@ -96,8 +106,8 @@ impl Audience<'_, '_> {
                 result = &mut ended => break result,
                 () = &mut stopping, if !is_stopping => {
                     is_stopping = true;
-                    let text = "stopping, and keeping the state; Ctrl-C again ends at once".to_owned();
-                    self.show(&Notice::Info { text });
+                    let notice = self.narrator.stopping();
+                    self.show(&notice);
                 }
                 _ = tick.tick() => {
                     if let Some(notice) = self.narrator.tick(Instant::now()) {

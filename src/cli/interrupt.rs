@@ -43,6 +43,6 @@ async fn asked() {
 /// Where signals cannot be listened to they end the program, as if this were not here.
 async fn ctrl_c() {
     if tokio::signal::ctrl_c().await.is_err() {
-        std::future::pending().await
+        std::future::pending::<()>().await;
     }
 }

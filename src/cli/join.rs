@@ -12,7 +12,7 @@ use tokio::sync::watch;
 use crate::broker::Broker;
 use crate::cli::args::{JoinArgs, OutputArgs};
 use crate::cli::broker::{LISTEN, how_to_join};
-use crate::cli::follow::{Audience, check_same, choose_run_dir, earlier_settings};
+use crate::cli::follow::{Audience, check_same, choose_run_dir, earlier_settings, recall};
 use crate::cli::narrator::Narrator;
 use crate::cli::output::{Notice, Output};
 use crate::cli::{Exit, Failure, Shell, interrupt, log, runtime};
@@ -41,7 +41,7 @@ pub fn run(args: &JoinArgs, mut layers: Layers, shell: &mut Shell) -> Result<Exi
     }
     let settings = layers.settings()?;
     let peer = open(&settings)?;
-    if args.entries { tell_entries(args, settings, peer, shell) } else { tell_people(args, layers, peer, shell) }
+    if args.entries { tell_entries(args, &settings, peer, shell) } else { tell_people(args, layers, peer, shell) }
 }
 
 /// Opens the peer in its state directory. Unnamed peers that are started in one place take one directory each, and the
@@ -98,9 +98,10 @@ async fn take_part(
     }
     let state_dir = peer.state_dir().to_owned();
     let state_dirs = BTreeMap::from([(peer.name().clone(), state_dir.clone())]);
-    let recorder = Recorder::new(run_dir, &settings.federation, peer.layout(), settings.codec(), state_dirs);
     let names = BTreeSet::from([peer.name().clone()]);
-    let narrator = Narrator::new(names, settings.rounds, Duration::ZERO, started);
+    let mut narrator = Narrator::new(names, settings.rounds, Duration::ZERO, started);
+    recall(&run_dir, &mut narrator)?;
+    let recorder = Recorder::new(run_dir, &settings.federation, peer.layout(), settings.codec(), state_dirs);
     let mut audience = Audience { recorder, narrator, output };
     let (sender, mut entries) = unbounded_channel();
     let task = cluster::spawn(peer, &stop, &sender);
@@ -166,13 +167,13 @@ async fn leave(broker: Broker, stop: &Stop, output: &mut Output<'_>) {
 }
 
 /// The peer of a `run --processes`: entries go to stdout, for the process that started this one.
-fn tell_entries(args: &JoinArgs, settings: Settings, peer: LocalPeer, shell: &mut Shell) -> Result<Exit, Failure> {
+fn tell_entries(args: &JoinArgs, settings: &Settings, peer: LocalPeer, shell: &mut Shell) -> Result<Exit, Failure> {
     let bar = indicatif::ProgressBar::hidden();
     log::start(args.output.verbose, &shell.env, shell.stderr.colour, &bar)?;
     let outcome = runtime()?.block_on(async {
         let (request, stop) = interrupt::listen();
         stop_with_stdin(request);
-        let broker = host(&settings).await?;
+        let broker = host(settings).await?;
         let (sender, mut entries) = unbounded_channel();
         let mut task = cluster::spawn(meeting_at(peer, broker.as_ref()), &stop, &sender);
         drop(sender);

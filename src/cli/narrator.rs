@@ -37,6 +37,8 @@ pub struct Narrator {
     warned: BTreeSet<String>,
     /// Whether the broker is lost.
     lost: bool,
+    /// Whether the peers were asked to stop: that they leave is no news.
+    stopping: bool,
 }
 
 /// What is known of a round that is not told yet.
@@ -78,7 +80,21 @@ impl Narrator {
             training: BTreeMap::new(),
             warned: BTreeSet::new(),
             lost: false,
+            stopping: false,
         }
+    }
+
+    /// Takes note of what earlier runs of these peers told: who led.
+    pub fn recall(&mut self, entry: &Entry) {
+        if let Event::RoundCommitted(committed) = &entry.event {
+            self.leaders.insert(committed.round, committed.leader.clone());
+        }
+    }
+
+    /// Takes note that the peers were asked to stop.
+    pub fn stopping(&mut self) -> Notice {
+        self.stopping = true;
+        Notice::Info { text: "stopping, and keeping the state; Ctrl-C again ends at once".to_owned() }
     }
 
     /// What there is to tell of an entry.
@@ -262,6 +278,7 @@ impl Narrator {
 
     fn warning(&mut self, peer: &PeerId, event: &Event) -> Option<Notice> {
         let text = match event {
+            _ if self.stopping => return None,
             Event::Disconnected { reason } if self.finished.is_none() => {
                 self.lost = true;
                 format!("the broker is lost ({reason}); connecting again")
@@ -397,6 +414,24 @@ mod tests {
         assert_eq!(summary.leaders, [None, Some(peer("b"))]);
         assert_eq!((summary.accuracy, summary.bytes_sent), (Some(0.9), 111));
         assert_eq!(summary.model, Path::new("run").join(MODEL));
+    }
+
+    #[test]
+    fn who_led_before_a_restart_is_recalled() {
+        let mut narrator = narrator(&["a"]);
+        narrator.recall(&Entry::now(&peer("a"), committed(1, "b", &["a"])));
+        assert_eq!(narrator.leaders[&Round(1)], peer("b"));
+        assert!(narrator.flush().is_empty() && narrator.bytes_sent == 0);
+    }
+
+    #[test]
+    fn peers_that_were_asked_to_stop_leave_unnoticed() {
+        let mut narrator = narrator(&["a", "b"]);
+        let left = Entry::now(&peer("a"), Event::Left { who: peer("b") });
+        assert_eq!(narrator.hear(&left), [Notice::Warning { text: "b left".into() }]);
+        narrator.stopping();
+        narrator.warned.clear();
+        assert!(narrator.hear(&left).is_empty());
     }
 
     #[test]

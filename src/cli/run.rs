@@ -11,7 +11,7 @@ use tokio::sync::mpsc::unbounded_channel;
 
 use crate::broker::Broker;
 use crate::cli::args::RunArgs;
-use crate::cli::follow::{Audience, check_same, choose_run_dir, earlier_settings};
+use crate::cli::follow::{Audience, check_same, choose_run_dir, earlier_settings, recall};
 use crate::cli::narrator::Narrator;
 use crate::cli::output::{Notice, Output};
 use crate::cli::{Exit, Failure, Shell, interrupt, log, runtime};
@@ -84,9 +84,10 @@ async fn cluster(
     let dir = run_dir.path().to_owned();
     let cluster = Cluster::open(&settings, &dir)?;
     output.show(&Notice::Info { text: introduction(args, &settings, broker.as_ref(), &dir, cluster.peers()) })?;
-    let recorder = recorder(&settings, run_dir, cluster.peers());
     let names = cluster.peers().iter().map(|peer| peer.name().clone()).collect();
-    let narrator = Narrator::new(names, settings.rounds, PATIENCE, started);
+    let mut narrator = Narrator::new(names, settings.rounds, PATIENCE, started);
+    recall(&run_dir, &mut narrator)?;
+    let recorder = recorder(&settings, run_dir, cluster.peers());
     let mut audience = Audience { recorder, narrator, output };
     let failure = if args.processes {
         // Their state directories are for the processes now.

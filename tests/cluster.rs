@@ -1,0 +1,370 @@
+//! Federations over the embedded broker: real peers, real messages, small rounds.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rodizio::broker::Broker;
+use rodizio::cluster::{self, Cluster, Stop, reachable_at, start_broker};
+use rodizio::config::{Layers, Part, Settings};
+use rodizio::events::{Entry, Event, Recorder, RoundCommitted};
+use rodizio::node::Outcome;
+use rodizio::peer::{LocalPeer, PeerError};
+use rodizio::protocol::Reason;
+use rodizio::rundir::{BEST, EVENTS, MODEL, RunDir};
+use rodizio::types::{Digest, PeerId, Round};
+use safetensors::SafeTensors;
+use tempfile::TempDir;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+
+/// What is waited for comes within this, or never.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// More rounds than any test lasts.
+const ENDLESS: u64 = 1_000_000;
+
+type Running = JoinHandle<Result<Outcome, PeerError>>;
+
+/// A broker, a directory, and what all peers tell.
+struct Place {
+    broker: Broker,
+    dir: TempDir,
+    sender: UnboundedSender<Entry>,
+    receiver: UnboundedReceiver<Entry>,
+    heard: Vec<Entry>,
+    request: watch::Sender<bool>,
+    stop: Stop,
+}
+
+impl Place {
+    async fn new() -> Self {
+        let (sender, receiver) = unbounded_channel();
+        let (request, stop) = Stop::new();
+        let broker = start_broker("127.0.0.1:0", 8, 512 << 10).await.unwrap();
+        Self { broker, dir: tempfile::tempdir().unwrap(), sender, receiver, heard: Vec::new(), request, stop }
+    }
+
+    /// The settings of a federation of `peers` here. A busy machine is not to make its leaders seem silent.
+    fn settings(&self, peers: usize, rounds: u64) -> Settings {
+        Settings {
+            peers,
+            min_peers: peers,
+            rounds,
+            election_timeout: Duration::from_secs(30),
+            round_timeout: Duration::from_secs(600),
+            settle_time: Duration::from_millis(20),
+            wait_timeout: LIMIT,
+            brokers: vec![reachable_at(self.broker.addr()).to_string()],
+            ..Layers::new().settings().unwrap()
+        }
+    }
+
+    /// Starts one peer.
+    fn start(&self, name: &str, part: Part, settings: &Settings) -> Running {
+        let state_dir = Some(self.dir.path().join(name));
+        let peer = Some(peer(name));
+        let peer = LocalPeer::open(&Settings { peer, state_dir, part: Some(part), ..settings.clone() }).unwrap();
+        cluster::spawn(peer, &self.stop, &self.sender)
+    }
+
+    /// Starts peers `a`, `b` … that share out the data set.
+    fn start_all(&self, settings: &Settings) -> Vec<Running> {
+        let of = settings.peers;
+        (1..=of).map(|index| self.start(["a", "b", "c", "d"][index - 1], Part { index, of }, settings)).collect()
+    }
+
+    /// Waits until something is told.
+    async fn until<T>(&mut self, what: &str, mut wanted: impl FnMut(&Entry) -> Option<T>) -> T {
+        let waiting = async {
+            loop {
+                let entry = self.receiver.recv().await.expect("the sender is here");
+                let found = wanted(&entry);
+                self.heard.push(entry);
+                if let Some(found) = found {
+                    return found;
+                }
+            }
+        };
+        match timeout(LIMIT, waiting).await {
+            Ok(found) => found,
+            Err(_) => panic!("{what} did not come; what was told:\n{}", self.told()),
+        }
+    }
+
+    async fn until_committed(&mut self, round: u64) -> RoundCommitted {
+        let committed = |entry: &Entry| commit(entry).filter(|commit| commit.round.0 >= round).cloned();
+        self.until(&format!("round {round}"), committed).await
+    }
+
+    /// Waits for the ends of peers.
+    async fn ends(&mut self, running: Vec<Running>) -> Vec<Outcome> {
+        let mut outcomes = Vec::new();
+        for task in running {
+            match timeout(LIMIT, task).await {
+                Ok(ended) => outcomes.push(ended.unwrap().unwrap()),
+                Err(_) => {
+                    self.drain();
+                    panic!("a peer does not end; what was told:\n{}", self.told());
+                }
+            }
+        }
+        self.drain();
+        outcomes
+    }
+
+    fn drain(&mut self) {
+        while let Ok(entry) = self.receiver.try_recv() {
+            self.heard.push(entry);
+        }
+    }
+
+    fn told(&self) -> String {
+        let lines = self.heard.iter().filter(|entry| !entry.event.is_passing()).map(|entry| entry.to_line() + "\n");
+        lines.collect()
+    }
+
+    /// Every round's commit; the peers that told of it agree on it.
+    fn rounds(&self) -> BTreeMap<Round, RoundCommitted> {
+        let mut rounds: BTreeMap<Round, RoundCommitted> = BTreeMap::new();
+        for commit in self.heard.iter().filter_map(commit) {
+            let first = rounds.entry(commit.round).or_insert_with(|| commit.clone());
+            assert_eq!(first.decree, commit.decree, "two decrees for round {}:\n{}", commit.round, self.told());
+            assert_eq!(first.digest, commit.digest);
+        }
+        rounds
+    }
+}
+
+fn commit(entry: &Entry) -> Option<&RoundCommitted> {
+    if let Event::RoundCommitted(commit) = &entry.event { Some(commit) } else { None }
+}
+
+fn peer(name: &str) -> PeerId {
+    PeerId::new(name).unwrap()
+}
+
+/// The last model's digest and accuracy, on which all must agree, and why they finished.
+fn result(outcomes: &[Outcome]) -> (Digest, f64, Reason) {
+    let results: Vec<_> = outcomes
+        .iter()
+        .map(|outcome| match outcome {
+            Outcome::Finished { reason, model, metrics: Some(metrics), .. } => (*model, metrics.accuracy, *reason),
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    assert!(results.iter().all(|result| *result == results[0]), "{results:?}");
+    results[0]
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn peers_train_the_digits_to_95_percent_and_take_turns_to_lead() {
+    let mut place = Place::new().await;
+    let settings = Settings { target_accuracy: Some(0.95), ..place.settings(4, 20) };
+    let running = place.start_all(&settings);
+    let outcomes = place.ends(running).await;
+    let (model, accuracy, reason) = result(&outcomes);
+    assert!(accuracy >= 0.95 && reason == Reason::TargetAccuracy, "{accuracy} {reason:?}");
+
+    let rounds = place.rounds();
+    let numbers: Vec<u64> = rounds.keys().map(|round| round.0).collect();
+    assert_eq!(numbers, (1..=numbers.len() as u64).collect::<Vec<_>>());
+    assert_eq!(rounds.last_key_value().unwrap().1.digest, model);
+    let members: BTreeSet<PeerId> = ["a", "b", "c", "d"].map(peer).into();
+    for commit in rounds.values() {
+        let mut contributors = members.clone();
+        assert!(contributors.remove(&commit.leader));
+        assert_eq!(commit.contributors, contributors.into_iter().collect::<Vec<_>>(), "all but the leader train");
+        assert!(commit.bytes_sent > 0 && commit.bytes_received > 0 && commit.seconds.total > 0.0);
+    }
+    let leaders: Vec<_> = rounds.values().map(|commit| &commit.leader).collect();
+    assert!(leaders.windows(2).all(|pair| pair[0] != pair[1]), "{leaders:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_seed_gives_one_model_to_the_bit() {
+    let mut digests = Vec::new();
+    for seed in [7, 7, 8] {
+        let mut place = Place::new().await;
+        let running = place.start_all(&Settings { seed, ..place.settings(3, 3) });
+        let outcomes = place.ends(running).await;
+        digests.push(result(&outcomes).0);
+    }
+    assert_eq!(digests[0], digests[1]);
+    assert_ne!(digests[0], digests[2]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_peer_that_comes_later_contributes() {
+    let mut place = Place::new().await;
+    let settings = place.settings(2, ENDLESS);
+    let mut running: Vec<_> =
+        ["a", "b"].iter().zip(1..).map(|(name, index)| place.start(name, Part { index, of: 3 }, &settings)).collect();
+    let before = place.until_committed(2).await;
+    assert!(!before.next_roster.contains(&peer("late")));
+    running.push(place.start("late", Part { index: 3, of: 3 }, &settings));
+    let contributes = |entry: &Entry| commit(entry).is_some_and(|commit| commit.contributors.contains(&peer("late")));
+    place.until("the newcomer's update", |entry| contributes(entry).then_some(())).await;
+    let leads = |entry: &Entry| commit(entry).is_some_and(|commit| commit.leader == peer("late"));
+    place.until("the newcomer's turn to lead", |entry| leads(entry).then_some(())).await;
+    place.request.send(true).unwrap();
+    assert!(place.ends(running).await.iter().all(|outcome| *outcome == Outcome::Interrupted));
+    place.rounds();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leader_that_dies_in_its_round_costs_nothing_but_time() {
+    let mut place = Place::new().await;
+    // Training outlasts the time that the death takes by far.
+    let settings = Settings { local_epochs: 100, ..place.settings(4, 3) };
+    let names = ["a", "b", "c", "d"].map(peer);
+    let mut running: BTreeMap<PeerId, Running> = names.into_iter().zip(place.start_all(&settings)).collect();
+    let leads = |entry: &Entry| match &entry.event {
+        Event::Elected { round: Round(2), leader, .. } if *leader == entry.peer => Some(leader.clone()),
+        _ => None,
+    };
+    let leader = place.until("the leader of round 2", leads).await;
+    running.remove(&leader).unwrap().abort();
+
+    let outcomes = place.ends(running.into_values().collect()).await;
+    result(&outcomes);
+    let rounds = place.rounds();
+    assert_eq!(rounds.len(), 3, "{}", place.told());
+    let second = &rounds[&Round(2)];
+    assert_ne!(second.leader, leader, "{}", place.told());
+    assert!(second.term.0 > 0);
+    let survivors = place.heard.iter().filter(
+        |entry| matches!(&entry.event, Event::Deposed { round: Round(2), leader: of, gone: true, .. } if *of == leader),
+    );
+    assert!(survivors.count() >= 2, "its last will is heard:\n{}", place.told());
+    // Who had trained did not train again: each survivor trained once for round 2.
+    let trained = place.heard.iter().filter(|entry| matches!(entry.event, Event::Trained { round: Round(2), .. }));
+    let mut trained: Vec<_> = trained.map(|entry| &entry.peer).collect();
+    let count = trained.len();
+    trained.dedup();
+    assert_eq!(trained.len(), count, "{}", place.told());
+    for contributor in &second.contributors {
+        assert_ne!(*contributor, leader);
+    }
+    assert!(second.contributors.len() >= 2, "{:?}", second.contributors);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_peer_with_another_configuration_is_refused_with_the_key() {
+    let mut place = Place::new().await;
+    // Members say what they are as often as a leader may be silent.
+    let settings = Settings { election_timeout: Duration::from_secs(1), ..place.settings(2, ENDLESS) };
+    let running = place.start_all(&settings);
+    place.until_committed(1).await;
+    let other = Settings { batch_size: 8, ..settings };
+    let refused = place.start("other", Part { index: 1, of: 2 }, &other);
+    let outcomes = place.ends(vec![refused]).await;
+    let Outcome::Refused { difference, .. } = &outcomes[0] else { panic!("{outcomes:?}") };
+    assert_eq!(
+        (difference.key.as_str(), difference.theirs.as_str(), difference.mine.as_str()),
+        ("batch_size", "16", "8")
+    );
+    let told = |entry: &Entry| matches!(&entry.event, Event::Incompatible { who, key, .. } if *who == peer("other") && key == "batch_size");
+    if !place.heard.iter().any(told) {
+        place.until("the members' word of it", |entry| told(entry).then_some(())).await;
+    }
+    place.request.send(true).unwrap();
+    place.ends(running).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_federation_that_was_stopped_goes_on_and_one_that_finished_stays_finished() {
+    let mut place = Place::new().await;
+    let settings = Settings { local_epochs: 20, ..place.settings(3, 6) };
+    let running = place.start_all(&settings);
+    place.until_committed(2).await;
+    place.request.send(true).unwrap();
+    let outcomes = place.ends(running).await;
+    assert!(outcomes.iter().all(|outcome| *outcome == Outcome::Interrupted), "{outcomes:?}");
+    let stopped_after = place.rounds().len() as u64;
+    assert!(stopped_after < 6, "it was stopped too late to tell");
+
+    place.request.send(false).unwrap();
+    let running = place.start_all(&settings);
+    let first = place.until_committed(1).await.round.0;
+    assert!(first > 1 && first <= stopped_after + 1, "went on with round {first} after {stopped_after}");
+    let outcomes = place.ends(running).await;
+    let (model, ..) = result(&outcomes);
+    assert_eq!(place.rounds().len(), 6, "{}", place.told());
+
+    let again = place.start("b", Part { index: 2, of: 3 }, &settings);
+    let outcomes = place.ends(vec![again]).await;
+    assert_eq!(result(&outcomes).0, model);
+}
+
+/// Runs a cluster and records it, as `rodizio run` does.
+async fn recorded(settings: &Settings, dir: &Path) -> Vec<(PeerId, Outcome)> {
+    let cluster = Cluster::open(settings, dir).unwrap();
+    let state_dirs: BTreeMap<PeerId, PathBuf> =
+        cluster.peers().iter().map(|peer| (peer.name().clone(), peer.state_dir().to_owned())).collect();
+    let layout = cluster.peers()[0].layout();
+    let run_dir = RunDir::open(dir).unwrap();
+    let mut recorder = Recorder::new(run_dir, &settings.federation, layout, settings.codec(), state_dirs);
+    let (sender, mut receiver) = unbounded_channel();
+    let (_request, stop) = Stop::new();
+    let recording = async {
+        while let Some(entry) = receiver.recv().await {
+            assert_eq!(recorder.record(&entry), None);
+        }
+        assert_eq!(recorder.close(), None);
+    };
+    let run = async {
+        let ended = cluster.run(&stop, &sender).await;
+        drop(sender);
+        ended
+    };
+    let (ended, ()) = timeout(LIMIT, async { tokio::join!(run, recording) }).await.expect("the cluster does not end");
+    ended.into_iter().map(|(peer, result)| (peer, result.unwrap())).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_run_directory_has_every_event_and_a_model_as_pytorch_names_it() {
+    let place = Place::new().await;
+    let dir = place.dir.path().join("run");
+    let ended = recorded(&place.settings(3, 4), &dir).await;
+    let names: Vec<&str> = ended.iter().map(|(peer, _)| peer.as_str()).collect();
+    assert_eq!(names, ["peer-1", "peer-2", "peer-3"]);
+    let outcomes: Vec<Outcome> = ended.into_iter().map(|(_, outcome)| outcome).collect();
+    let (digest, ..) = result(&outcomes);
+
+    let text = std::fs::read_to_string(dir.join(EVENTS)).unwrap();
+    let entries: Vec<Entry> = text.lines().map(|line| Entry::from_line(line).unwrap()).collect();
+    let is_of = |wanted: fn(&Event) -> bool| entries.iter().filter(|entry| wanted(&entry.event)).count();
+    assert_eq!(is_of(|event| matches!(event, Event::Started { .. })), 3);
+    assert_eq!(is_of(|event| matches!(event, Event::Founded { roster } if roster.len() == 3)), 3);
+    assert_eq!(is_of(|event| matches!(event, Event::RoundCommitted(_))), 3 * 4);
+    assert_eq!(is_of(|event| matches!(event, Event::Finished { reason, .. } if reason == "rounds")), 3);
+
+    let losses: BTreeMap<Round, f64> = entries
+        .iter()
+        .filter_map(|entry| match &entry.event {
+            Event::Evaluated { round, val_loss, .. } if round.0 > 0 => Some((*round, *val_loss)),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(losses.len(), 4, "every model was evaluated:\n{text}");
+    let best = losses.iter().min_by(|a, b| a.1.total_cmp(b.1)).unwrap().0;
+    for (file, round) in [(MODEL, Round(4)), (BEST, *best)] {
+        let bytes = std::fs::read(dir.join(file)).unwrap();
+        let (_, header) = SafeTensors::read_metadata(&bytes).unwrap();
+        let metadata = header.metadata().clone().unwrap();
+        assert_eq!(metadata["round"], round.to_string(), "{file}");
+        assert_eq!(metadata["val_loss"], losses[&round].to_string(), "{file}");
+        let model = SafeTensors::deserialize(&bytes).unwrap();
+        let shape = |name| model.tensor(name).unwrap().shape().to_vec();
+        assert_eq!(model.len(), 4);
+        // nn.Linear(64, 64) and nn.Linear(64, 10) hold their weights as [out, in].
+        assert_eq!((shape("fc1.weight"), shape("fc1.bias")), (vec![64, 64], vec![64]));
+        assert_eq!((shape("fc2.weight"), shape("fc2.bias")), (vec![10, 64], vec![10]));
+        if file == MODEL {
+            assert_eq!(metadata["digest"], digest.to_string());
+        }
+    }
+}
