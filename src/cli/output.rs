@@ -127,6 +127,8 @@ impl<'a> Output<'a> {
 
     fn drawing_on(shell: &'a mut Shell, args: OutputArgs, target: ProgressDrawTarget) -> Self {
         let bar = ProgressBar::with_draw_target(None, target);
+        // Until there is something to show, what is drawn again after another line is nothing.
+        bar.set_style(ProgressStyle::with_template("").expect("an empty template parses"));
         Self { shell, args, bar, drawing: Drawing::Nothing, has_header: false, last_waiting: String::new() }
     }
 
@@ -227,6 +229,9 @@ impl<'a> Output<'a> {
     /// Writes a line that stays, above the line that is redrawn.
     fn print(&mut self, line: &str) -> io::Result<()> {
         let stderr = &mut self.shell.stderr;
+        if self.drawing == Drawing::Nothing {
+            return writeln!(stderr.out, "{line}");
+        }
         self.bar.suspend(|| writeln!(stderr.out, "{line}"))
     }
 }
@@ -502,6 +507,13 @@ mod tests {
         assert!(stderr[at("training")..at("1/20")].contains("<clear>"), "{stderr:?}");
         assert!(stderr.contains("50 %"), "{stderr:?}");
         assert!(stdout.starts_with("finished after 12 rounds"));
+    }
+
+    #[test]
+    fn nothing_is_drawn_before_there_is_something_to_show() {
+        let info = |text: &str| Notice::Info { text: text.into() };
+        let (_, stderr) = shown(&[info("one\ntwo"), info("three")], OutputArgs::default(), true);
+        assert_eq!(stderr.replace("<clear>", "").trim_end(), "one\ntwo\nthree");
     }
 
     #[test]
