@@ -111,7 +111,6 @@ impl Peer {
 
     fn propose(&mut self, decree: Decree, now: Instant) {
         let term = self.promised();
-        self.cancel_training();
         self.durable.open.accepted = Some((term, decree.clone()));
         self.persist();
         let me = self.me.clone();
@@ -179,7 +178,6 @@ impl Peer {
             return;
         }
         let decree = decree.clone();
-        self.cancel_training();
         self.open.proposal = None;
         self.durable.open.accepted = Some((self.promised(), decree));
         self.persist();
