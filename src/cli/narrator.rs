@@ -174,7 +174,11 @@ impl Narrator {
         if round != self.round || round == Round::GENESIS {
             return Vec::new();
         }
-        vec![Notice::Phase { text: format!("round {round}: {what}"), done: 0, total: 0 }]
+        let text = match round.0 > self.rounds {
+            true => "the peers evaluate the last model".to_owned(),
+            false => format!("round {round}: {what}"),
+        };
+        vec![Notice::Phase { text, done: 0, total: 0 }]
     }
 
     fn training(&mut self, peer: &PeerId, round: Round, done: u64, total: u64) -> Option<Notice> {
@@ -188,7 +192,7 @@ impl Narrator {
 
     fn gathered(&self, round: Round, done: usize, total: usize) -> Option<Notice> {
         let text = format!("round {round}: {done} of {total} updates gathered");
-        (round == self.round).then_some(Notice::Phase { text, done: done as u64, total: total as u64 })
+        (round == self.round && done > 0).then_some(Notice::Phase { text, done: done as u64, total: total as u64 })
     }
 
     fn committed(&mut self, peer: &PeerId, committed: &RoundCommitted) -> Vec<Notice> {

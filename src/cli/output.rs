@@ -13,6 +13,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::cli::args::OutputArgs;
 use crate::cli::{Shell, Stream};
+use crate::protocol::Reason;
 use crate::types::{Digest, PeerId, Round, Term};
 
 /// Something worth telling.
@@ -127,6 +128,8 @@ impl<'a> Output<'a> {
 
     fn drawing_on(shell: &'a mut Shell, args: OutputArgs, target: ProgressDrawTarget) -> Self {
         let bar = ProgressBar::with_draw_target(None, target);
+        // Until there is something to show, what is drawn again after another line is nothing.
+        bar.set_style(ProgressStyle::with_template("").expect("an empty template parses"));
         Self { shell, args, bar, drawing: Drawing::Nothing, has_header: false, last_waiting: String::new() }
     }
 
@@ -227,6 +230,9 @@ impl<'a> Output<'a> {
     /// Writes a line that stays, above the line that is redrawn.
     fn print(&mut self, line: &str) -> io::Result<()> {
         let stderr = &mut self.shell.stderr;
+        if self.drawing == Drawing::Nothing {
+            return writeln!(stderr.out, "{line}");
+        }
         self.bar.suspend(|| writeln!(stderr.out, "{line}"))
     }
 }
@@ -246,7 +252,7 @@ const COLUMNS: [(&str, usize, Alignment); 8] = [
     ("loss", 7, Alignment::Right),
     ("updates", 7, Alignment::Right),
     ("time", 10, Alignment::Right),
-    ("bytes", 7, Alignment::Right),
+    ("bytes", 8, Alignment::Right),
 ];
 
 fn header() -> String {
@@ -296,7 +302,7 @@ fn summary_text(summary: &Summary) -> String {
         "finished after {} round{plural} in {}: {}\n",
         summary.rounds,
         human_seconds(summary.seconds),
-        printable(&summary.reason)
+        reason_sentence(&summary.reason)
     );
     text += &format!("  accuracy  {}\n", decimals(summary.accuracy));
     text += &format!("  loss      {}\n", decimals(summary.loss));
@@ -339,6 +345,13 @@ fn decimals(value: Option<f64>) -> String {
 /// Text may come from another peer: it must not move the cursor.
 fn printable(text: &str) -> String {
     text.replace(char::is_control, " ")
+}
+
+/// A reason of `events.jsonl` for people. It may come from another process, so any word is taken.
+fn reason_sentence(word: &str) -> String {
+    let known =
+        [Reason::Rounds, Reason::TargetAccuracy, Reason::Patience].into_iter().find(|reason| reason.name() == word);
+    known.map_or_else(|| printable(word), |reason| reason.to_string())
 }
 
 /// Bytes with a decimal unit: `1.2 MB`.
@@ -502,6 +515,13 @@ mod tests {
         assert!(stderr[at("training")..at("1/20")].contains("<clear>"), "{stderr:?}");
         assert!(stderr.contains("50 %"), "{stderr:?}");
         assert!(stdout.starts_with("finished after 12 rounds"));
+    }
+
+    #[test]
+    fn nothing_is_drawn_before_there_is_something_to_show() {
+        let info = |text: &str| Notice::Info { text: text.into() };
+        let (_, stderr) = shown(&[info("one\ntwo"), info("three")], OutputArgs::default(), true);
+        assert_eq!(stderr.replace("<clear>", "").trim_end(), "one\ntwo\nthree");
     }
 
     #[test]
