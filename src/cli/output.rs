@@ -247,7 +247,7 @@ impl Drop for Output<'_> {
 const COLUMNS: [(&str, usize, Alignment); 8] = [
     ("round", 9, Alignment::Right),
     ("term", 4, Alignment::Right),
-    ("leader", 14, Alignment::Left),
+    ("leader", 13, Alignment::Left),
     ("accuracy", 8, Alignment::Right),
     ("loss", 7, Alignment::Right),
     ("updates", 7, Alignment::Right),
@@ -536,7 +536,7 @@ mod tests {
         let notices = [waiting(), Notice::Round(line(1, "a")), Notice::Finished(summary())];
         let (stdout, _) = shown(&notices, OutputArgs::default(), false);
         let expected = format!(
-            "finished after 12 rounds in 1 min 15 s: target_accuracy\n  accuracy  0.9512\n  loss      -\n  \
+            "finished after 12 rounds in 1 min 15 s: the target accuracy is reached\n  accuracy  0.9512\n  loss      -\n  \
              leaders   peer-1 1, peer-2 2\n  sent      2.0 MB\n  digest    {}\n  \
              model     runs/first/model.safetensors\n",
             Digest::of(b"model")
