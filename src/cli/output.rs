@@ -496,7 +496,7 @@ mod tests {
         ];
         let widths = rows.each_ref().map(|row| measure_text_width(row));
         assert_eq!(widths, [80; 4]);
-        let expected = "     1/20     0  p                 0.9123   0.3000      4/5       1.3 s   1.2 MB";
+        let expected = "     1/20     0  p                0.9123   0.3000      4/5       1.3 s    1.2 MB";
         assert_eq!(strip_ansi_codes(&rows[1]), expected);
         assert!(rows[1].contains('\u{1b}') && !rows[3].contains('\u{1b}'));
         assert!(rows[2].contains("xxx…"));
