@@ -14,7 +14,7 @@ use crate::events::WITHOUT_MODEL;
 use crate::journal::JournalError;
 use crate::node::{NodeError, Outcome};
 use crate::peer::PeerError;
-use crate::protocol::Difference;
+use crate::protocol::{Difference, Waiting};
 use crate::rundir::RunDirError;
 use crate::transport::mqtt::TransportError;
 use crate::types::PeerId;
@@ -104,8 +104,13 @@ impl Failure {
                 };
                 Failure::new(Exit::Usage, error).hint(hint)
             }
-            Outcome::GaveUp(waiting) => Failure::new(Exit::GaveUp, anyhow!("gave up waiting: {waiting}"))
-                .hint("--wait-timeout sets how long to wait"),
+            Outcome::GaveUp(waiting) => {
+                let hint = match waiting {
+                    Waiting::OtherConfiguration { .. } => "start all peers with the same settings, best from one file",
+                    _ => "--wait-timeout sets how long to wait",
+                };
+                Failure::new(Exit::GaveUp, anyhow!("gave up waiting: {waiting}")).hint(hint)
+            }
             Outcome::LostBroker(reason) => {
                 Failure::new(Exit::NoBroker, anyhow!("the broker was lost and did not come back: {reason}"))
                     .hint("the state is kept: run the same command again when the broker is back")

@@ -31,14 +31,19 @@ impl Peer {
             self.durable.open.promised = term;
             self.persist();
         }
+        self.forget_leader();
+        self.send_ballot(now);
+        let doubled = 1 << term.0.min(DOUBLINGS_MAX);
+        self.timers.set(Timer::Election, now + self.config.election_timeout * doubled);
+    }
+
+    /// A new term begins without a leader.
+    fn forget_leader(&mut self) {
         self.open.following = None;
         self.open.leading = None;
         self.open.proposal = None;
         self.timers.clear(Timer::Beat);
         self.timers.clear(Timer::Gather);
-        self.send_ballot(now);
-        let doubled = 1 << term.0.min(DOUBLINGS_MAX);
-        self.timers.set(Timer::Election, now + self.config.election_timeout * doubled);
     }
 
     fn send_ballot(&mut self, now: Instant) {
@@ -285,11 +290,7 @@ impl Peer {
         if term > self.promised() {
             self.durable.open.promised = term;
             self.persist();
-            self.open.leading = None;
-            self.open.proposal = None;
-            self.open.following = None;
-            self.timers.clear(Timer::Beat);
-            self.timers.clear(Timer::Gather);
+            self.forget_leader();
         }
         if self.open.following.as_ref() != Some(leader) {
             self.open.following = Some(leader.clone());
