@@ -62,7 +62,8 @@ fn every_event_of_a_run_is_described() {
     let mut names = 0;
     for text in documented {
         // The variant's own line has four spaces; its fields have eight.
-        let Some(line) = text.lines().find(|line| line.starts_with("    ") && line.as_bytes()[4].is_ascii_uppercase()) else {
+        let Some(line) = text.lines().find(|line| line.starts_with("    ") && line.as_bytes()[4].is_ascii_uppercase())
+        else {
             continue;
         };
         let camel: String = line.trim().chars().take_while(|c| c.is_alphanumeric()).collect();

@@ -13,6 +13,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::cli::args::OutputArgs;
 use crate::cli::{Shell, Stream};
+use crate::protocol::Reason;
 use crate::types::{Digest, PeerId, Round, Term};
 
 /// Something worth telling.
@@ -246,12 +247,12 @@ impl Drop for Output<'_> {
 const COLUMNS: [(&str, usize, Alignment); 8] = [
     ("round", 9, Alignment::Right),
     ("term", 4, Alignment::Right),
-    ("leader", 14, Alignment::Left),
+    ("leader", 13, Alignment::Left),
     ("accuracy", 8, Alignment::Right),
     ("loss", 7, Alignment::Right),
     ("updates", 7, Alignment::Right),
     ("time", 10, Alignment::Right),
-    ("bytes", 7, Alignment::Right),
+    ("bytes", 8, Alignment::Right),
 ];
 
 fn header() -> String {
@@ -301,7 +302,7 @@ fn summary_text(summary: &Summary) -> String {
         "finished after {} round{plural} in {}: {}\n",
         summary.rounds,
         human_seconds(summary.seconds),
-        printable(&summary.reason)
+        reason_sentence(&summary.reason)
     );
     text += &format!("  accuracy  {}\n", decimals(summary.accuracy));
     text += &format!("  loss      {}\n", decimals(summary.loss));
@@ -344,6 +345,13 @@ fn decimals(value: Option<f64>) -> String {
 /// Text may come from another peer: it must not move the cursor.
 fn printable(text: &str) -> String {
     text.replace(char::is_control, " ")
+}
+
+/// A reason of `events.jsonl` for people. It may come from another process, so any word is taken.
+fn reason_sentence(word: &str) -> String {
+    let known =
+        [Reason::Rounds, Reason::TargetAccuracy, Reason::Patience].into_iter().find(|reason| reason.name() == word);
+    known.map_or_else(|| printable(word), |reason| reason.to_string())
 }
 
 /// Bytes with a decimal unit: `1.2 MB`.
@@ -488,7 +496,7 @@ mod tests {
         ];
         let widths = rows.each_ref().map(|row| measure_text_width(row));
         assert_eq!(widths, [80; 4]);
-        let expected = "     1/20     0  p                 0.9123   0.3000      4/5       1.3 s   1.2 MB";
+        let expected = "     1/20     0  p                0.9123   0.3000      4/5       1.3 s    1.2 MB";
         assert_eq!(strip_ansi_codes(&rows[1]), expected);
         assert!(rows[1].contains('\u{1b}') && !rows[3].contains('\u{1b}'));
         assert!(rows[2].contains("xxx…"));
@@ -528,7 +536,7 @@ mod tests {
         let notices = [waiting(), Notice::Round(line(1, "a")), Notice::Finished(summary())];
         let (stdout, _) = shown(&notices, OutputArgs::default(), false);
         let expected = format!(
-            "finished after 12 rounds in 1 min 15 s: target_accuracy\n  accuracy  0.9512\n  loss      -\n  \
+            "finished after 12 rounds in 1 min 15 s: the target accuracy is reached\n  accuracy  0.9512\n  loss      -\n  \
              leaders   peer-1 1, peer-2 2\n  sent      2.0 MB\n  digest    {}\n  \
              model     runs/first/model.safetensors\n",
             Digest::of(b"model")
