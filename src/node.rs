@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 
 use crate::jobs::Workshop;
 use crate::journal::{Blobs, Journal, JournalError};
@@ -132,6 +133,8 @@ struct Driver<'a, T> {
     workshop: Arc<Workshop>,
     trainer: Arc<Mutex<Box<dyn Trainer>>>,
     jobs: mpsc::UnboundedSender<JobEvent>,
+    /// The jobs that run.
+    running: JoinSet<()>,
     /// Training of rounds up to this one is no longer wanted.
     cancelled: Arc<AtomicU64>,
     traffic: Traffic,
@@ -185,6 +188,7 @@ impl<T: Transport> Node<T> {
             workshop: Arc::new(workshop),
             trainer: Arc::new(Mutex::new(self.trainer)),
             jobs,
+            running: JoinSet::new(),
             cancelled: Arc::default(),
             traffic: Traffic::default(),
             waiting: None,
@@ -310,10 +314,11 @@ impl<T: Transport> Driver<'_, T> {
         self.transport.send(message);
     }
 
-    fn start(&self, job: Job) {
+    fn start(&mut self, job: Job) {
+        while self.running.try_join_next().is_some() {}
         let (workshop, trainer, jobs) = (self.workshop.clone(), self.trainer.clone(), self.jobs.clone());
         let cancelled = self.cancelled.clone();
-        tokio::spawn(async move {
+        self.running.spawn(async move {
             let report = jobs.clone();
             let work = move || {
                 workshop.perform(job, &trainer, &mut |round, progress| {
@@ -355,7 +360,7 @@ impl<T: Transport> Driver<'_, T> {
         }
     }
 
-    /// Says goodbye and stops what runs.
+    /// Says goodbye and waits for what runs, so that nobody uses the state directory any more.
     async fn leave(mut self, peer: &Peer) {
         self.cancelled.store(u64::MAX, Ordering::Relaxed);
         let (topic, message) = peer.last_will();
@@ -363,6 +368,7 @@ impl<T: Transport> Driver<'_, T> {
         let tail = bytes::Bytes::new();
         self.send(Outgoing { topic, retain: true, class: Class::Control, head: message, tail });
         self.transport.stop().await;
+        while self.running.join_next().await.is_some() {}
     }
 }
 
