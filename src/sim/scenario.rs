@@ -30,6 +30,8 @@ pub struct Scenario {
     pub losses_of_state: u64,
     /// How many times peers are cut off from the others, for a while, at most.
     pub cuts: u64,
+    /// The share of jobs that fail, as on a full disk.
+    pub job_failures: f64,
     /// When the faults end, in milliseconds.
     pub faults_ms: u64,
     /// How long the longest training takes, in milliseconds.
@@ -57,6 +59,7 @@ impl Default for Scenario {
             crashes: 3,
             losses_of_state: 0,
             cuts: 2,
+            job_failures: 0.0,
             faults_ms: 20_000,
             train_ms: 800,
             values: 700,
@@ -108,7 +111,13 @@ impl Scenario {
         if self.values == 0 {
             return value("values", self.values.to_string(), "at least 1");
         }
-        for (key, share) in [("loss", self.loss), ("duplication", self.duplication), ("slow", self.slow)] {
+        let shares = [
+            ("loss", self.loss),
+            ("duplication", self.duplication),
+            ("slow", self.slow),
+            ("job_failures", self.job_failures),
+        ];
+        for (key, share) in shares {
             if !(0.0..1.0).contains(&share) {
                 return value(key, share.to_string(), "0 or more and less than 1");
             }

@@ -42,6 +42,7 @@ pub(super) struct World<'a> {
     origin: Instant,
     now: Instant,
     wakes_at_once: u32,
+    job_failures: f64,
     faults: u64,
     messages: (u64, u64),
     reelections: u64,
@@ -113,6 +114,7 @@ impl<'a> World<'a> {
             origin,
             now: origin,
             wakes_at_once: 0,
+            job_failures: scenario.job_failures,
             faults: 0,
             messages: (0, 0),
             reelections: 0,
@@ -448,6 +450,9 @@ impl<'a> World<'a> {
     }
 
     fn work(&mut self, id: &PeerId, job: Job) -> Result<(), Broken> {
+        if self.rng.random_bool(self.job_failures) {
+            return self.handle(id, Event::Done(failed(&job)));
+        }
         let Some(peer) = self.peers.get_mut(id) else { return Ok(()) };
         let done = peer.workshop.perform(job, &peer.trainer, &mut |_, _| ControlFlow::Continue(()));
         if let (Done::Trained { round, result: Ok((update, _)) }, Some((_, model))) = (&done, peer.training) {
@@ -558,6 +563,7 @@ impl<'a> World<'a> {
     fn end_faults(&mut self) -> Result<(), Broken> {
         self.network.loss = 0.0;
         self.network.duplication = 0.0;
+        self.job_failures = 0.0;
         for peer in self.peers.values_mut() {
             peer.crash_after = None;
         }
@@ -622,5 +628,17 @@ impl SimulatedPeer {
         let head = self.durable.as_ref().and_then(|durable| durable.head.as_ref());
         let holds = self.blobs.get(last.model().digest).is_ok_and(|blob| blob.is_some());
         holds && head.is_some_and(|head| head.decree == *last)
+    }
+}
+
+/// The end of a job that could not be done.
+fn failed(job: &Job) -> Done {
+    let why = "the disk is full".to_owned();
+    match job {
+        Job::Initial => Done::Initial(Err(why)),
+        Job::Evaluate { model } => Done::Evaluated { model: *model, result: Err(why) },
+        Job::Train { round, .. } => Done::Trained { round: *round, result: Err(why) },
+        Job::Verify { manifest, .. } => Done::Verified { manifest: *manifest, result: Err(why) },
+        Job::Aggregate { round, .. } => Done::Aggregated { round: *round, result: Err(why) },
     }
 }

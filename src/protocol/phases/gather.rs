@@ -127,8 +127,10 @@ impl Peer {
                 self.open.marks.aggregated = Some(now);
             }
             Err(why) => {
-                leading.aggregate = Aggregate::Failed;
-                self.notify(Notice::Failed { what: "aggregating the updates", why });
+                // Somebody else may be able to: a leader that cannot lead on makes way.
+                self.notify(Notice::Failed { what: "making the new model", why });
+                let term = self.promised().next().max(self.open.seen_term);
+                self.cast_ballot(term, None, now);
             }
         }
     }

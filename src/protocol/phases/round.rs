@@ -70,7 +70,6 @@ pub(in crate::protocol) enum Aggregate {
     /// The job runs on the updates of these peers.
     Running(Vec<PeerId>),
     Done(Manifest, Vec<PeerId>),
-    Failed,
 }
 
 /// When the stages of a round were reached.

@@ -33,6 +33,8 @@ pub(in crate::protocol) struct Transfers {
     /// Complete, and being verified.
     verifying: BTreeSet<Digest>,
     serves: BTreeMap<Digest, Serve>,
+    /// Blobs that could not be verified or kept, and when to pull them again.
+    retry: BTreeMap<Digest, Instant>,
     early: VecDeque<(Digest, u32, Bytes)>,
 }
 
@@ -65,7 +67,8 @@ impl Transfers {
     }
 
     pub(in crate::protocol) fn deadline(&self) -> Option<Instant> {
-        self.pulls.values().filter_map(|pull| pull.grants.deadline()).min()
+        let grants = self.pulls.values().filter_map(|pull| pull.grants.deadline());
+        grants.chain(self.retry.values().copied()).min()
     }
 
     /// Whether any pull got a chunk within `span`.
@@ -92,15 +95,18 @@ impl Peer {
             fits
         });
         needed.extend(chosen.map(|(update, owner)| (update, vec![owner])));
-        needed.retain(|(manifest, _)| !self.transfers.holds(&manifest.digest));
+        let wanted = |blob: &Digest| !self.transfers.holds(blob) && !self.transfers.retry.contains_key(blob);
+        needed.retain(|(manifest, _)| wanted(&manifest.digest));
         needed
     }
 
     pub(in crate::protocol) fn advance_transfers(&mut self, now: Instant) {
         if self.stopped {
             self.transfers.pulls.clear();
+            self.transfers.retry.clear();
             return;
         }
+        self.transfers.retry.retain(|_, at| *at > now);
         let needed = self.needed();
         self.transfers.pulls.retain(|blob, _| needed.iter().any(|(manifest, _)| manifest.digest == *blob));
         for (manifest, holders) in needed {
@@ -204,17 +210,20 @@ impl Peer {
                     self.note_done(now);
                 }
             }
-            Err(why) => self.on_unusable(manifest.digest, why),
+            Err(why) => self.on_unusable(manifest.digest, why, now),
         }
     }
 
     /// A blob that is not what it should be: an update is left out, a model is pulled again.
-    fn on_unusable(&mut self, blob: Digest, why: String) {
+    fn on_unusable(&mut self, blob: Digest, why: String, now: Instant) {
         let owner =
             self.open.updates.iter().find(|(_, update)| update.manifest.digest == blob).map(|(peer, _)| peer.clone());
         match owner {
             Some(peer) => self.leave_out(peer, why),
-            None => self.notify(crate::protocol::Notice::Failed { what: "pulling a model", why }),
+            None => {
+                self.transfers.retry.insert(blob, now + self.config.election_timeout);
+                self.notify(crate::protocol::Notice::Failed { what: "pulling a model", why });
+            }
         }
     }
 
