@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::time::Instant;
 
 use crate::protocol::message::{Body, Head};
+use crate::protocol::timer::Timer;
 use crate::protocol::{Action, Committed, Notice, Peer, Topic};
 use crate::transfer::Manifest;
 use crate::types::{PeerId, Round};
@@ -63,6 +64,7 @@ impl Peer {
 
     fn commit(&mut self, head: Head, led: bool, now: Instant) {
         self.cancel_training();
+        let head_is_genesis = head.decree.round == Round::GENESIS;
         if let Some(metrics) = head.decree.parent_metrics.filter(|_| head.decree.round == self.round()) {
             self.tell_parent_metrics(metrics);
         }
@@ -86,6 +88,10 @@ impl Peer {
             self.publish_retained(Topic::Head, Body::Head(head));
         }
         self.notify(Notice::Committed(Box::new(committed)));
+        if head_is_genesis {
+            // From now on hellos say that there is a federation, so that who does not fit learns it.
+            self.timers.set(Timer::Hello, now);
+        }
         self.forget_old_blobs();
         self.enter_round(now);
     }

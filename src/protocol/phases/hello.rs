@@ -38,7 +38,7 @@ impl Peer {
             layout: self.layout_digest,
             num_examples: self.num_examples,
             head,
-            genesis: self.head().map(|head| head.genesis),
+            genesis: self.head().filter(|_| self.is_member(&self.me)).map(|head| head.genesis),
             done: self.is_done(),
         };
         self.publish_retained(Topic::Init(self.me.clone()), Body::Hello(hello));
@@ -88,7 +88,8 @@ impl Peer {
 
     /// A federation that exists is right; whoever differs stays out.
     fn on_incompatible(&mut self, peer: PeerId, difference: Difference, is_new: bool, founded: bool) {
-        if founded && self.durable.roster().is_none() {
+        let outside = self.durable.roster().is_none() || !self.is_member(&self.me) && self.is_member(&peer);
+        if founded && outside {
             self.notify(Notice::Refused { peer, difference });
             self.ended = Some(Ended::Refused);
             self.stop();
