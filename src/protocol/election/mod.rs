@@ -2,7 +2,8 @@
 //!
 //! Ballots agree without talk because every member computes the same candidate from the roster, the parent
 //! decree, the term and the peers known gone. Members whose views differ for a moment vote apart, nobody gets
-//! a quorum, and the next term brings them together.
+//! a quorum, and the next term brings them together; members whose views differ for good agree from a term on in which
+//! nobody is passed over.
 
 mod fixed;
 mod random;
@@ -16,6 +17,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::protocol::roster::Roster;
 use crate::types::{Digest, PeerId, Term};
+
+/// From this term on the policy passes over nobody.
+///
+/// Views of who is gone may differ for good (a last will that only some heard), and ballots would split in every term.
+const NOBODY_PASSED_OVER: Term = Term(3);
 
 /// How the leader of a round is chosen.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -55,7 +61,7 @@ impl Policy {
             Policy::Fixed(peer) => fixed::order(electorate, peer),
         };
         let present: Vec<&PeerId> = order.iter().copied().filter(|peer| !electorate.gone.contains(*peer)).collect();
-        let order = if present.is_empty() { order } else { present };
+        let order = if present.is_empty() || term >= NOBODY_PASSED_OVER { order } else { present };
         order[term.0 as usize % order.len()].clone()
     }
 }

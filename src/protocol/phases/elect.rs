@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use crate::protocol::decree::Decree;
 use crate::protocol::election::Electorate;
 use crate::protocol::message::{Body, Leading, has};
-use crate::protocol::phases::round::{Aggregate, Leadership};
+use crate::protocol::phases::round::{Aggregate, Leadership, Work};
 use crate::protocol::timer::Timer;
 use crate::protocol::{Notice, Peer, Topic};
 use crate::types::{PeerId, Round, Term};
@@ -42,6 +42,11 @@ impl Peer {
         self.open.following = None;
         self.open.leading = None;
         self.open.proposal = None;
+        self.open.left_out.clear();
+        if self.open.training == Work::Failed {
+            // What failed may work now, and the next leader needs it as the last one did.
+            (self.open.training, self.open.declined) = (Work::Idle, None);
+        }
         self.timers.clear(Timer::Beat);
         self.timers.clear(Timer::Gather);
     }

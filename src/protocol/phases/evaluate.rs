@@ -30,8 +30,11 @@ impl Peer {
                 self.report_evaluation();
             }
             Err(why) => {
-                self.open.evaluation = Work::Failed;
+                // Over no example it weighs nothing, and nobody waits for it.
+                self.open.evaluation = Work::Done(Metrics::default());
+                self.open.evaluations.insert(self.me.clone(), Metrics::default());
                 self.notify(Notice::Failed { what: "evaluating the global model", why });
+                self.report_evaluation();
             }
         }
     }
@@ -67,11 +70,15 @@ impl Peer {
         let since = leading.since;
         let Some(roster) = self.durable.roster() else { return };
         let reported = |peer: &PeerId| self.open.evaluations.contains_key(peer) || !self.is_awaited(peer, since, now);
-        let own = matches!(self.open.evaluation, Work::Done(_) | Work::Failed);
+        let own = matches!(self.open.evaluation, Work::Done(_));
         if self.parent_model().is_none() || !own || !roster.members().iter().all(reported) {
             return;
         }
-        let Some(metrics) = self.reported_metrics() else { return };
+        let Some(metrics) = self.reported_metrics() else {
+            // Nobody could say how good the model is: the last round need not wait any longer.
+            let ends = !self.is_training_round();
+            return self.with_leadership(|leading| leading.late |= ends);
+        };
         if let Some(leading) = &mut self.open.leading {
             leading.parent_metrics = Some(metrics);
         }

@@ -95,6 +95,9 @@ impl Peer {
         let moving = late && self.transfers.is_moving(now, self.silence());
         if gathered.len() >= needed && (missing == 0 || late && !moving) {
             self.aggregate(gathered, now);
+        } else if late && missing == 0 {
+            // What this leader could not use or get, another may.
+            self.make_way(now);
         }
     }
 
@@ -129,10 +132,15 @@ impl Peer {
             Err(why) => {
                 // Somebody else may be able to: a leader that cannot lead on makes way.
                 self.notify(Notice::Failed { what: "making the new model", why });
-                let term = self.promised().next().max(self.open.seen_term);
-                self.cast_ballot(term, None, now);
+                self.make_way(now);
             }
         }
+    }
+
+    /// A leader that cannot bring the round to its end votes for another.
+    fn make_way(&mut self, now: Instant) {
+        let term = self.promised().next().max(self.open.seen_term);
+        self.cast_ballot(term, None, now);
     }
 
     /// The genesis has no updates: its model is the leader's initial weights.

@@ -60,7 +60,7 @@ impl Peer {
     /// The end, once the evaluations that are in say so; after the last round also when nobody could evaluate.
     fn finish_outcome(&self) -> Option<Outcome> {
         let leading = self.open.leading.as_ref()?;
-        let late = leading.late || self.open.evaluation == Work::Failed;
+        let late = leading.late;
         let model = *self.parent_model()?;
         // Without metrics only the last round can end, and only after waiting for them.
         let may_end = leading.parent_metrics.is_some() || late && !self.is_training_round();

@@ -20,7 +20,7 @@ impl Peer {
 
     fn advance_training(&mut self, now: Instant) {
         let Some(model) = self.parent_model().map(|manifest| manifest.digest) else { return };
-        let evaluated = matches!(self.open.evaluation, Work::Done(_) | Work::Failed);
+        let evaluated = matches!(self.open.evaluation, Work::Done(_));
         if !self.is_training_round() || !evaluated || self.open.training != Work::Idle || !self.trains() {
             return;
         }
