@@ -3,7 +3,10 @@
 # Seeds a scenario for `make sim`.
 SEEDS ?= 20000
 
-.PHONY: demo test format lint docs sim clean
+# Times that `make chaos` runs each of its scenarios.
+TRIALS ?= 10
+
+.PHONY: demo test format lint docs sim chaos clean
 
 demo: ## Train on this machine: a broker and five peers, until the target is reached
 	cargo run --release --quiet -- run --config configs/quickstart.toml
@@ -22,6 +25,9 @@ docs:
 
 sim: ## The protocol under faults, by many more seeds
 	SEEDS=$(SEEDS) cargo test --release --test simulation
+
+chaos: ## Real processes killed, frozen and started again, many times; prints how long recovery takes
+	TRIALS=$(TRIALS) cargo test --release --test chaos -- --ignored --nocapture
 
 clean:
 	cargo clean
