@@ -525,7 +525,10 @@ fn peer_leaves_with_ctrl_c(seed: u64) -> Figures {
 }
 
 /// Every scenario, as a function of the seed, and what happens in it.
-const SCENARIOS: [(&str, fn(u64) -> Figures); 11] = [
+/// A scenario by seed.
+type Scenario = fn(u64) -> Figures;
+
+const SCENARIOS: [(&str, Scenario); 11] = [
     ("leader killed while electing", leader_dies_while_electing),
     ("leader killed while gathering", leader_dies_while_gathering),
     ("leader killed while broadcasting", leader_dies_while_broadcasting),
