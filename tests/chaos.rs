@@ -358,7 +358,7 @@ type Figures = BTreeMap<&'static str, Duration>;
 const ELECTED: &str = "next elected";
 const COMMITTED: &str = "round committed";
 const CALM: &str = "(a calm round)";
-const BACK: &str = "back in the roster";
+const BACK: &str = "member by its own word";
 
 /// Training that lasts long enough to strike in its middle.
 const LONG_TRAINING: [&str; 2] = ["--local-epochs", "200"];
