@@ -3,7 +3,7 @@
 //! Each scenario starts `rodizio run --processes`, follows its log of events until the moment to strike, and kills,
 //! stops or starts one of its processes. Then the run must end as if nothing had happened: see [`Federation::conclude`].
 //!
-//! `cargo test` runs every scenario once. `make chaos` runs each one `TRIALS` times, with other seeds and so with other
+//! `cargo test` runs most scenarios once. `make chaos` runs each one `TRIALS` times, with other seeds and so with other
 //! leaders, and prints how long recovery took.
 
 #![cfg(unix)]
@@ -358,7 +358,7 @@ type Figures = BTreeMap<&'static str, Duration>;
 const ELECTED: &str = "next elected";
 const COMMITTED: &str = "round committed";
 const CALM: &str = "(a calm round)";
-const BACK: &str = "back in the roster";
+const BACK: &str = "member by its own word";
 
 /// Training that lasts long enough to strike in its middle.
 const LONG_TRAINING: [&str; 2] = ["--local-epochs", "200"];
@@ -391,6 +391,8 @@ impl Stage {
 
 fn leader_dies(stage: Stage, seed: u64) -> Figures {
     let mut federation = Federation::start(seed, 4, stage.settings());
+    // On a busy machine a trainer may be done before a quorum of ballots is in.
+    federation.until("a leader", 0, |entry| Stage::Electing.begins_with(&entry.event));
     federation.until("the stage", 0, |entry| stage.begins_with(&entry.event));
     let leader = federation.leader();
     let killed = federation.kill(&leader);
@@ -543,6 +545,7 @@ const SCENARIOS: [(&str, Scenario); 11] = [
 ];
 
 #[test]
+#[ignore = "`make chaos` runs it"]
 fn a_leader_that_is_killed_while_electing_is_replaced() {
     leader_dies_while_electing(1);
 }
@@ -558,6 +561,7 @@ fn a_leader_that_is_killed_while_broadcasting_is_replaced() {
 }
 
 #[test]
+#[ignore = "`make chaos` runs it"]
 fn a_trainer_that_is_killed_while_training_is_not_waited_for() {
     trainer_dies_while_training(4);
 }
@@ -573,6 +577,7 @@ fn a_leader_that_freezes_is_fenced_out_and_takes_part_again() {
 }
 
 #[test]
+#[ignore = "`make chaos` runs it"]
 fn a_leader_that_sleeps_through_its_round_learns_the_decree_and_takes_part_again() {
     leader_sleeps_through_a_round(7);
 }
@@ -588,6 +593,7 @@ fn a_peer_that_is_killed_comes_back_with_its_state_directory() {
 }
 
 #[test]
+#[ignore = "`make chaos` runs it"]
 fn a_peer_that_joins_in_the_middle_of_a_round_takes_part_later() {
     newcomer_joins_in_the_middle_of_a_round(10);
 }
