@@ -413,7 +413,8 @@ impl Peer {
         let heard = Neighbour { hello: None, difference: None, heard: now, gone: false };
         let neighbour = self.neighbours.entry(envelope.sender.clone()).or_insert(heard);
         neighbour.heard = now;
-        if !matches!(envelope.body, Body::Goodbye) {
+        // Who comes back says hello first, on the topic of its last will. Anything else may have been overtaken by the will.
+        if matches!(envelope.body, Body::Hello(_)) {
             neighbour.gone = false;
         }
         if envelope.round == self.round() && self.is_member(&envelope.sender) {
