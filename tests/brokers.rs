@@ -341,7 +341,7 @@ fn a_leader_that_is_killed_is_replaced_at_its_last_will(dir: &Path, broker: &str
     });
     let entries = run.entries();
     let of_leader = entries.iter().filter(|entry| entry.peer == leader);
-    let pids =
+    let mut pids =
         of_leader.filter_map(|entry| if let Event::Started { pid, .. } = entry.event { Some(pid) } else { None });
     let pid = pids.next_back().expect("whoever leads has started").to_string();
     assert!(Command::new("kill").args(["-KILL", &pid]).status().unwrap().success());
