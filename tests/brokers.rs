@@ -313,7 +313,7 @@ fn peers_reach_the_target_by_small_chunks(dir: &Path, broker: &str) {
     assert_eq!(finished.count(), 4);
 }
 
-/// Several hundred chunks, so that weights move as they do in earnest.
+/// Default chunks, several a model: weights move as they do in earnest.
 fn peers_make_the_same_model_as_at_the_embedded_broker(dir: &Path, broker: &str) {
     let args = ["--hidden", "512,512", "--rounds", "3", "--local-epochs", "1"];
     let digests = |name: &str, broker: Option<&str>| -> Vec<Digest> {
