@@ -167,6 +167,8 @@ impl From<PeerError> for Failure {
             PeerError::Transport(TransportError::Address(_) | TransportError::NoAddress) => {
                 Failure::new(Exit::Usage, error).hint("--broker takes HOST:PORT")
             }
+            PeerError::Transport(TransportError::Subscription { .. }) => Failure::new(Exit::NoBroker, error)
+                .hint("allow the filters there; NATS before 2.10 takes no dot in --peer, --federation and --prefix"),
             PeerError::Transport(_) => Failure::new(Exit::NoBroker, error)
                 .hint("start one with `rodizio broker`, or name another with --broker HOST:PORT"),
             PeerError::Partition(_) => Failure::new(Exit::BadData, error).hint("start fewer peers (--peers)"),

@@ -4,7 +4,7 @@
 //! What every transport promises, and all that it promises:
 //! - `Connected` comes first, and again after each `Disconnected`. The node answers it with its hello, retained. Of
 //!   any two peers one then sees the other: through a broker, what other peers say is subscribed to only when the
-//!   hello is out.
+//!   hello is out, and the hello is repeated then, for brokers that keep nothing for filters with wildcards.
 //! - Messages may be lost, and after a reconnect those on their way are: the protocol sends everything again.
 //! - A transport that is dropped, or whose process dies, leaves its last will behind; one that is stopped does not.
 

@@ -139,6 +139,14 @@ pub enum TransportError {
         /// What the code means.
         reason: &'static str,
     },
+    /// A broker takes the connection and refuses what this peer must hear.
+    #[error("the broker at {broker} refuses to subscribe this peer to {filters}")]
+    Subscription {
+        /// Its address.
+        broker: String,
+        /// The filters, of which it refuses at least one.
+        filters: String,
+    },
 }
 
 /// A transport through one MQTT broker at a time.
@@ -165,7 +173,9 @@ impl MqttTransport {
         let pair = loop {
             match Pair::connect(&config, &brokers).await {
                 Ok(pair) => break pair,
-                Err(error @ TransportError::Refused { .. }) => return Err(error),
+                Err(error @ (TransportError::Refused { .. } | TransportError::Subscription { .. })) => {
+                    return Err(error);
+                }
                 Err(error) if Instant::now() + pause > patience_ends => return Err(error),
                 Err(_) => sleep(pause).await,
             }
@@ -336,10 +346,14 @@ impl Pair {
         for broker in brokers {
             match timeout(ATTEMPT_MAX, Self::connect_to(config, broker)).await {
                 Ok(Ok(pair)) => return Ok(pair),
-                Ok(Err(ConnectionError::ConnectionRefused(code))) => {
+                Ok(Err(Rejected::Connection(ConnectionError::ConnectionRefused(code)))) => {
                     refused.get_or_insert_with(|| refusal(broker, code));
                 }
-                Ok(Err(error)) => unreachable.push(format!("{broker}: {}", reason(&error))),
+                Ok(Err(Rejected::Subscription)) => {
+                    let (broker, filters) = (broker.to_string(), config.bulk_filters.join(", "));
+                    refused.get_or_insert(TransportError::Subscription { broker, filters });
+                }
+                Ok(Err(Rejected::Connection(error))) => unreachable.push(format!("{broker}: {}", reason(&error))),
                 Err(_) => unreachable.push(format!("{broker}: no answer within {} s", ATTEMPT_MAX.as_secs())),
             }
         }
@@ -348,7 +362,7 @@ impl Pair {
 
     /// Bulk comes first, so that there is no last will to fire when one of the two is not let in. Chunks can be
     /// received when this returns.
-    async fn connect_to(config: &MqttConfig, broker: &Broker) -> Result<Self, ConnectionError> {
+    async fn connect_to(config: &MqttConfig, broker: &Broker) -> Result<Self, Rejected> {
         let mut bulk = Connection::open(config, Lane::Bulk, broker).await?;
         bulk.subscribe(&config.bulk_filters).await?;
         let control = Connection::open(config, Lane::Control, broker).await?;
@@ -376,6 +390,18 @@ impl Pair {
             }
         }
         Ended::Goodbye
+    }
+}
+
+/// Why a broker does not let a connection in.
+enum Rejected {
+    Connection(ConnectionError),
+    Subscription,
+}
+
+impl From<ConnectionError> for Rejected {
+    fn from(error: ConnectionError) -> Self {
+        Self::Connection(error)
     }
 }
 
@@ -410,7 +436,7 @@ impl Connection {
     }
 
     /// Subscribes, and waits until that is done. For a connection that does not run yet.
-    async fn subscribe(&mut self, filters: &[String]) -> Result<(), ConnectionError> {
+    async fn subscribe(&mut self, filters: &[String]) -> Result<(), Rejected> {
         if filters.is_empty() {
             return Ok(());
         }
@@ -419,9 +445,7 @@ impl Connection {
         loop {
             match self.events.poll().await? {
                 Event::Incoming(Packet::SubAck(ack)) if is_consent(&ack) => return Ok(()),
-                Event::Incoming(Packet::SubAck(_)) => {
-                    return Err(ConnectionError::ConnectionRefused(ConnectReturnCode::NotAuthorized));
-                }
+                Event::Incoming(Packet::SubAck(_)) => return Err(Rejected::Subscription),
                 _ => {}
             }
         }
@@ -481,8 +505,13 @@ struct Feeder {
 
 impl Feeder {
     async fn run(mut self, mut orders: UnboundedReceiver<Order>, opening: Opening) -> Result<(), ClientError> {
-        let mut hello = opening.hello_first;
-        if !hello {
+        if opening.hello_first {
+            match orders.recv().await {
+                Some(Order::Publish(hello)) => self.introduce(hello, &opening.filters).await?,
+                Some(Order::Stop) => return self.stop().await,
+                None => return Ok(()),
+            }
+        } else {
             self.subscribe(&opening.filters).await?;
         }
         while let Some(order) = orders.recv().await {
@@ -490,14 +519,19 @@ impl Feeder {
                 Order::Publish(message) => self.publish(message).await?,
                 Order::Stop => return self.stop().await,
             }
-            if hello {
-                hello = false;
-                self.acknowledged().await;
-                self.subscribe(&opening.filters).await?;
-            }
         }
         // The transport was dropped, and this task is about to be. No goodbye: the last will is to fire.
         Ok(())
+    }
+
+    /// Says hello, subscribes, and says hello again. A broker that keeps messages shows the first one to whoever comes
+    /// later. Some keep none for filters with wildcards (RabbitMQ); there, of two peers that come together, the one
+    /// that subscribed first hears the second hello of the other.
+    async fn introduce(&mut self, hello: Outgoing, filters: &[String]) -> Result<(), ClientError> {
+        self.publish(hello.clone()).await?;
+        self.acknowledged().await;
+        self.subscribe(filters).await?;
+        self.publish(hello).await
     }
 
     async fn publish(&mut self, message: Outgoing) -> Result<(), ClientError> {
@@ -804,7 +838,26 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn nothing_is_subscribed_to_or_said_before_the_hello_is_acknowledged() {
+    async fn a_broker_that_refuses_a_subscription_is_named_with_the_filters() {
+        use rumqttd::protocol::ConnectReturnCode::Success;
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let addr = listener.local_addr().unwrap().to_string();
+        let refusing = async {
+            let mut wire = Wire::accept(&listener).await;
+            wire.let_in(Success).await;
+            let Packet::Subscribe(subscribe, _) = wire.receive().await else { panic!("not SUBSCRIBE") };
+            let return_codes = vec![SubscribeReasonCode::Success(QoS::AtMostOnce), SubscribeReasonCode::Failure];
+            wire.send(Packet::SubAck(SubAck { pkid: subscribe.pkid, return_codes }, None)).await;
+            wire
+        };
+        let only = [addr.as_str()];
+        let (error, _wire) = tokio::join!(failure(&only), refusing);
+        let expected = format!("the broker at {addr} refuses to subscribe this peer to t/weights/a, t/weights/all");
+        assert_eq!(error.to_string(), expected);
+    }
+
+    #[tokio::test]
+    async fn nothing_is_subscribed_to_or_said_before_the_hello_is_acknowledged_and_then_it_is_said_again() {
         use rumqttd::protocol::ConnectReturnCode::Success;
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let broker = start().await;
@@ -829,6 +882,8 @@ mod tests {
         assert!(early.is_err(), "{early:?} before the hello was acknowledged");
         wire.send(Packet::PubAck(PubAck { pkid: 1, reason: PubAckReason::Success }, None)).await;
         assert_eq!(wire.confirm_subscription().await, ["t/init/+", "t/control/#"]);
+        // Some brokers keep nothing for those who subscribe with wildcards.
+        assert!(matches!(wire.receive().await, Packet::Publish(publish, _) if publish.topic == "t/init/a"));
         assert!(matches!(wire.receive().await, Packet::Publish(publish, _) if publish.payload == "second"));
     }
 
@@ -879,8 +934,13 @@ mod tests {
         let longest = max - PACKET_OVERHEAD - "t/weights/a".len();
         a.send(outgoing(Class::Bulk, "t/weights/a", "", &Bytes::from(vec![0; longest + 1])));
         a.send(outgoing(Class::Bulk, "t/weights/a", "", &Bytes::from(vec![1; longest])));
-        let TransportEvent::Message { payload, .. } = a.next().await else { panic!("not a message") };
-        assert_eq!((payload.len(), payload[0]), (longest, 1));
+        loop {
+            let TransportEvent::Message { topic, payload } = a.next().await else { panic!("not a message") };
+            if topic == "t/weights/a" {
+                assert_eq!((payload.len(), payload[0]), (longest, 1));
+                return;
+            }
+        }
     }
 
     #[test]

@@ -1,0 +1,386 @@
+//! The same federation through brokers of others, from Debian's packages. Each test starts its broker on a free port of
+//! this machine, with the example in `configs/`. Where the program is not installed, the test says so and passes.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File};
+use std::io::Write;
+use std::net::{TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rodizio::events::{Entry, Event, RoundCommitted};
+use rodizio::types::{Digest, PeerId, Round};
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// What is waited for comes within this, or never. RabbitMQ takes 12 s to start on an idle machine.
+const LIMIT: Duration = Duration::from_secs(180);
+
+/// How long to wait before looking again.
+const PAUSE: Duration = Duration::from_millis(10);
+
+/// How often a broker is started: another program may take a port that was free a moment ago.
+const ATTEMPTS: usize = 5;
+
+/// A busy machine is not to make a leader seem silent: another one would make another model.
+const PATIENT: [&str; 2] = ["--election-timeout", "20s"];
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Mosquitto,
+    Nats,
+    RabbitMq,
+}
+
+impl Kind {
+    /// Debian's package, and the program in it.
+    fn package(self) -> &'static str {
+        match self {
+            Self::Mosquitto => "mosquitto",
+            Self::Nats => "nats-server",
+            Self::RabbitMq => "rabbitmq-server",
+        }
+    }
+
+    fn program(self) -> Option<PathBuf> {
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let folders: Vec<PathBuf> = match self {
+            // What Debian puts in /usr/sbin changes to another user and to the directories of the service.
+            Self::RabbitMq => vec!["/usr/lib/rabbitmq/bin".into()],
+            _ => std::env::split_paths(&path).chain(["/usr/sbin".into()]).collect(),
+        };
+        folders.iter().map(|folder| folder.join(self.package())).find(|program| program.is_file())
+    }
+
+    /// The example in `configs/`, with a port of this machine alone and with a directory of the test.
+    fn config(self, dir: &Path, port: u16) -> String {
+        let listen = format!("127.0.0.1:{port}");
+        match self {
+            Self::Mosquitto => {
+                example("mosquitto.conf", &[("listener 1883 0.0.0.0", &format!("listener {port} 127.0.0.1"))])
+            }
+            Self::Nats => {
+                let dir = dir.to_str().unwrap();
+                // Port -1 is a free one.
+                example(
+                    "nats.conf",
+                    &[("0.0.0.0:1883", &listen), ("127.0.0.1:4222", "127.0.0.1:-1"), ("/var/lib/nats", dir)],
+                )
+            }
+            Self::RabbitMq => example("rabbitmq.conf", &[("0.0.0.0:1883", &listen)]),
+        }
+    }
+
+    /// Starts the broker, and what it needs before it.
+    fn spawn(self, program: &Path, dir: &Path, config: &Path) -> Vec<Child> {
+        let mut command = Command::new(program);
+        let mut children = Vec::new();
+        match self {
+            Self::Mosquitto | Self::Nats => {
+                command.arg("-c").arg(config);
+            }
+            Self::RabbitMq => children.push(prepare_rabbitmq(&mut command, dir, config)),
+        }
+        children.push(spawn(&mut command, dir, "broker.log"));
+        children
+    }
+}
+
+/// An example from `configs/` with other text in some places.
+fn example(name: &str, replacements: &[(&str, &str)]) -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs").join(name);
+    let text = fs::read_to_string(path).unwrap();
+    replacements.iter().fold(text, |text, (from, to)| {
+        assert_eq!(text.matches(from).count(), 1, "{from} in {name}");
+        text.replace(from, to)
+    })
+}
+
+/// Starts the name service of Erlang, which would outlive the broker if that started it, and puts everything that has
+/// a fixed place elsewhere.
+fn prepare_rabbitmq(command: &mut Command, dir: &Path, config: &Path) -> Child {
+    let plugins = dir.join("plugins");
+    fs::write(&plugins, "[rabbitmq_mqtt].").unwrap();
+    fs::write(dir.join("env"), "").unwrap();
+    let names = free_port().to_string();
+    let paths = [
+        ("HOME", dir),
+        ("RABBITMQ_CONFIG_FILE", config),
+        ("RABBITMQ_CONF_ENV_FILE", &dir.join("env")),
+        ("RABBITMQ_ENABLED_PLUGINS_FILE", &plugins),
+        ("RABBITMQ_MNESIA_BASE", dir),
+        ("RABBITMQ_LOG_BASE", dir),
+    ];
+    command.envs(paths);
+    command.env("RABBITMQ_NODENAME", "rodizio@localhost").env("RABBITMQ_LOGS", "-");
+    command.env("RABBITMQ_DIST_PORT", free_port().to_string()).env("ERL_EPMD_PORT", &names);
+    command.env("RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS", "-kernel inet_dist_use_interface {127,0,0,1}");
+    // The script then becomes the broker instead of starting it: its process is the one to end.
+    command.env("RUNNING_UNDER_SYSTEMD", "true");
+    let child = spawn(Command::new("epmd").args(["-address", "127.0.0.1", "-port", &names]), dir, "epmd.log");
+    let address = format!("127.0.0.1:{names}");
+    wait_until(|| TcpStream::connect(&address).ok(), || "Erlang's name service does not start".to_owned());
+    child
+}
+
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+fn spawn(command: &mut Command, dir: &Path, log: &str) -> Child {
+    let log = File::options().create(true).append(true).open(dir.join(log)).unwrap();
+    let errors = log.try_clone().unwrap();
+    command.current_dir(dir).stdin(Stdio::null()).stdout(log).stderr(errors).spawn().unwrap()
+}
+
+/// Looks again and again until there is something.
+fn wait_until<T>(mut look: impl FnMut() -> Option<T>, missing: impl Fn() -> String) -> T {
+    let ends = Instant::now() + LIMIT;
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        assert!(Instant::now() < ends, "{}", missing());
+        thread::sleep(PAUSE);
+    }
+}
+
+/// A broker that accepts connections. It ends with the test.
+struct Outside {
+    kind: Kind,
+    program: PathBuf,
+    dir: TempDir,
+    port: u16,
+    children: Vec<Child>,
+}
+
+impl Outside {
+    /// Starts it; `None` where it is not installed.
+    fn start(kind: Kind) -> Option<Self> {
+        let Some(program) = kind.program() else {
+            let package = kind.package();
+            // Not by a macro, whose output is shown only when a test fails.
+            let text = format!("skipped: {package} is not installed (apt-get install {package})\n");
+            std::io::stderr().write_all(text.as_bytes()).unwrap();
+            return None;
+        };
+        for _ in 0..ATTEMPTS {
+            let dir = tempfile::tempdir().unwrap();
+            let mut broker = Self { kind, program: program.clone(), dir, port: free_port(), children: Vec::new() };
+            if broker.launch() {
+                return Some(broker);
+            }
+            eprintln!("{kind:?} ended:\n{}", broker.log());
+        }
+        panic!("{kind:?} does not start");
+    }
+
+    /// Starts the processes; whether they stay and accept connections.
+    fn launch(&mut self) -> bool {
+        let config = self.dir.path().join("broker.conf");
+        fs::write(&config, self.kind.config(self.dir.path(), self.port)).unwrap();
+        self.children = self.kind.spawn(&self.program, self.dir.path(), &config);
+        let (address, log) = (self.address(), self.dir.path().join("broker.log"));
+        let children = &mut self.children;
+        let answers = || {
+            if children.iter_mut().any(|child| child.try_wait().unwrap().is_some()) {
+                return Some(false);
+            }
+            TcpStream::connect(&address).is_ok().then_some(true)
+        };
+        wait_until(answers, || fs::read_to_string(&log).unwrap())
+    }
+
+    fn address(&self) -> String {
+        format!("127.0.0.1:{}", self.port)
+    }
+
+    fn log(&self) -> String {
+        fs::read_to_string(self.dir.path().join("broker.log")).unwrap()
+    }
+
+    fn kill(&mut self) {
+        for mut child in self.children.drain(..).rev() {
+            // An error says that it has ended.
+            let _ = child.kill();
+            child.wait().unwrap();
+        }
+    }
+}
+
+impl Drop for Outside {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// `rodizio run` with four peers. It is killed when the test ends first.
+struct Run {
+    dir: PathBuf,
+    child: Child,
+}
+
+impl Run {
+    /// Starts it at a broker, or with its own.
+    fn start(dir: &Path, name: &str, broker: Option<&str>, more: &[&str]) -> Self {
+        let dir = dir.join(name);
+        fs::create_dir(&dir).unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_rodizio"));
+        command.env_clear().args(["run", "--json", "--peers", "4", "--run-dir", "run"]).args(more);
+        command.args(broker.iter().flat_map(|broker| ["--broker", broker]));
+        command.current_dir(&dir).stdin(Stdio::null());
+        let file = |name: &str| File::create(dir.join(name)).unwrap();
+        let child = command.stdout(file("stdout")).stderr(file("stderr")).spawn().unwrap();
+        Self { dir, child }
+    }
+
+    fn text(&self, name: &str) -> String {
+        fs::read_to_string(self.dir.join(name)).unwrap_or_default()
+    }
+
+    /// What the peers have told so far.
+    fn entries(&self) -> Vec<Entry> {
+        let text = self.text("run/events.jsonl");
+        // The last line may be half written.
+        let whole = text.rfind('\n').map_or("", |end| &text[..end]);
+        whole.lines().map(|line| Entry::from_line(line).unwrap()).collect()
+    }
+
+    fn until<T>(&self, what: &str, wanted: impl Fn(&[Entry]) -> Option<T>) -> T {
+        let missing = || format!("{what} did not come:\n{}\n{}", self.text("run/events.jsonl"), self.text("stderr"));
+        wait_until(|| wanted(&self.entries()), missing)
+    }
+
+    /// Waits for its success, and returns the result and what the peers told.
+    fn end(mut self) -> (Value, Vec<Entry>) {
+        let missing = format!("the run in {} does not end", self.dir.display());
+        let status = wait_until(|| self.child.try_wait().unwrap(), || missing.clone());
+        assert!(status.success(), "{status}: {}", self.text("stderr"));
+        (serde_json::from_str(&self.text("stdout")).unwrap(), self.entries())
+    }
+}
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        // An error says that it has ended.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn commits(entries: &[Entry]) -> impl Iterator<Item = &RoundCommitted> {
+    entries.iter().filter_map(|entry| match &entry.event {
+        Event::RoundCommitted(commit) => Some(&**commit),
+        _ => None,
+    })
+}
+
+/// Every round's commit, on which all who tell of it agree; and how many of them there are in all.
+fn rounds(entries: &[Entry]) -> (Vec<RoundCommitted>, usize) {
+    let mut rounds: BTreeMap<Round, RoundCommitted> = BTreeMap::new();
+    for commit in commits(entries) {
+        let first = rounds.entry(commit.round).or_insert_with(|| commit.clone());
+        assert_eq!((first.decree, first.digest), (commit.decree, commit.digest), "round {}", commit.round);
+    }
+    let numbers: Vec<u64> = rounds.keys().map(|round| round.0).collect();
+    assert_eq!(numbers, (1..=numbers.len() as u64).collect::<Vec<_>>());
+    (rounds.into_values().collect(), commits(entries).count())
+}
+
+/// Everything that is asked of a broker.
+fn carries_a_federation(kind: Kind) {
+    let Some(mut broker) = Outside::start(kind) else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let address = broker.address();
+    peers_reach_the_target_by_small_chunks(dir.path(), &address);
+    peers_make_the_same_model_as_at_the_embedded_broker(dir.path(), &address);
+    a_leader_that_is_killed_is_replaced_at_its_last_will(dir.path(), &address);
+    a_broker_that_is_killed_and_comes_back_is_found_again(dir.path(), &mut broker);
+}
+
+fn peers_reach_the_target_by_small_chunks(dir: &Path, broker: &str) {
+    let args = ["--chunk-bytes", "4KiB", "--target-accuracy", "0.95", "--rounds", "20"];
+    let (result, entries) = Run::start(dir, "small", Some(broker), &[&args[..], &PATIENT].concat()).end();
+    assert_eq!(result["reason"], "target_accuracy");
+    assert!(result["val_accuracy"].as_f64().unwrap() >= 0.95);
+    let (rounds, told) = rounds(&entries);
+    assert_eq!(told, 4 * rounds.len(), "every peer holds every round");
+    assert_eq!(result["digest"], rounds.last().unwrap().digest.to_string());
+    assert!(rounds.windows(2).all(|pair| pair[0].leader != pair[1].leader), "{:?}", result["leaders"]);
+    let finished = entries.iter().filter(|entry| matches!(entry.event, Event::Finished { .. }));
+    assert_eq!(finished.count(), 4);
+}
+
+/// Default chunks, several a model: weights move as they do in earnest.
+fn peers_make_the_same_model_as_at_the_embedded_broker(dir: &Path, broker: &str) {
+    let args = ["--hidden", "512,512", "--rounds", "3", "--local-epochs", "1"];
+    let digests = |name: &str, broker: Option<&str>| -> Vec<Digest> {
+        let (result, entries) = Run::start(dir, name, broker, &[&args[..], &PATIENT].concat()).end();
+        assert_eq!(result["reason"], "rounds");
+        assert!(result["bytes_sent"].as_u64().unwrap() > 3 * 4 * 300_000 * 4);
+        let (rounds, told) = rounds(&entries);
+        assert_eq!((rounds.len(), told), (3, 12));
+        assert!(rounds.iter().all(|round| round.contributors.len() == 3), "an update was left out");
+        assert!(rounds.windows(2).all(|pair| pair[0].leader != pair[1].leader), "{:?}", result["leaders"]);
+        rounds.iter().map(|round| round.digest).collect()
+    };
+    assert_eq!(digests("large", Some(broker)), digests("embedded", None));
+}
+
+/// Training outlasts the time that the death takes by far, and silence alone deposes nobody here.
+fn a_leader_that_is_killed_is_replaced_at_its_last_will(dir: &Path, broker: &str) {
+    let args = ["--processes", "--local-epochs", "100", "--rounds", "3"];
+    let run = Run::start(dir, "killed", Some(broker), &[&args[..], &PATIENT].concat());
+    let leader: PeerId = run.until("the leader of round 2", |entries| {
+        entries.iter().find_map(|entry| match &entry.event {
+            Event::Elected { round: Round(2), leader, .. } if *leader == entry.peer => Some(leader.clone()),
+            _ => None,
+        })
+    });
+    let entries = run.entries();
+    let of_leader = entries.iter().filter(|entry| entry.peer == leader);
+    let mut pids =
+        of_leader.filter_map(|entry| if let Event::Started { pid, .. } = entry.event { Some(pid) } else { None });
+    let pid = pids.next_back().expect("whoever leads has started").to_string();
+    assert!(Command::new("kill").args(["-KILL", &pid]).status().unwrap().success());
+
+    let (_, entries) = run.end();
+    let (rounds, _) = rounds(&entries);
+    assert_eq!(rounds.len(), 3);
+    assert_ne!(rounds[1].leader, leader);
+    assert!(rounds[1].term.0 > 0 && !rounds[1].contributors.contains(&leader));
+    let told = entries.iter().filter(
+        |entry| matches!(&entry.event, Event::Deposed { round: Round(2), leader: of, gone: true, .. } if *of == leader),
+    );
+    let told: BTreeSet<_> = told.map(|entry| &entry.peer).collect();
+    assert!(told.len() >= 2, "its last will is heard by {told:?}");
+}
+
+fn a_broker_that_is_killed_and_comes_back_is_found_again(dir: &Path, broker: &mut Outside) {
+    let run = Run::start(dir, "again", Some(&broker.address()), &["--local-epochs", "50", "--rounds", "4"]);
+    run.until("the first round", |entries| commits(entries).next().map(drop));
+    broker.kill();
+    let lost = |entries: &[Entry]| entries.iter().any(|entry| matches!(entry.event, Event::Disconnected { .. }));
+    run.until("the loss of the broker", |entries| lost(entries).then_some(()));
+    assert!(broker.launch(), "{}", broker.log());
+    let (result, entries) = run.end();
+    assert_eq!(result["reason"], "rounds");
+    assert_eq!(rounds(&entries).0.len(), 4);
+}
+
+#[test]
+fn mosquitto_carries_a_federation() {
+    carries_a_federation(Kind::Mosquitto);
+}
+
+#[test]
+fn nats_carries_a_federation() {
+    carries_a_federation(Kind::Nats);
+}
+
+#[test]
+fn rabbitmq_carries_a_federation() {
+    carries_a_federation(Kind::RabbitMq);
+}
