@@ -6,7 +6,10 @@ SEEDS ?= 20000
 # Times that `make chaos` runs each of its scenarios.
 TRIALS ?= 10
 
-.PHONY: demo test format lint docs sim chaos clean
+# How the source is formatted: wide lines, since names are words.
+STYLE := --config max_width=120,use_small_heuristics=Max
+
+.PHONY: demo test format fmt lint docs sim chaos clean
 
 demo: ## Train on this machine: a broker and five peers, until the target is reached
 	cargo run --release --quiet -- run --config configs/quickstart.toml
@@ -15,7 +18,10 @@ test: format lint docs ## Everything that must hold before a change lands
 	cargo test --quiet
 
 format:
-	cargo fmt --check
+	cargo fmt -- --check $(STYLE)
+
+fmt: ## Format the source
+	cargo fmt -- $(STYLE)
 
 lint:
 	cargo clippy --quiet --all-targets -- -D warnings
