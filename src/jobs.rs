@@ -49,7 +49,7 @@ impl Workshop {
                 let result = self.verify(&manifest, chunks);
                 Done::Verified { manifest, result }
             }
-            Job::Aggregate { round, parts } => Done::Aggregated { round, result: self.aggregate(&parts) },
+            Job::Aggregate { round, term, parts } => Done::Aggregated { round, term, result: self.aggregate(&parts) },
         }
     }
 

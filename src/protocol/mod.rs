@@ -132,6 +132,8 @@ pub enum Job {
     Aggregate {
         /// The round.
         round: Round,
+        /// The leader's term: each aggregates the updates that it gathered.
+        term: Term,
         /// Each update's blob and its number of examples.
         parts: Vec<(Digest, u64)>,
     },
@@ -167,6 +169,8 @@ pub enum Done {
     Aggregated {
         /// The round.
         round: Round,
+        /// The leader's term.
+        term: Term,
         /// The new model.
         result: Result<Manifest, String>,
     },
@@ -404,7 +408,7 @@ impl Peer {
             Done::Evaluated { model, result } => self.on_evaluated(model, result, now),
             Done::Trained { round, result } => self.on_trained(round, result, now),
             Done::Verified { manifest, result } => self.on_verified(manifest, result, now),
-            Done::Aggregated { round, result } => self.on_aggregated(round, result, now),
+            Done::Aggregated { round, term, result } => self.on_aggregated(round, term, result, now),
         }
     }
 

@@ -639,6 +639,6 @@ fn failed(job: &Job) -> Done {
         Job::Evaluate { model } => Done::Evaluated { model: *model, result: Err(why) },
         Job::Train { round, .. } => Done::Trained { round: *round, result: Err(why) },
         Job::Verify { manifest, .. } => Done::Verified { manifest: *manifest, result: Err(why) },
-        Job::Aggregate { round, .. } => Done::Aggregated { round: *round, result: Err(why) },
+        Job::Aggregate { round, term, .. } => Done::Aggregated { round: *round, term: *term, result: Err(why) },
     }
 }

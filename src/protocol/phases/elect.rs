@@ -117,12 +117,18 @@ impl Peer {
         }
     }
 
+    /// Gives up the promised term and votes in a higher one: the highest that anybody speaks of, so that all meet there.
+    pub(in crate::protocol) fn make_way(&mut self, now: Instant) {
+        let term = self.promised().next().max(self.open.seen_term);
+        self.cast_ballot(term, None, now);
+    }
+
     fn vote_again(&mut self, leader: PeerId, gone: bool, now: Instant) {
         let (round, term) = (self.round(), self.promised());
         if leader != self.me {
             self.notify(Notice::Deposed { round, term, leader, gone });
         }
-        self.cast_ballot(term.next().max(self.open.seen_term), None, now);
+        self.make_way(now);
         if self.open.following.is_none() && term > Term(0) {
             // Members in different terms find each other by the highest that any of them speaks of.
             self.say_hello(now);
@@ -325,8 +331,7 @@ impl Peer {
         let (lost, willing): (Vec<_>, Vec<_>) = there.partition(|peer| leading.refusals.contains(*peer));
         let quorum = roster.quorum();
         if willing.len() < quorum && willing.len() + lost.len() >= quorum {
-            let term = self.open.seen_term.max(self.promised().next());
-            self.cast_ballot(term, None, now);
+            self.make_way(now);
         }
     }
 }

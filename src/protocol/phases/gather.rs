@@ -7,7 +7,7 @@ use crate::protocol::message::Update;
 use crate::protocol::phases::round::{Aggregate, Work};
 use crate::protocol::{Action, Job, Notice, Peer};
 use crate::transfer::Manifest;
-use crate::types::{PeerId, Round};
+use crate::types::{PeerId, Round, Term};
 
 impl Peer {
     pub(in crate::protocol) fn on_update(&mut self, sender: PeerId, round: Round, update: Update, now: Instant) {
@@ -113,14 +113,21 @@ impl Peer {
         let part =
             |peer: &PeerId| self.open.updates.get(peer).map(|update| (update.manifest.digest, update.num_examples));
         let parts = peers.iter().filter_map(part).collect();
-        let round = self.round();
+        let (round, term) = (self.round(), self.promised());
         self.open.marks.gathered = Some(now);
         self.with_leadership(|leading| leading.aggregate = Aggregate::Running(peers.into_iter().collect()));
-        self.actions.push(Action::Start(Job::Aggregate { round, parts }));
+        self.actions.push(Action::Start(Job::Aggregate { round, term, parts }));
     }
 
-    pub(in crate::protocol) fn on_aggregated(&mut self, round: Round, result: Result<Manifest, String>, now: Instant) {
-        let mine = round == self.round();
+    pub(in crate::protocol) fn on_aggregated(
+        &mut self,
+        round: Round,
+        term: Term,
+        result: Result<Manifest, String>,
+        now: Instant,
+    ) {
+        // Elected again in a later term, a leader may have gathered other updates than the earlier job aggregates.
+        let mine = round == self.round() && term == self.promised();
         let Some(leading) = self.open.leading.as_mut().filter(|_| mine) else { return };
         let Aggregate::Running(peers) = &leading.aggregate else { return };
         match result {
@@ -137,12 +144,6 @@ impl Peer {
         }
     }
 
-    /// A leader that cannot bring the round to its end votes for another.
-    fn make_way(&mut self, now: Instant) {
-        let term = self.promised().next().max(self.open.seen_term);
-        self.cast_ballot(term, None, now);
-    }
-
     /// The genesis has no updates: its model is the leader's initial weights.
     pub(in crate::protocol) fn advance_initial_weights(&mut self) {
         let Some(leading) = &mut self.open.leading else { return };
@@ -154,7 +155,7 @@ impl Peer {
     }
 
     pub(in crate::protocol) fn on_initial(&mut self, result: Result<Manifest, String>, now: Instant) {
-        self.on_aggregated(Round::GENESIS, result, now);
+        self.on_aggregated(Round::GENESIS, self.promised(), result, now);
     }
 
     pub(in crate::protocol) fn with_leadership(
