@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::future::Future;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -25,21 +26,26 @@ const OWN_KEYS: [&str; 6] = ["data", "partition", "alpha", "val_fraction", "peer
 /// Where the results go: where the user says, or into a new directory.
 pub fn choose_run_dir(layers: &mut Layers, settings: &Settings) -> PathBuf {
     settings.run_dir.clone().unwrap_or_else(|| {
-        let run_dir = new_run_dir(&settings.federation, SystemTime::now());
+        let run_dir = new_run_dir(Path::new("runs"), &settings.federation, SystemTime::now());
         layers.derive("run_dir", &run_dir.display().to_string(), "a new one");
         run_dir
     })
 }
 
-/// `runs/FEDERATION-TIME`, with a number behind it if it is there already.
-fn new_run_dir(federation: &str, now: SystemTime) -> PathBuf {
+/// `runs/FEDERATION-TIME`, with a number behind it if it is there already. It is created at once: another peer that
+/// starts in the same second finds it taken.
+fn new_run_dir(runs: &Path, federation: &str, now: SystemTime) -> PathBuf {
     let time = humantime::format_rfc3339_seconds(now).to_string();
     let time: String =
         time.chars().filter_map(|c| if c == 'T' { Some('-') } else { c.is_ascii_digit().then_some(c) }).collect();
-    let path = |suffix: &str| Path::new("runs").join(format!("{federation}-{time}{suffix}"));
+    let path = |suffix: &str| runs.join(format!("{federation}-{time}{suffix}"));
     let numbered = (2..).map(|number| path(&format!("-{number}")));
     let mut candidates = std::iter::once(path("")).chain(numbered);
-    candidates.find(|path| !path.exists()).expect("there are more numbers than directories")
+    // Any other failure than a name that is taken comes again, with its reason, when the directory is opened.
+    let _ = std::fs::create_dir_all(runs);
+    let is_mine =
+        |path: &PathBuf| !matches!(std::fs::create_dir(path), Err(error) if error.kind() == ErrorKind::AlreadyExists);
+    candidates.find(is_mine).expect("there are more numbers than directories")
 }
 
 /// The settings of the run that left its results in `run_dir` earlier, if one did.
@@ -154,7 +160,10 @@ mod tests {
     #[test]
     fn a_new_run_directory_is_named_by_federation_and_time() {
         let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_778_772_612);
-        assert_eq!(new_run_dir("ward", now), Path::new("runs/ward-20260514-153012"));
+        let dir = tempfile::tempdir().unwrap();
+        let runs = dir.path().join("runs");
+        assert_eq!(new_run_dir(&runs, "ward", now), runs.join("ward-20260514-153012"));
+        assert_eq!(new_run_dir(&runs, "ward", now), runs.join("ward-20260514-153012-2"), "the first is taken");
     }
 
     #[test]
