@@ -83,6 +83,15 @@ fn the_order_of_arrival_does_not_change_the_model() {
 }
 
 #[test]
+fn what_a_peer_sends_does_not_grow_with_their_number() {
+    let each = [10, 40, 160].map(|peers| {
+        let report = run(&Scenario { peers, ..scenario("calm") }, 1).unwrap();
+        report.messages.0 as usize / peers
+    });
+    assert!(each.iter().all(|sent| *sent <= each[0] * 5 / 4), "messages sent, by peer: {each:?}");
+}
+
+#[test]
 fn a_seed_replays_exactly() {
     let scenario = scenario("storm");
     let trace = |seed| {

@@ -140,6 +140,14 @@ pub struct Hello {
     pub done: bool,
 }
 
+impl Hello {
+    /// Names the peer's configuration and layout: peers of one group can train together.
+    pub fn group(&self) -> Digest {
+        let entries = self.entries.iter().map(|(key, value)| format!("{key}={value}\n")).collect::<String>();
+        Digest::of(format!("{entries}{}", self.layout).as_bytes())
+    }
+}
+
 /// What a leader tells in each heartbeat.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Leading {

@@ -43,7 +43,7 @@ pub use notice::{Committed, Difference, Notice, Seconds, Waiting};
 pub use roster::Roster;
 pub use topic::{Topic, Topics};
 
-use message::{Body, Envelope, Hello, VERSION};
+use message::{Body, Envelope, VERSION};
 use phases::genesis::Genesis;
 use phases::round::OpenRound;
 use phases::transfer::Transfers;
@@ -190,12 +190,22 @@ pub struct Identity {
 /// Another peer, as far as it was heard.
 #[derive(Clone, Debug)]
 struct Neighbour {
-    hello: Option<Hello>,
+    /// What it said of itself; its settings are compared once and not kept: a thousand peers have a thousand of them.
+    greeting: Option<Greeting>,
     /// What keeps it from training with this peer, by its hello.
     difference: Option<Difference>,
     heard: Instant,
     /// Said goodbye, or its last will did.
     gone: bool,
+}
+
+/// What is kept of a peer's newest hello.
+#[derive(Clone, Copy, Debug)]
+struct Greeting {
+    /// Names its configuration and layout, if they are not this peer's.
+    other_group: Option<Digest>,
+    /// It has the last decree and the last model.
+    done: bool,
 }
 
 /// How a peer's part ended.
@@ -414,7 +424,7 @@ impl Peer {
 
     /// Notes that a peer lives, and of which term it speaks.
     fn hear(&mut self, envelope: &Envelope, now: Instant) {
-        let heard = Neighbour { hello: None, difference: None, heard: now, gone: false };
+        let heard = Neighbour { greeting: None, difference: None, heard: now, gone: false };
         let neighbour = self.neighbours.entry(envelope.sender.clone()).or_insert(heard);
         neighbour.heard = now;
         // Who comes back says hello first, on the topic of its last will. Anything else may have been overtaken by the will.
@@ -476,11 +486,12 @@ impl Peer {
 
     /// Whether `peer` was heard of late and did not say goodbye.
     fn is_live(&self, peer: &PeerId, now: Instant) -> bool {
-        *peer == self.me
-            || self
-                .neighbours
-                .get(peer)
-                .is_some_and(|n| !n.gone && now.saturating_duration_since(n.heard) < self.silence())
+        self.is_heard(peer, now, self.silence())
+    }
+
+    fn is_heard(&self, peer: &PeerId, now: Instant, silence: Duration) -> bool {
+        let heard = |n: &Neighbour| !n.gone && now.saturating_duration_since(n.heard) < silence;
+        *peer == self.me || self.neighbours.get(peer).is_some_and(heard)
     }
 
     fn gone(&self) -> BTreeSet<PeerId> {

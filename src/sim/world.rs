@@ -46,6 +46,8 @@ pub(super) struct World<'a> {
     faults: u64,
     messages: (u64, u64),
     reelections: u64,
+    /// A peer that was not done when it was last asked whether the run is over.
+    straggler: Option<PeerId>,
     detail: Detail,
     trace: &'a mut Trace<'a>,
     #[cfg(test)]
@@ -118,6 +120,7 @@ impl<'a> World<'a> {
             faults: 0,
             messages: (0, 0),
             reelections: 0,
+            straggler: None,
             detail,
             trace,
             #[cfg(test)]
@@ -209,11 +212,16 @@ impl<'a> World<'a> {
     }
 
     /// Whether every peer that still exists has the last decree and its model.
-    fn is_over(&self) -> bool {
+    fn is_over(&mut self) -> bool {
         let Some(last) = self.check.newest().filter(|decree| decree.reason().is_some()) else { return false };
         // Who comes when all is over finds nothing to take part in.
-        let done = |peer: &SimulatedPeer| peer.lost_for_good || peer.has(last) || peer.is_stranger();
-        self.peers.values().all(done)
+        let lacks = |peer: &SimulatedPeer| !(peer.lost_for_good || peer.has(last) || peer.is_stranger());
+        // This is asked after every event: the peer that was lacking the last time is looked at first.
+        if self.straggler.as_ref().and_then(|id| self.peers.get(id)).is_some_and(lacks) {
+            return false;
+        }
+        self.straggler = self.peers.iter().find(|(_, peer)| lacks(peer)).map(|(id, _)| id.clone());
+        self.straggler.is_none()
     }
 
     fn is_quorum_lost(&self) -> bool {

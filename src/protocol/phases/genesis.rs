@@ -17,7 +17,7 @@ use crate::protocol::message::Body;
 use crate::protocol::roster::{ROSTER_MAX, Roster};
 use crate::protocol::timer::Timer;
 use crate::protocol::{Notice, Peer, Topic};
-use crate::types::{PeerId, Round, Term};
+use crate::types::{Digest, PeerId, Round, Term};
 
 /// A candidate's call under way; a restart begins a new one.
 #[derive(Debug, Default)]
@@ -80,7 +80,7 @@ impl Peer {
 
     /// A peer has said hello or goodbye.
     pub(in crate::protocol) fn note_presence(&mut self, peer: &PeerId, now: Instant) {
-        let is_here = self.is_live(peer, now) && self.is_compatible(peer);
+        let is_here = self.is_here(peer, now) && self.is_compatible(peer);
         let changed =
             if is_here { self.genesis.present.insert(peer.clone()) } else { self.genesis.present.remove(peer) };
         self.genesis.changed |= changed;
@@ -110,11 +110,11 @@ impl Peer {
         if !self.genesis.others_seen {
             return None;
         }
-        let mut others: BTreeMap<_, BTreeSet<&PeerId>> = BTreeMap::new();
+        let mut others: BTreeMap<Digest, BTreeSet<&PeerId>> = BTreeMap::new();
         for (peer, neighbour) in &self.neighbours {
-            let Some(hello) = neighbour.hello.as_ref().filter(|_| self.is_live(peer, now)) else { continue };
-            if neighbour.difference.is_some() {
-                others.entry((&hello.entries, hello.layout)).or_default().insert(peer);
+            let group = neighbour.greeting.and_then(|greeting| greeting.other_group);
+            if let Some(group) = group.filter(|_| self.is_here(peer, now)) {
+                others.entry(group).or_default().insert(peer);
             }
         }
         let mine = &self.genesis.present;
@@ -171,7 +171,8 @@ impl Peer {
             return self.tell_head(now);
         }
         if let Some(founded) = self.durable.founding.roster.clone() {
-            return self.publish(Topic::Leader(Round::GENESIS), Body::Founded(founded));
+            // To the caller alone: all members may answer.
+            return self.publish(Topic::Election(Round::GENESIS, sender.clone()), Body::Founded(founded));
         }
         let sees_others = self.genesis.present.iter().any(|peer| !roster.contains(peer));
         if !roster.contains(&self.me) || !roster.contains(sender) || sees_others || !self.is_compatible(sender) {
@@ -269,12 +270,15 @@ impl Peer {
         self.enter_round(now);
     }
 
-    /// Members that missed it hear of the first roster from the others until round 0 is decided.
+    /// Members that missed it hear of the first roster from one of the others until round 0 is decided. Should that one
+    /// have missed it too, it calls, and is answered.
     fn repeat_founded(&mut self, now: Instant) {
         self.timers.start(Timer::Call, now + self.heartbeat());
         if self.timers.fired(Timer::Call, now) && self.connected {
             self.timers.set(Timer::Call, now + self.heartbeat());
-            if let Some(roster) = self.durable.founding.roster.clone() {
+            let Some(roster) = self.durable.founding.roster.clone() else { return };
+            let is_gone = |peer: &PeerId| self.neighbours.get(peer).is_some_and(|neighbour| neighbour.gone);
+            if roster.members().iter().find(|peer| !is_gone(peer)) == Some(&self.me) {
                 self.publish(Topic::Leader(Round::GENESIS), Body::Founded(roster));
             }
         }

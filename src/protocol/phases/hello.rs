@@ -5,11 +5,19 @@ use std::time::{Duration, Instant};
 
 use crate::protocol::message::{Body, Hello};
 use crate::protocol::timer::{Timer, Timers};
-use crate::protocol::{Action, Difference, Ended, Notice, Peer, Topic};
+use crate::protocol::{Action, Difference, Ended, Greeting, Notice, Peer, Topic};
 use crate::types::{PeerId, Round};
 
-/// From this many members on, hellos (which everyone hears) come less often.
-const HELLO_MEMBERS: u32 = 16;
+/// From this many peers on, hellos (which everyone hears) come less often.
+const HELLO_CROWD: usize = 16;
+
+/// Hellos are at most so many times rarer.
+const CROWDS_MAX: u32 = 64;
+
+/// How many times rarer hellos are among so many peers: together they say as many a second as a few do.
+fn crowd(peers: usize) -> u32 {
+    u32::try_from(peers / HELLO_CROWD).unwrap_or(u32::MAX).clamp(1, CROWDS_MAX)
+}
 
 impl Peer {
     pub(in crate::protocol) fn on_connected(&mut self, now: Instant) {
@@ -48,12 +56,20 @@ impl Peer {
     /// Members are heard by their leader all the time; the others only by their hellos.
     fn hello_interval(&self) -> Duration {
         match self.durable.roster() {
-            Some(roster) if roster.contains(&self.me) && self.head().is_some() => {
-                let crowd = u32::try_from(roster.len()).unwrap_or(u32::MAX) / HELLO_MEMBERS;
-                self.config.election_timeout * crowd.clamp(1, 64)
+            Some(roster) if roster.contains(&self.me) => {
+                let often = if self.head().is_some() { self.config.election_timeout } else { self.heartbeat() };
+                often * crowd(roster.len())
             }
-            _ => self.heartbeat(),
+            // Few come later, and a leader is to see them soon.
+            Some(_) => self.heartbeat(),
+            None => self.heartbeat() * crowd(self.genesis.present.len()),
         }
+    }
+
+    /// How long a peer may be silent of which only hellos are heard.
+    fn hello_silence(&self) -> Duration {
+        let founded = self.durable.roster().is_some();
+        self.silence() * if founded { 1 } else { crowd(self.genesis.present.len()) }
     }
 
     pub(in crate::protocol) fn advance_hello(&mut self, now: Instant) {
@@ -67,11 +83,12 @@ impl Peer {
     }
 
     pub(in crate::protocol) fn on_hello(&mut self, sender: PeerId, round: Round, hello: Hello, now: Instant) {
-        let is_new = self.neighbours.get(&sender).is_none_or(|known| known.hello.is_none());
+        let is_new = self.neighbours.get(&sender).is_none_or(|known| known.greeting.is_none());
         let founded = hello.genesis.is_some();
         let difference = self.difference(&hello);
         if let Some(neighbour) = self.neighbours.get_mut(&sender) {
-            neighbour.hello = Some(hello);
+            let other_group = difference.is_some().then(|| hello.group());
+            neighbour.greeting = Some(Greeting { other_group, done: hello.done });
             neighbour.difference.clone_from(&difference);
         }
         self.genesis.others_seen |= difference.is_some();
@@ -100,7 +117,7 @@ impl Peer {
 
     pub(in crate::protocol) fn on_goodbye(&mut self, sender: &PeerId, now: Instant) {
         let Some(neighbour) = self.neighbours.get_mut(sender) else { return };
-        let left = !neighbour.gone && neighbour.hello.is_some();
+        let left = !neighbour.gone && neighbour.greeting.is_some();
         neighbour.gone = true;
         self.note_presence(sender, now);
         if left {
@@ -127,13 +144,20 @@ impl Peer {
 
     /// Whether a peer said hello and can train with this one.
     pub(in crate::protocol) fn is_compatible(&self, peer: &PeerId) -> bool {
-        self.neighbours.get(peer).is_some_and(|neighbour| neighbour.hello.is_some() && neighbour.difference.is_none())
+        self.neighbours
+            .get(peer)
+            .is_some_and(|neighbour| neighbour.greeting.is_some() && neighbour.difference.is_none())
     }
 
     /// The compatible peers that are there, with this one.
     pub(in crate::protocol) fn present(&self, now: Instant) -> BTreeSet<PeerId> {
-        let others = self.neighbours.keys().filter(|peer| self.is_live(peer, now) && self.is_compatible(peer));
+        let others = self.neighbours.keys().filter(|peer| self.is_here(peer, now) && self.is_compatible(peer));
         others.cloned().chain([self.me.clone()]).collect()
+    }
+
+    /// Whether a peer that is not led yet was heard of late and did not say goodbye.
+    pub(in crate::protocol) fn is_here(&self, peer: &PeerId, now: Instant) -> bool {
+        self.is_heard(peer, now, self.hello_silence())
     }
 
     /// One peer answers those who lag behind: the leader, or anybody where none is known.
