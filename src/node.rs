@@ -4,10 +4,11 @@ use std::collections::BTreeSet;
 use std::future::Future;
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, LazyLock, Mutex};
+use std::thread::available_parallelism;
 use std::time::{Duration, Instant};
 
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 
 use crate::jobs::Workshop;
@@ -20,6 +21,10 @@ use crate::training::{Progress, Trainer};
 use crate::transfer::Codec;
 use crate::transport::{Class, Outgoing, Transport, TransportEvent, Will};
 use crate::types::{Digest, Metrics, PeerId, Round, Term};
+
+/// The cores of this machine, which training and evaluation of all nodes in this process take in turns: a hundred peers
+/// that train at once would need a hundred times the memory and keep every message waiting.
+static CORES: LazyLock<Semaphore> = LazyLock::new(|| Semaphore::new(available_parallelism().map_or(1, usize::from)));
 
 /// Where a node keeps its promises.
 #[derive(Debug)]
@@ -319,6 +324,13 @@ impl<T: Transport> Driver<'_, T> {
         let (workshop, trainer, jobs) = (self.workshop.clone(), self.trainer.clone(), self.jobs.clone());
         let cancelled = self.cancelled.clone();
         self.running.spawn(async move {
+            let learns = matches!(job, Job::Train { .. } | Job::Evaluate { .. });
+            // It is never closed.
+            let _core = if learns { CORES.acquire().await.ok() } else { None };
+            if cancelled.load(Ordering::Relaxed) == u64::MAX {
+                // The node leaves, and nobody waits for the result.
+                return;
+            }
             let report = jobs.clone();
             let work = move || {
                 workshop.perform(job, &trainer, &mut |round, progress| {
