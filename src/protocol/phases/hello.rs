@@ -40,6 +40,8 @@ impl Peer {
             head,
             genesis: self.head().filter(|_| self.is_member(&self.me)).map(|head| head.genesis),
             done: self.is_done(),
+            number: self.lag.start(now),
+            lag_ms: self.lag.told(),
         };
         self.publish_retained(Topic::Init(self.me.clone()), Body::Hello(hello));
         self.timers.set(Timer::Hello, now + self.hello_interval());
