@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -17,6 +17,7 @@ use tempfile::TempDir;
 
 use crate::network::Network;
 use crate::processes::{End, Program, Surroundings, signal};
+use crate::stage::has_part_in;
 
 /// What is waited for comes within this, or never.
 const LIMIT: Duration = Duration::from_secs(300);
@@ -36,7 +37,7 @@ pub(crate) const ELECTED: &str = "next leader elected";
 pub(crate) const COMMITTED: &str = "round committed";
 pub(crate) const CALM: &str = "(a calm round takes)";
 pub(crate) const STANDBY: &str = "all peers on the standby";
-pub(crate) const MEMBER: &str = "member of a round";
+pub(crate) const PART: &str = "it has a part in a round";
 
 /// Scenarios measure time and need the machine: one at a time, whatever the number of test threads.
 static MACHINE: Mutex<()> = Mutex::new(());
@@ -370,10 +371,9 @@ impl Federation {
         }
     }
 
-    /// Whether `peer` led a round after `round`, or its update is in the round's model.
-    pub(crate) fn took_part_after(&self, peer: &PeerId, round: Round) -> bool {
-        let mut later = self.committed().filter(|(_, committed)| committed.round > round);
-        later.any(|(_, committed)| committed.leader == *peer || committed.contributors.contains(peer))
+    /// Whether `peer` had a part in a round after the struck one.
+    pub(crate) fn took_part(&self, peer: &PeerId) -> bool {
+        self.entries.iter().any(|entry| has_part_in(&entry.event, peer))
     }
 
     /// Rounds that took more than one leader, with the terms it took.

@@ -47,6 +47,6 @@ fn sleeps(seed: u64, settings: &[&str], wakes: impl Fn(&Event, &str) -> bool) ->
     federation.until("the end of its sleep", 0, |entry| wakes(&entry.event, leader.as_str()));
     signal("CONT", &[federation.pid(&leader)]);
     federation.conclude(&[]);
-    assert!(federation.took_part_after(&leader, STRUCK), "seed {seed}: {leader} stays out");
+    assert!(federation.took_part(&leader), "seed {seed}: {leader} stays out");
     federation.recovery(Some(&leader), frozen)
 }

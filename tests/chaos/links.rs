@@ -5,9 +5,9 @@ use std::time::{Duration, SystemTime};
 
 use rodizio::types::PeerId;
 
-use crate::federation::{CALM, COMMITTED, Federation, Figures, Joining, MEMBER, PEERS, STRUCK, peers};
+use crate::federation::{CALM, COMMITTED, Federation, Figures, Joining, PART, PEERS, STRUCK, peers};
 use crate::network::{HUB, Network, Weather};
-use crate::stage::{LONG_TRAINING, Stage, is_commit_of, is_membership};
+use crate::stage::{LONG_TRAINING, Stage, has_part_in, is_commit_of};
 
 /// 100 ms ± 50 ms each way, and 5 % of all frames lost.
 const BAD: Weather = Weather { delay: Duration::from_millis(100), jitter: Duration::from_millis(50), loss_percent: 5 };
@@ -93,10 +93,9 @@ fn cut_for(length: Duration, who: Cut, seed: u64, rounds: u64, settings: &[&str]
         federation.conclude(&[]);
         return Figures::from([(COMMITTED, next.time.duration_since(mended).unwrap_or_default())]);
     }
-    let back = federation.until("it among the members", mark, |entry| is_membership(entry, cut[0]));
+    let back = federation.until("its part in a round", mark, |entry| has_part_in(&entry.event, cut[0]));
     federation.conclude(&[]);
-    assert!(federation.took_part_after(cut[0], STRUCK), "seed {seed}: {} stays out", cut[0]);
-    let member = (MEMBER, back.time.duration_since(mended).unwrap_or_default());
+    let part = (PART, back.time.duration_since(mended).unwrap_or_default());
     let leader = matches!(who, Cut::Leader).then_some(&leader);
-    federation.recovery(leader, started).into_iter().chain([member]).collect()
+    federation.recovery(leader, started).into_iter().chain([part]).collect()
 }

@@ -5,16 +5,16 @@ use std::time::SystemTime;
 use rodizio::events::Event;
 use rodizio::types::PeerId;
 
-use crate::federation::{CALM, COMMITTED, Federation, Figures, MEMBER, STRUCK, peers};
+use crate::federation::{CALM, COMMITTED, Federation, Figures, PART, peers};
 use crate::processes::{End, signal};
-use crate::stage::{LONG_TRAINING, Stage, is_membership};
+use crate::stage::{LONG_TRAINING, Stage, has_part_in};
 
 pub(crate) fn trainer_dies(stage: Stage, seed: u64) -> Figures {
     let mut federation = Federation::start(seed, 4, stage.settings());
     let (_, trainer) = stage.wait(&mut federation);
     let killed = federation.kill(&trainer);
     federation.conclude(&[&trainer]);
-    assert!(!federation.took_part_after(&trainer, STRUCK), "seed {seed}: the dead are not waited for");
+    assert!(!federation.took_part(&trainer), "seed {seed}: the dead are not waited for");
     federation.recovery(None, killed)
 }
 
@@ -78,21 +78,20 @@ fn comes_back(federation: Federation, peer: &PeerId) -> Figures {
     federation.wait_for_release(peer);
     let number = 1 + peers().iter().position(|other| other == peer).unwrap();
     let (mark, joining) = (federation.mark(), federation.meeting_at());
-    becomes_member(federation, mark, peer, |federation| federation.join(peer, number, &joining))
+    gets_a_part(federation, mark, peer, |federation| federation.join(peer, number, &joining))
 }
 
 pub(crate) fn newcomer_joins_in_the_middle_of_a_round(seed: u64) -> Figures {
     let mut federation = Federation::start(seed, 8, &LONG_TRAINING);
     Stage::Gathering.wait(&mut federation);
     let (mark, joining, late) = (federation.mark(), federation.meeting_at(), PeerId::new("late").unwrap());
-    becomes_member(federation, mark, &late, |federation| federation.join(&late, 1, &joining))
+    gets_a_part(federation, mark, &late, |federation| federation.join(&late, 1, &joining))
 }
 
-fn becomes_member(mut federation: Federation, mark: usize, peer: &PeerId, join: impl Fn(&mut Federation)) -> Figures {
+fn gets_a_part(mut federation: Federation, mark: usize, peer: &PeerId, join: impl Fn(&mut Federation)) -> Figures {
     let joins = SystemTime::now();
     join(&mut federation);
-    let member = federation.until("it among the members", mark, |entry| is_membership(entry, peer));
+    let part = federation.until("its part in a round", mark, |entry| has_part_in(&entry.event, peer));
     federation.conclude(&[]);
-    assert!(federation.took_part_after(peer, STRUCK), "seed {}: {peer} stays out", federation.seed);
-    Figures::from([(MEMBER, member.time.duration_since(joins).unwrap_or_default()), (CALM, federation.calm_round())])
+    Figures::from([(PART, part.time.duration_since(joins).unwrap_or_default()), (CALM, federation.calm_round())])
 }

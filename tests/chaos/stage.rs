@@ -79,9 +79,10 @@ fn all_updates(entries: &[Entry], leader: &PeerId) -> Option<BTreeMap<PeerId, Di
     (updates.len() == PEERS - 1).then_some(updates)
 }
 
-/// Whether a peer is told to be a member of a round.
-pub(crate) fn is_membership(entry: &Entry, peer: &PeerId) -> bool {
-    entry.peer == *peer && matches!(entry.event, Event::RoundStarted { member: true, .. })
+/// Whether this tells of a later round than the struck one that `peer` led, or that has its update in its model.
+pub(crate) fn has_part_in(event: &Event, peer: &PeerId) -> bool {
+    let Event::RoundCommitted(committed) = event else { return false };
+    committed.round > STRUCK && (committed.leader == *peer || committed.contributors.contains(peer))
 }
 
 /// Whether this tells of the commit of a round.
