@@ -3,8 +3,9 @@
 # Seeds a scenario for `make sim`.
 SEEDS ?= 20000
 
-# Times that `make chaos` runs each of its scenarios.
+# Times that `make chaos` runs each of its scenarios, and a part of the names of those that it runs (empty: all).
 TRIALS ?= 10
+FAULT ?=
 
 # How the source is formatted: wide lines, since names are words.
 STYLE := --config max_width=120,use_small_heuristics=Max
@@ -32,8 +33,9 @@ docs:
 sim: ## The protocol under faults, by many more seeds
 	SEEDS=$(SEEDS) cargo test --release --test simulation
 
-chaos: ## Real processes killed, frozen and started again, many times; prints how long recovery takes
-	TRIALS=$(TRIALS) cargo test --test chaos -- --ignored --nocapture --exact every_scenario_holds_for_many_seeds
+chaos: ## Real processes killed, frozen and cut off, many times; prints a table of how long recovery takes
+	TRIALS=$(TRIALS) FAULT="$(FAULT)" cargo test --release --test chaos -- \
+		--ignored --nocapture --exact every_scenario_holds_for_many_seeds
 
 clean:
 	cargo clean

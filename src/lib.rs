@@ -41,6 +41,8 @@
 //!   everybody, and the large one is crash-safe like every round ([`protocol`], `phases/genesis.rs`).
 //! - **A leader's heartbeat says what it has** of each member, and members answer it with what is lacking. One message
 //!   is so the retransmission timer of all reports, and hellos need not be heartbeats (they would grow as N²).
+//! - **Patience grows with the lag** that peers measure on their lines, by their own hellos: on slow lines that lose
+//!   packets a fixed timeout deposed leaders that had done nothing wrong (`protocol/lag.rs`).
 //! - **Newcomers** are admitted only as many at once as leave the members that live a quorum of the next roster.
 //! - **A finish names the last model**, so that a peer that was away can still pull it.
 

@@ -92,16 +92,17 @@ fn hello() -> impl Strategy<Value = Hello> {
     let entries =
         prop_oneof![Just(Config::default().entries()), prop::collection::btree_map("[a-z]{1,8}", "[ -~]{0,20}", 0..4),];
     let head = prop::option::of((round(), digest()));
-    (entries, Just(layout().digest()), any::<u64>(), head, prop::option::of(digest()), any::<bool>()).prop_map(
-        |(entries, layout, num_examples, head, genesis, done)| Hello {
+    (entries, Just(layout().digest()), any::<u64>(), head, prop::option::of(digest()), any::<bool>(), any::<[u32; 2]>())
+        .prop_map(|(entries, layout, num_examples, head, genesis, done, [number, lag_ms])| Hello {
             entries,
             layout,
             num_examples,
             head,
             genesis,
             done,
-        },
-    )
+            number,
+            lag_ms,
+        })
 }
 
 fn chunks() -> impl Strategy<Value = ChunkSet> {
@@ -240,6 +241,8 @@ fn a_length_that_no_message_has_allocates_nothing() {
             head: None,
             genesis: None,
             done: false,
+            number: 0,
+            lag_ms: 0,
         }),
     };
     // version, name length, name, signature length, round, term, variant; then the count of entries.

@@ -60,6 +60,13 @@ fn a_lossy_network_only_costs_time() {
 }
 
 #[test]
+fn a_slow_network_alone_deposes_nobody() {
+    for report in sweep("slow", &scenario("slow"), seeds(100)) {
+        assert_eq!(report.reelections, 0);
+    }
+}
+
+#[test]
 fn peers_that_come_late_or_lose_their_state_are_admitted() {
     let reports = sweep("churn", &scenario("churn"), seeds(400));
     assert!(reports.iter().filter(|report| report.quorum_lost).count() < reports.len() / 4);

@@ -59,8 +59,9 @@ pub struct Config {
 
     /// How long a leader may be silent before the members vote for the next one.
     ///
-    /// A leader is heard from four times in this span. More than twice the slowest link's round trip; a death that the
-    /// broker notices (a closed connection) is acted on at once, whatever this says.
+    /// A leader is heard from four times in this span. On slow lines it is longer by twice the lag of both peers' lines,
+    /// as they measure it themselves. A death that the broker notices (a closed connection) is acted on at once, whatever
+    /// this says.
     pub election_timeout: Duration,
 
     /// How long nobody new may have come before the federation is founded.

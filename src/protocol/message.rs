@@ -138,6 +138,10 @@ pub struct Hello {
     pub genesis: Option<Digest>,
     /// It has the last decree and the last model: nobody need stay for it.
     pub done: bool,
+    /// How many the peer has said before this one, since it started: it knows it again when the broker sends it back.
+    pub number: u32,
+    /// How long a message took of late, at most, to the broker and back on the peer's line, in milliseconds.
+    pub lag_ms: u32,
 }
 
 impl Hello {

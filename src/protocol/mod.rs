@@ -18,6 +18,7 @@ pub mod config;
 pub mod decree;
 pub mod durable;
 pub mod election;
+mod lag;
 pub mod message;
 mod notice;
 mod phases;
@@ -43,6 +44,7 @@ pub use notice::{Committed, Difference, Notice, Seconds, Waiting};
 pub use roster::Roster;
 pub use topic::{Topic, Topics};
 
+use lag::Lag;
 use message::{Body, Envelope, VERSION};
 use phases::genesis::Genesis;
 use phases::round::OpenRound;
@@ -51,6 +53,9 @@ use timer::Timers;
 
 /// The most other peers that a peer remembers: names come from the network.
 const NEIGHBOURS_MAX: usize = 2 * roster::ROSTER_MAX;
+
+/// So many times the lag of both lines a peer may be silent beyond the timeouts.
+const LAGS: u32 = 2;
 
 /// What happened to a peer.
 #[derive(Clone, Debug)]
@@ -206,6 +211,8 @@ struct Greeting {
     other_group: Option<Digest>,
     /// It has the last decree and the last model.
     done: bool,
+    /// How long a message takes it to the broker and back.
+    lag: Duration,
 }
 
 /// How a peer's part ended.
@@ -247,6 +254,7 @@ pub struct Peer {
     transfers: Transfers,
     timers: Timers,
     connected: bool,
+    lag: Lag,
     ended: Option<Ended>,
     stopped: bool,
     last_waiting: Option<Waiting>,
@@ -288,6 +296,7 @@ impl Peer {
             transfers,
             timers: Timers::default(),
             connected: false,
+            lag: Lag::default(),
             ended: None,
             stopped: false,
             last_waiting: None,
@@ -321,7 +330,10 @@ impl Peer {
                 self.on_connected(now);
                 self.look_around(now);
             }
-            Event::Disconnected => self.connected = false,
+            Event::Disconnected => {
+                self.connected = false;
+                self.lag.give_up();
+            }
             Event::Message(message) => self.on_message(&message, now),
             Event::Done(done) => self.on_done(done, now),
         }
@@ -384,6 +396,11 @@ impl Peer {
             Ok(decoded) => decoded,
             Err(error) => return self.bad_message(None, error.to_string()),
         };
+        if let Body::Hello(hello) = &envelope.body
+            && envelope.sender == self.me
+        {
+            self.lag.end(hello.number, now);
+        }
         let known = self.neighbours.contains_key(&envelope.sender);
         if envelope.sender == self.me || !known && self.neighbours.len() >= NEIGHBOURS_MAX {
             return;
@@ -431,7 +448,9 @@ impl Peer {
         if matches!(envelope.body, Body::Hello(_)) {
             neighbour.gone = false;
         }
-        if envelope.round == self.round() && self.is_member(&envelope.sender) {
+        // The term of a message about the first roster is the number of a call.
+        let counts_calls = matches!(envelope.body, Body::Call { .. } | Body::Join { .. } | Body::Bound { .. });
+        if !counts_calls && envelope.round == self.round() && self.is_member(&envelope.sender) {
             self.open.seen_term = self.open.seen_term.max(envelope.term);
         }
     }
@@ -480,6 +499,13 @@ impl Peer {
         2 * self.config.election_timeout
     }
 
+    /// What slow lines, this peer's own and the other's, add to the time for which the other may be silent. A message
+    /// takes half of each lag; one that has to be sent again takes longer, and the next one waits behind it.
+    fn slack(&self, other: &PeerId) -> Duration {
+        let greeting = self.neighbours.get(other).and_then(|neighbour| neighbour.greeting.as_ref());
+        LAGS * (self.lag.longest() + greeting.map_or(Duration::ZERO, |greeting| greeting.lag))
+    }
+
     fn is_member(&self, peer: &PeerId) -> bool {
         self.durable.roster().is_some_and(|roster| roster.contains(peer))
     }
@@ -490,6 +516,7 @@ impl Peer {
     }
 
     fn is_heard(&self, peer: &PeerId, now: Instant, silence: Duration) -> bool {
+        let silence = silence + self.slack(peer);
         let heard = |n: &Neighbour| !n.gone && now.saturating_duration_since(n.heard) < silence;
         *peer == self.me || self.neighbours.get(peer).is_some_and(heard)
     }

@@ -104,7 +104,9 @@ impl Network {
         };
         for peer in subscribers {
             let hears = self.links.get(peer).is_some_and(|link| link.subscribed && link.side == side);
-            if !hears || peer == from || rng.random_bool(loss) {
+            // A broker sends a message to its sender too; only hellos matter to it.
+            let own = peer == from && !matches!(topic, Topic::Init(_));
+            if !hears || own || rng.random_bool(loss) {
                 continue;
             }
             let copies = if rng.random_bool(self.duplication) { 2 } else { 1 };

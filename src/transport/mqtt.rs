@@ -21,14 +21,19 @@ use rumqttc::{
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
+use tokio::time::error::Elapsed;
 use tokio::time::{Instant, sleep, timeout};
 use tracing::{debug, error};
 
 use super::{Class, Outgoing, Transport, TransportEvent, Will};
 use crate::types::PeerId;
 
-/// How long one broker may take to let both connections in.
-const ATTEMPT_MAX: Duration = Duration::from_secs(5);
+/// How long one broker may take over each step of letting a peer in: to take a connection, or a subscription. On a slow
+/// line that loses packets all steps together take longer, though each of them shows that the broker is there.
+const STEP_MAX: Duration = Duration::from_secs(5);
+
+/// So many times each broker is tried at least, when a peer starts: an answer may be lost.
+const ATTEMPTS_MIN: u32 = 3;
 
 /// The pause before the first attempt to connect again; it doubles with each one that fails.
 const PAUSE_MIN: Duration = Duration::from_millis(100);
@@ -161,7 +166,7 @@ pub struct MqttTransport {
 }
 
 impl MqttTransport {
-    /// Connects to the first broker that answers. Goes on trying until `patience` is over, and tries each once at
+    /// Connects to the first broker that answers. Goes on trying until `patience` is over, and tries each three times at
     /// least. From then on the transport connects again by itself.
     ///
     /// # Errors
@@ -170,13 +175,15 @@ impl MqttTransport {
         let brokers = parse_brokers(&config.brokers)?;
         let patience_ends = Instant::now() + patience;
         let mut pause = PAUSE_MIN;
+        let mut attempts = 0;
         let pair = loop {
+            attempts += 1;
             match Pair::connect(&config, &brokers).await {
                 Ok(pair) => break pair,
                 Err(error @ (TransportError::Refused { .. } | TransportError::Subscription { .. })) => {
                     return Err(error);
                 }
-                Err(error) if Instant::now() + pause > patience_ends => return Err(error),
+                Err(error) if attempts >= ATTEMPTS_MIN && Instant::now() + pause > patience_ends => return Err(error),
                 Err(_) => sleep(pause).await,
             }
             pause = longer(pause);
@@ -344,17 +351,19 @@ impl Pair {
         let mut refused = None;
         let mut unreachable = Vec::new();
         for broker in brokers {
-            match timeout(ATTEMPT_MAX, Self::connect_to(config, broker)).await {
-                Ok(Ok(pair)) => return Ok(pair),
-                Ok(Err(Rejected::Connection(ConnectionError::ConnectionRefused(code)))) => {
+            match Self::connect_to(config, broker).await {
+                Ok(pair) => return Ok(pair),
+                Err(Rejected::Connection(ConnectionError::ConnectionRefused(code))) => {
                     refused.get_or_insert_with(|| refusal(broker, code));
                 }
-                Ok(Err(Rejected::Subscription)) => {
+                Err(Rejected::Subscription) => {
                     let (broker, filters) = (broker.to_string(), config.bulk_filters.join(", "));
                     refused.get_or_insert(TransportError::Subscription { broker, filters });
                 }
-                Ok(Err(Rejected::Connection(error))) => unreachable.push(format!("{broker}: {}", reason(&error))),
-                Err(_) => unreachable.push(format!("{broker}: no answer within {} s", ATTEMPT_MAX.as_secs())),
+                Err(Rejected::Connection(error)) => unreachable.push(format!("{broker}: {}", reason(&error))),
+                Err(Rejected::Silence) => {
+                    unreachable.push(format!("{broker}: no answer within {} s", STEP_MAX.as_secs()));
+                }
             }
         }
         Err(refused.unwrap_or_else(|| TransportError::Unreachable(unreachable.join("; "))))
@@ -363,9 +372,9 @@ impl Pair {
     /// Bulk comes first, so that there is no last will to fire when one of the two is not let in. Chunks can be
     /// received when this returns.
     async fn connect_to(config: &MqttConfig, broker: &Broker) -> Result<Self, Rejected> {
-        let mut bulk = Connection::open(config, Lane::Bulk, broker).await?;
-        bulk.subscribe(&config.bulk_filters).await?;
-        let control = Connection::open(config, Lane::Control, broker).await?;
+        let mut bulk = timeout(STEP_MAX, Connection::open(config, Lane::Bulk, broker)).await??;
+        timeout(STEP_MAX, bulk.subscribe(&config.bulk_filters)).await??;
+        let control = timeout(STEP_MAX, Connection::open(config, Lane::Control, broker)).await??;
         Ok(Self { broker: broker.to_string(), control, bulk })
     }
 
@@ -397,6 +406,14 @@ impl Pair {
 enum Rejected {
     Connection(ConnectionError),
     Subscription,
+    /// It does not answer.
+    Silence,
+}
+
+impl From<Elapsed> for Rejected {
+    fn from(_: Elapsed) -> Self {
+        Self::Silence
+    }
 }
 
 impl From<ConnectionError> for Rejected {

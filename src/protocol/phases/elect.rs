@@ -33,8 +33,7 @@ impl Peer {
         }
         self.forget_leader();
         self.send_ballot(now);
-        let doubled = 1 << term.0.min(DOUBLINGS_MAX);
-        self.timers.set(Timer::Election, now + self.config.election_timeout * doubled);
+        self.watch_leader(now);
     }
 
     /// A new term begins without a leader.
@@ -74,8 +73,9 @@ impl Peer {
     /// Starts the time for which the leader may be silent.
     pub(in crate::protocol) fn watch_leader(&mut self, now: Instant) {
         let doubled = 1 << self.promised().0.min(DOUBLINGS_MAX);
-        let patience: Duration = self.config.election_timeout * if self.open.following.is_some() { 1 } else { doubled };
-        self.timers.set(Timer::Election, now + patience);
+        let slack = self.leader_or_candidate().map_or(Duration::ZERO, |leader| self.slack(leader));
+        let patience = self.config.election_timeout + slack;
+        self.timers.set(Timer::Election, now + patience * if self.open.following.is_some() { 1 } else { doubled });
     }
 
     pub(in crate::protocol) fn advance_election(&mut self, now: Instant) {
@@ -310,7 +310,7 @@ impl Peer {
             self.notify(Notice::Elected { round, term, leader: leader.clone() });
         }
         self.timers.clear(Timer::Resend);
-        self.timers.set(Timer::Election, now + self.config.election_timeout);
+        self.watch_leader(now);
     }
 
     pub(in crate::protocol) fn on_refuse(&mut self, sender: PeerId, round: Round, term: Term, promised: Term) {

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
+use crate::protocol::lag::Lag;
 use crate::protocol::message::{Body, Hello};
 use crate::protocol::timer::{Timer, Timers};
 use crate::protocol::{Action, Difference, Ended, Greeting, Notice, Peer, Topic};
@@ -48,6 +49,8 @@ impl Peer {
             head,
             genesis: self.head().filter(|_| self.is_member(&self.me)).map(|head| head.genesis),
             done: self.is_done(),
+            number: self.lag.start(now),
+            lag_ms: self.lag.told(),
         };
         self.publish_retained(Topic::Init(self.me.clone()), Body::Hello(hello));
         self.timers.set(Timer::Hello, now + self.hello_interval());
@@ -88,7 +91,7 @@ impl Peer {
         let difference = self.difference(&hello);
         if let Some(neighbour) = self.neighbours.get_mut(&sender) {
             let other_group = difference.is_some().then(|| hello.group());
-            neighbour.greeting = Some(Greeting { other_group, done: hello.done });
+            neighbour.greeting = Some(Greeting { other_group, done: hello.done, lag: Lag::of_other(hello.lag_ms) });
             neighbour.difference.clone_from(&difference);
         }
         self.genesis.others_seen |= difference.is_some();
