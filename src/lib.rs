@@ -42,6 +42,8 @@
 //! - **A leader's heartbeat says what it has** of each member, and members answer it with what is lacking. One message
 //!   is so the retransmission timer of all reports, and hellos need not be heartbeats (they would grow as N²).
 //! - **Newcomers** are admitted only as many at once as leave the members that live a quorum of the next roster.
+//! - **Standby brokers** stand in the decree, beside the next roster: all members share one list, and keep it. The stay at
+//!   the first broker is not three times the others' but grows with each search ([`protocol::roaming`] says why).
 //! - **A finish names the last model**, so that a peer that was away can still pull it.
 
 pub mod aggregation;

@@ -15,6 +15,7 @@ impl Peer {
     pub(in crate::protocol) fn on_connected(&mut self, now: Instant) {
         self.connected = true;
         self.say_hello(now);
+        self.tell_brokers();
         // What was silent while the broker was away was not silent by its own fault.
         for neighbour in self.neighbours.values_mut() {
             neighbour.heard = now;
@@ -40,6 +41,7 @@ impl Peer {
             head,
             genesis: self.head().filter(|_| self.is_member(&self.me)).map(|head| head.genesis),
             done: self.is_done(),
+            broker: self.broker.clone(),
         };
         self.publish_retained(Topic::Init(self.me.clone()), Body::Hello(hello));
         self.timers.set(Timer::Hello, now + self.hello_interval());
@@ -70,9 +72,13 @@ impl Peer {
         let is_new = self.neighbours.get(&sender).is_none_or(|known| known.hello.is_none());
         let founded = hello.genesis.is_some();
         let difference = self.difference(&hello);
+        let hosts = hello.broker.is_some();
         if let Some(neighbour) = self.neighbours.get_mut(&sender) {
             neighbour.hello = Some(hello);
             neighbour.difference.clone_from(&difference);
+        }
+        if hosts && self.head().is_none() {
+            self.tell_brokers();
         }
         self.genesis.others_seen |= difference.is_some();
         self.note_presence(&sender, now);
