@@ -29,7 +29,7 @@ const SILENCE_MAX: Duration = Duration::from_secs(8);
 /// How slow answers are taken to be before one was heard.
 const SLOWEST_AT_FIRST: Duration = Duration::from_secs(1);
 
-/// In so many ticks without an answer as slow, the memory of the slowest one fades to about a third: 30 s.
+/// In so many ticks of faster answers the memory of the slowest one fades to about a third: 30 s.
 const FADE_TICKS: u32 = 300;
 
 /// What a connection said and heard.
@@ -74,23 +74,27 @@ struct Silence {
     asked: u64,
     heard: u64,
     lasts: Duration,
+    /// Ticks since something was heard.
+    ticks: u32,
     /// The slowest answer of late.
     slowest: Duration,
 }
 
 impl Default for Silence {
     fn default() -> Self {
-        Self { asked: 0, heard: 0, lasts: Duration::ZERO, slowest: SLOWEST_AT_FIRST }
+        Self { asked: 0, heard: 0, lasts: Duration::ZERO, ticks: 0, slowest: SLOWEST_AT_FIRST }
     }
 }
 
 impl Silence {
     /// Takes note of how many packets were sent and heard so far; how long the silence has lasted if that is too long.
     fn tick(&mut self, asked: u64, heard: u64) -> Option<Duration> {
-        self.slowest -= self.slowest / FADE_TICKS;
+        self.ticks = self.ticks.saturating_add(1);
         if heard != self.heard {
-            self.slowest = self.slowest.max(self.lasts);
-            (self.asked, self.heard, self.lasts) = (asked, heard, Duration::ZERO);
+            // It fades only with what is heard: patience is not to run out faster while it is needed.
+            let faded = self.slowest * self.ticks.min(FADE_TICKS) / FADE_TICKS;
+            self.slowest = (self.slowest - faded).max(self.lasts);
+            (self.asked, self.heard, self.lasts, self.ticks) = (asked, heard, Duration::ZERO, 0);
         } else if asked != self.asked {
             self.lasts += TICK;
         }
