@@ -368,19 +368,19 @@ async fn a_broker_that_comes_back_draws_nobody_away_and_who_restarts_knows_the_s
     running.remove(0).abort();
     let left = |entry: &Entry| matches!(&entry.event, Event::Left { who } if *who == peer("a")).then_some(());
     place.until("the end of a", left).await;
-    let restarted = timeout(LIMIT, async {
-        while let Err(PeerError::Journal(_)) = LocalPeer::open(&Settings {
-            peer: Some(peer("a")),
-            state_dir: Some(place.dir.path().join("a")),
-            part: Some(Part { index: 1, of: 3 }),
-            ..settings.clone()
-        }) {
+    let of_a = Settings {
+        peer: Some(peer("a")),
+        state_dir: Some(place.dir.path().join("a")),
+        part: Some(Part { index: 1, of: 3 }),
+        ..settings.clone()
+    };
+    let free = timeout(LIMIT, async {
+        while let Err(PeerError::Journal(_)) = LocalPeer::open(&of_a) {
             sleep(Duration::from_millis(10)).await;
         }
-        place.start("a", 1, &settings, None)
     });
-    let restarted = restarted.await.expect("its state directory stays in use");
-    running.push(restarted);
+    free.await.expect("its state directory stays in use");
+    running.push(place.start("a", 1, &settings, None));
     place.until_all("a at the standby", &["a"], is_at(&standby)).await;
     let contributes = |entry: &Entry| commit(entry).filter(|commit| commit.contributors.contains(&peer("a"))).cloned();
     let round = place.until("the update of a", contributes).await.round.0;

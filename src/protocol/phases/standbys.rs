@@ -43,3 +43,102 @@ impl Peer {
         hosts.into_values().take(STANDBYS_MAX).cloned().collect()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::time::Instant;
+
+    use super::*;
+    use crate::protocol::decree::{Outcome, Record};
+    use crate::protocol::message::{Body, Envelope, Head, Hello, VERSION};
+    use crate::protocol::{Config, Decree, Durable, Event, Identity};
+    use crate::transfer::{Codec, Manifest};
+    use crate::types::{Digest, Round, Term};
+    use crate::weights::Layout;
+
+    fn id(name: &str) -> PeerId {
+        PeerId::new(name).unwrap()
+    }
+
+    fn address(host: &str) -> Address {
+        Address::new(&format!("{host}:1883")).unwrap()
+    }
+
+    /// Peer `a`, which hosts a broker of its own; `standbys`: as its newest decree has them, if it has one.
+    fn peer(standbys: Option<&[(&str, &str)]>) -> Peer {
+        let roster = Roster::of(&["a", "b", "c"].map(id).into());
+        let head = standbys.map(|standbys| Head {
+            decree: Decree {
+                round: Round(0),
+                parent: roster.digest(),
+                leader: id("b"),
+                term: Term(0),
+                outcome: Outcome::Model(Manifest::of(&[0; 16], 1024, Codec::F32).unwrap()),
+                contributors: Vec::new(),
+                parent_metrics: None,
+                record: Record::default(),
+                next_roster: roster.clone(),
+                standbys: standbys.iter().map(|(peer, host)| (id(peer), address(host))).collect(),
+            },
+            accepts: vec![id("b"), id("c")],
+            genesis: Digest::of(b"genesis"),
+        });
+        let durable = Durable { head, ..Durable::default() };
+        let layout = Arc::new(Layout { tensors: Vec::new() });
+        let identity = Identity { peer: id("a"), layout, num_examples: 1, broker: Some(address("own")) };
+        Peer::new(Config::default(), identity, Some(durable), &BTreeSet::new(), Instant::now())
+    }
+
+    /// What `peer` tells of brokers when it hears a hello.
+    fn hears_hello(peer: &mut Peer, of: &str, broker: Option<&str>) -> Vec<Vec<Address>> {
+        let (entries, layout, broker) = (Config::default().entries(), peer.layout_digest, broker.map(address));
+        let hello = Hello { entries, layout, num_examples: 1, head: None, genesis: None, done: false, broker };
+        let body = Body::Hello(hello);
+        let hello =
+            Envelope { version: VERSION, sender: id(of), signature: vec![], round: Round(0), term: Term(0), body };
+        told(peer.handle(Event::Message(hello.encode()), Instant::now()))
+    }
+
+    fn told(actions: Vec<Action>) -> Vec<Vec<Address>> {
+        let brokers = actions.into_iter().filter_map(|action| match action {
+            Action::Brokers(brokers) => Some(brokers),
+            _ => None,
+        });
+        brokers.collect()
+    }
+
+    #[test]
+    fn a_decree_names_what_hellos_say_and_else_what_its_parent_did() {
+        let mut peer = peer(Some(&[("b", "old"), ("c", "kept"), ("d", "gone")]));
+        hears_hello(&mut peer, "b", None);
+        let roster = Roster::of(&["a", "b", "c", "e"].map(id).into());
+        let expected = [(id("a"), address("own")), (id("c"), address("kept"))];
+        assert_eq!(peer.next_standbys(&roster), expected.into(), "b hosts none any more, d is no member");
+        hears_hello(&mut peer, "e", Some("kept"));
+        assert_eq!(peer.next_standbys(&roster).len(), 2, "two hosts of one broker");
+    }
+
+    #[test]
+    fn no_more_standbys_are_named_than_a_decree_may_hold() {
+        let mut peer = peer(Some(&[]));
+        let names: Vec<String> = (10..50).map(|number| format!("p{number}")).collect();
+        for name in &names {
+            hears_hello(&mut peer, name, Some(name));
+        }
+        let roster = Roster::of(&names.iter().map(|name| id(name)).collect());
+        assert_eq!(peer.next_standbys(&roster).len(), STANDBYS_MAX);
+    }
+
+    #[test]
+    fn before_the_genesis_a_peer_knows_what_it_heard_and_later_what_the_decree_says() {
+        let mut early = peer(None);
+        assert_eq!(told(early.handle(Event::Connected, Instant::now())), [[address("own")]]);
+        assert_eq!(hears_hello(&mut early, "b", Some("b")), [[address("own"), address("b")]]);
+        assert!(hears_hello(&mut early, "b", Some("b")).is_empty(), "nothing has changed");
+
+        let mut late = peer(Some(&[("c", "c")]));
+        assert_eq!(told(late.handle(Event::Connected, Instant::now())), [[address("c")]]);
+        assert!(hears_hello(&mut late, "b", Some("b")).is_empty(), "only a decree is shared by all");
+    }
+}
