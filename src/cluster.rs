@@ -6,9 +6,10 @@
 mod processes;
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
+use tokio::net::UdpSocket;
 use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::watch;
 
@@ -17,7 +18,7 @@ use crate::config::{Part, Settings};
 use crate::events::Entry;
 use crate::node::Outcome;
 use crate::peer::{LocalPeer, PeerError};
-use crate::types::PeerId;
+use crate::types::{Address, PeerId};
 
 pub use processes::{Processes, Program};
 
@@ -26,6 +27,9 @@ const PEERS: &str = "peers";
 
 /// Connections beside those of a cluster's own peers: for peers of other machines, and observers.
 const GUEST_CONNECTIONS: usize = 64;
+
+/// An address of the network for documentation (RFC 5737): the way to it is the way to anywhere.
+const ELSEWHERE: &str = "192.0.2.1:9";
 
 /// The peers of a cluster, ready to run.
 pub struct Cluster {
@@ -145,6 +149,37 @@ pub fn reachable_at(addr: SocketAddr) -> SocketAddr {
     }
 }
 
+/// Where other peers reach a broker of this machine that listens on `listen`, as far as that can be derived. `brokers` are
+/// those where this peer meets the others; none: at this broker.
+///
+/// A definite address is taken as it stands. One that means all of this machine's is replaced by the one from which the
+/// first of `brokers` is reached; if that is on this machine, by the one from which the rest of the network is; if there
+/// is no network, all peers are here. A loopback address would lead each peer to its own machine: it is told only where
+/// the first of `brokers` is on this machine too.
+pub async fn advertised_at(listen: SocketAddr, brokers: &[String]) -> Option<Address> {
+    let towards = match brokers.first() {
+        Some(broker) => local_ip_towards(broker, listen).await,
+        None => None,
+    };
+    let all_here = brokers.is_empty() || towards.is_some_and(|ip| ip.is_loopback());
+    let ip = match (listen.ip(), towards) {
+        (ip, _) if !ip.is_unspecified() => ip,
+        (_, Some(ip)) if !ip.is_loopback() => ip,
+        _ => local_ip_towards(ELSEWHERE, listen).await.unwrap_or(reachable_at(listen).ip()),
+    };
+    let address = Address::new(&SocketAddr::new(ip, listen.port()).to_string()).ok();
+    address.filter(|_| all_here || !ip.is_loopback())
+}
+
+/// The address of this machine from which packets to `broker` leave, of those that `listen` covers. None is sent.
+async fn local_ip_towards(broker: &str, listen: SocketAddr) -> Option<IpAddr> {
+    let to = tokio::net::lookup_host(broker).await.ok()?.find(|to| to.is_ipv4() || listen.is_ipv6())?;
+    let any = if to.is_ipv4() { IpAddr::from(Ipv4Addr::UNSPECIFIED) } else { Ipv6Addr::UNSPECIFIED.into() };
+    let socket = UdpSocket::bind((any, 0)).await.ok()?;
+    socket.connect(to).await.ok()?;
+    Some(socket.local_addr().ok()?.ip()).filter(|ip| !ip.is_unspecified())
+}
+
 /// The settings of each peer of a cluster: its name, its part of the data set and its state directory.
 pub fn peer_settings(settings: &Settings, run_dir: &Path) -> Vec<Settings> {
     let of = settings.peers;
@@ -199,6 +234,20 @@ mod tests {
         {
             assert_eq!(reachable_at(listens.parse().unwrap()).to_string(), reached);
         }
+    }
+
+    #[tokio::test]
+    async fn a_broker_is_announced_where_it_is_of_use() {
+        let at = async |listen: &str, brokers: &[&str]| {
+            let brokers: Vec<String> = brokers.iter().map(|broker| (*broker).to_owned()).collect();
+            advertised_at(listen.parse().unwrap(), &brokers).await.map(|address| address.to_string())
+        };
+        assert_eq!(at("192.168.1.20:7", &[]).await.as_deref(), Some("192.168.1.20:7"));
+        assert_eq!(at("127.0.0.1:7", &[]).await.as_deref(), Some("127.0.0.1:7"));
+        assert_eq!(at("127.0.0.1:7", &["127.0.0.1:1"]).await.as_deref(), Some("127.0.0.1:7"));
+        assert_eq!(at("127.0.0.1:7", &["192.0.2.1:1"]).await, None, "others would look for it on their machines");
+        // Which addresses this machine has is its own affair, but there is one.
+        assert!(at("0.0.0.0:7", &["127.0.0.1:1"]).await.is_some_and(|address| address.ends_with(":7")));
     }
 
     #[tokio::test]

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use toml::de::{DeTable, DeValue};
 
-use crate::types::PeerId;
+use crate::types::{Address, PeerId};
 
 mod keys;
 mod shared;
@@ -88,6 +88,8 @@ pub struct Settings {
     pub listen: Option<String>,
     /// Whether this peer runs a broker for the others.
     pub host_broker: bool,
+    /// Where others reach the broker that this peer runs.
+    pub advertise: Option<Address>,
     /// Start of every topic.
     pub prefix: String,
     /// Length of one message of a transfer, in bytes.
@@ -281,6 +283,7 @@ impl Layers {
             brokers: self.texts("broker"),
             listen: self.optional_text("listen"),
             host_broker: self.switch("host_broker"),
+            advertise: self.address("advertise"),
             prefix: self.text("prefix"),
             chunk_bytes: self.count("chunk_bytes"),
             peers: self.count("peers"),
@@ -411,6 +414,11 @@ impl Layers {
         }
     }
 
+    fn address(&self, name: &str) -> Option<Address> {
+        let text = self.optional_text(name)?;
+        Some(Address::new(&text).expect("its kind takes only addresses"))
+    }
+
     fn optional_text(&self, name: &str) -> Option<String> {
         match self.value(name) {
             Value::Text(text) => Some(text),
@@ -525,6 +533,7 @@ impl Settings {
             "broker" => or_unset((!self.brokers.is_empty()).then(|| self.brokers.clone()), Value::Texts),
             "listen" => or_unset(self.listen.clone(), Value::Text),
             "host_broker" => Value::Switch(self.host_broker),
+            "advertise" => or_unset(self.advertise.as_ref().map(Address::to_string), Value::Text),
             "prefix" => Value::Text(self.prefix.clone()),
             "chunk_bytes" => Value::Size(self.chunk_bytes as u64),
             "peers" => Value::Count(self.peers as u64),
@@ -682,6 +691,7 @@ mod tests {
             peer = "peer-2"
             run_dir = 'C:\runs\"x"'
             host_broker = true
+            advertise = "192.168.1.20:1883"
         "#;
         let mut layers = Layers::new();
         layers.file("a\nb.toml", text).unwrap();

@@ -55,6 +55,11 @@ pub enum Event {
         /// Why.
         reason: String,
     },
+    /// The others are missed at this broker; the peer looks for them at another one.
+    Moved {
+        /// Its address.
+        broker: String,
+    },
     /// A compatible peer is there.
     Joined {
         /// Which.
@@ -378,6 +383,7 @@ impl Witness {
             Observation::Training(round, progress) => self.progress(*round, *progress)?,
             Observation::Connected(broker) => Event::Connected { broker: (*broker).to_owned() },
             Observation::Disconnected(reason) => Event::Disconnected { reason: (*reason).to_owned() },
+            Observation::Moving(broker) => Event::Moved { broker: (*broker).to_owned() },
         };
         Some(Entry::now(&self.peer, event))
     }

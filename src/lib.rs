@@ -44,6 +44,8 @@
 //! - **Patience grows with the lag** that peers measure on their lines, by their own hellos: on slow lines that lose
 //!   packets a fixed timeout deposed leaders that had done nothing wrong (`protocol/lag.rs`).
 //! - **Newcomers** are admitted only as many at once as leave the members that live a quorum of the next roster.
+//! - **Standby brokers** stand in the decree, beside the next roster: all members share one list, and keep it. The stay at
+//!   the first broker is not three times the others' but grows with each search ([`protocol::roaming`] says why).
 //! - **A finish names the last model**, so that a peer that was away can still pull it.
 
 pub mod aggregation;

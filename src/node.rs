@@ -15,12 +15,13 @@ use crate::jobs::Workshop;
 use crate::journal::{Blobs, Journal, JournalError};
 use crate::protocol::message::{Body, Envelope, VERSION};
 use crate::protocol::{
-    Action, Config, Difference, Done, Durable, Event, Identity, Job, Notice, Peer, Reason, Topic, Topics, Waiting,
+    Action, Config, Difference, Done, Durable, Event, Identity, Job, Notice, Peer, Reason, Roaming, Topic, Topics,
+    Waiting,
 };
 use crate::training::{Progress, Trainer};
 use crate::transfer::Codec;
 use crate::transport::{Class, Outgoing, Transport, TransportEvent, Will};
-use crate::types::{Digest, Metrics, PeerId, Round, Term};
+use crate::types::{Address, Digest, Metrics, PeerId, Round, Term};
 
 /// The cores of this machine, which training and evaluation of all nodes in this process take in turns: a hundred peers
 /// that train at once would need a hundred times the memory and keep every message waiting.
@@ -53,8 +54,44 @@ pub struct Node<T> {
     pub durable: Option<Durable>,
     /// Model and data.
     pub trainer: Box<dyn Trainer>,
+    /// Where it meets the others.
+    pub meeting: Meeting,
     /// Give up after waiting this long for others, or for a broker that was lost.
     pub wait_timeout: Option<Duration>,
+}
+
+/// The brokers where a node may meet the others.
+#[derive(Clone, Debug, Default)]
+pub struct Meeting {
+    /// Those that it was told of, `HOST:PORT`, the best first.
+    pub brokers: Vec<String>,
+    /// The broker that its own process hosts.
+    pub hosted: Option<Hosted>,
+}
+
+/// A broker of one's own.
+#[derive(Clone, Debug)]
+pub struct Hosted {
+    /// Where this machine reaches it, `HOST:PORT`.
+    pub local: String,
+    /// Where the others do, if they can.
+    pub advertised: Option<Address>,
+}
+
+impl Meeting {
+    /// All brokers to try, the best first: those that it was told of, then the `standbys` that members host, each once.
+    pub fn list<'a>(&self, standbys: impl IntoIterator<Item = &'a Address>) -> Vec<String> {
+        let mut list = self.brokers.clone();
+        for standby in standbys {
+            // The way to a broker of one's own does not lead over the network.
+            let own = self.hosted.as_ref().filter(|hosted| hosted.advertised.as_ref() == Some(standby));
+            let broker = own.map_or_else(|| standby.to_string(), |hosted| hosted.local.clone());
+            if !list.contains(&broker) {
+                list.push(broker);
+            }
+        }
+        list
+    }
 }
 
 /// What a node tells whoever watches it.
@@ -68,6 +105,8 @@ pub enum Observation<'a> {
     Connected(&'a str),
     /// The broker was lost.
     Disconnected(&'a str),
+    /// The others are missed here; the peer looks for them at this broker.
+    Moving(&'a str),
 }
 
 /// Bytes of messages, as published and as received.
@@ -144,6 +183,12 @@ struct Driver<'a, T> {
     cancelled: Arc<AtomicU64>,
     traffic: Traffic,
     waiting: Option<(Waiting, Instant)>,
+    roaming: Roaming,
+    meeting: Meeting,
+    /// The whole list of brokers, with the standbys that are known.
+    brokers: Vec<String>,
+    /// Where the peer is, or was last.
+    broker: String,
     /// Why there is no broker, and since when.
     lost: Option<(String, Instant)>,
     outcome: Option<Outcome>,
@@ -178,7 +223,13 @@ impl<T: Transport> Node<T> {
             Storage::Memory => Blobs::memory(),
         };
         let layout = self.trainer.layout();
-        let identity = Identity { peer: self.peer, layout: layout.clone(), num_examples: self.trainer.num_examples() };
+        let identity = Identity {
+            peer: self.peer.clone(),
+            layout: layout.clone(),
+            num_examples: self.trainer.num_examples(),
+            broker: self.meeting.hosted.as_ref().and_then(|hosted| hosted.advertised.clone()),
+        };
+        let roaming = Roaming::new(self.peer, self.config.election_timeout);
         let held = held_blobs(self.durable.as_ref(), &blobs)?;
         let chunk_bytes = u32::try_from(self.config.chunk_bytes).unwrap_or(u32::MAX);
         let workshop =
@@ -197,6 +248,10 @@ impl<T: Transport> Node<T> {
             cancelled: Arc::default(),
             traffic: Traffic::default(),
             waiting: None,
+            roaming,
+            brokers: self.meeting.brokers.clone(),
+            meeting: self.meeting,
+            broker: String::new(),
             lost: None,
             outcome: None,
             stopping: false,
@@ -242,6 +297,11 @@ impl<T: Transport> Driver<'_, T> {
                     None => None,
                 },
                 () = sleep_until(peer.deadline()) => Some(Event::Tick),
+                () = sleep_until(self.roaming.deadline()) => {
+                    self.roaming.moves(Instant::now());
+                    self.transport.move_on();
+                    None
+                }
                 () = sleep_until(give_up) => match (self.lost.take(), self.waiting.take()) {
                     (Some((reason, _)), _) => return Ok(Outcome::LostBroker(reason)),
                     (None, Some((waiting, _))) => return Ok(Outcome::GaveUp(waiting)),
@@ -264,16 +324,31 @@ impl<T: Transport> Driver<'_, T> {
         lost.or(self.waiting.as_ref().map(|(_, since)| *since))
     }
 
+    /// Where in the list the present broker stands, and how long the list is.
+    fn place(&self) -> (usize, usize) {
+        let index = self.brokers.iter().position(|broker| *broker == self.broker);
+        (index.unwrap_or(self.brokers.len()), self.brokers.len())
+    }
+
     fn received(&mut self, event: TransportEvent) -> Option<Event> {
         Some(match event {
             TransportEvent::Connected { broker } => {
                 self.lost = None;
                 (self.observe)(Observation::Connected(&broker));
+                self.broker = broker;
+                let (index, len) = self.place();
+                self.roaming.arrived(index, len, Instant::now());
                 Event::Connected
             }
             TransportEvent::Disconnected { reason } => {
                 (self.observe)(Observation::Disconnected(&reason));
                 self.lost.get_or_insert((reason, Instant::now()));
+                self.roaming.lost();
+                Event::Disconnected
+            }
+            TransportEvent::Moving { broker } => {
+                (self.observe)(Observation::Moving(&broker));
+                self.roaming.lost();
                 Event::Disconnected
             }
             // Retained topics are cleared with an empty message.
@@ -308,6 +383,12 @@ impl<T: Transport> Driver<'_, T> {
                 self.cancelled.fetch_max(round.0, Ordering::Relaxed);
             }
             Action::Retain(keep) => self.blobs.retain(&keep)?,
+            Action::Brokers(standbys) => {
+                self.brokers = self.meeting.list(&standbys);
+                self.transport.set_brokers(self.brokers.clone());
+                let (index, len) = self.place();
+                self.roaming.list_changed(index, len);
+            }
             Action::Notify(notice) => self.notify(notice),
             Action::Stop => self.stopping = true,
         }
@@ -350,7 +431,13 @@ impl<T: Transport> Driver<'_, T> {
 
     fn notify(&mut self, mut notice: Notice) {
         match &mut notice {
-            Notice::Waiting(waiting) => self.waiting = waiting.clone().map(|waiting| (waiting, Instant::now())),
+            Notice::Waiting(waiting) => {
+                let now = Instant::now();
+                self.roaming.missing(waiting.as_ref().is_some_and(Waiting::is_for_company), now);
+                // To be at another broker, and to wait there, is no news of the others.
+                let since = self.roaming.searching_since().unwrap_or(now);
+                self.waiting = waiting.clone().map(|waiting| (waiting, since));
+            }
             Notice::Finished { reason, rounds, model, metrics } => {
                 let (reason, rounds, model, metrics) = (*reason, *rounds, *model, *metrics);
                 self.outcome = Some(Outcome::Finished { reason, rounds, model, metrics });
@@ -388,5 +475,19 @@ async fn sleep_until(deadline: Option<Instant>) {
     match deadline {
         Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
         None => std::future::pending().await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn standbys_stand_behind_what_one_was_told_and_ones_own_is_reached_without_the_network() {
+        let address = |text| Address::new(text).unwrap();
+        let hosted = Some(Hosted { local: "127.0.0.1:2".into(), advertised: Some(address("ward:2")) });
+        let meeting = Meeting { brokers: vec!["lab:1".into()], hosted };
+        let list = meeting.list(&[address("lab:1"), address("ward:2"), address("lab:3")]);
+        assert_eq!(list, ["lab:1", "127.0.0.1:2", "lab:3"]);
     }
 }

@@ -11,11 +11,11 @@ use crate::broker::BrokerConfig;
 use crate::config::{Part, Settings};
 use crate::events::{Entry, Event, Witness};
 use crate::journal::{Journal, JournalError};
-use crate::node::{self, Node, NodeError, Outcome, Storage};
+use crate::node::{self, Hosted, Meeting, Node, NodeError, Outcome, Storage};
 use crate::protocol::{Durable, Topics};
 use crate::training::{BurnTrainer, DataError, Dataset, PartitionError, TrainError, Trainer, histogram};
 use crate::transport::mqtt::{MqttConfig, MqttTransport, TransportError};
-use crate::types::PeerId;
+use crate::types::{Address, PeerId};
 use crate::weights::Layout;
 
 /// How often a connection shows that it lives. A dead one is noticed at the other end at once, or after
@@ -33,6 +33,7 @@ pub struct LocalPeer {
     journal: Journal,
     durable: Option<Durable>,
     trainer: BurnTrainer,
+    hosted: Option<Hosted>,
 }
 
 /// Why a peer cannot run.
@@ -79,7 +80,7 @@ impl LocalPeer {
         let name = loaded.peer;
         let (train, held_out) = own_data(settings)?.split(settings.val_fraction, settings.seed)?;
         let trainer = BurnTrainer::new(settings.training(), name.clone(), train, held_out)?;
-        Ok(Self { settings: settings.clone(), name, state_dir, journal, durable, trainer })
+        Ok(Self { settings: settings.clone(), name, state_dir, journal, durable, trainer, hosted: None })
     }
 
     /// Its name.
@@ -92,18 +93,29 @@ impl LocalPeer {
         &self.settings.federation
     }
 
-    /// The brokers where it meets the others, the best first.
-    pub fn brokers(&self) -> &[String] {
-        &self.settings.brokers
+    /// The brokers where it meets the others, the best first: those that its settings name, then the standbys that it
+    /// learned of in an earlier run.
+    pub fn brokers(&self) -> Vec<String> {
+        self.meeting().list(self.durable.iter().flat_map(Durable::standbys))
     }
 
-    /// The same peer, which meets the others at `broker` if its settings name none.
+    /// The same peer, which hosts a broker: it announces it, and meets the others there if its settings name none.
     #[must_use]
-    pub fn or_meeting_at(mut self, broker: String) -> Self {
+    pub fn hosting(mut self, hosted: Hosted) -> Self {
         if self.settings.brokers.is_empty() {
-            self.settings.brokers.push(broker);
+            self.settings.brokers.push(hosted.local.clone());
         }
+        self.hosted = Some(hosted);
         self
+    }
+
+    /// Where others reach the broker that it hosts, if it hosts one that they can reach.
+    pub fn advertised(&self) -> Option<&Address> {
+        self.hosted.as_ref().and_then(|hosted| hosted.advertised.as_ref())
+    }
+
+    fn meeting(&self) -> Meeting {
+        Meeting { brokers: self.settings.brokers.clone(), hosted: self.hosted.clone() }
     }
 
     /// Where it keeps its state.
@@ -177,6 +189,7 @@ impl LocalPeer {
         tell: &mut (dyn FnMut(Entry) + Send),
     ) -> Result<Outcome, PeerError> {
         let mut stop = std::pin::pin!(stop);
+        let meeting = self.meeting();
         let topics = Topics::new(&self.settings.prefix, &self.settings.federation);
         let connecting = MqttTransport::connect(self.mqtt_config(&topics), BROKER_PATIENCE);
         let transport = tokio::select! {
@@ -189,6 +202,7 @@ impl LocalPeer {
             codec: self.settings.codec(),
             topics,
             transport,
+            meeting,
             storage: Storage::Disk(self.journal),
             durable: self.durable,
             trainer: Box::new(self.trainer),
@@ -204,7 +218,7 @@ impl LocalPeer {
 
     fn mqtt_config(&self, topics: &Topics) -> MqttConfig {
         MqttConfig {
-            brokers: self.settings.brokers.clone(),
+            brokers: self.brokers(),
             federation: self.settings.federation.clone(),
             peer: self.name.clone(),
             keep_alive: KEEP_ALIVE,

@@ -1,5 +1,5 @@
-//! The words that every floor uses: who ([`PeerId`]), when ([`Round`], [`Term`]), what ([`Digest`])
-//! and how well ([`Metrics`]).
+//! The words that every floor uses: who ([`PeerId`]), when ([`Round`], [`Term`]), what ([`Digest`]),
+//! how well ([`Metrics`]) and where ([`Address`]).
 
 use std::fmt;
 use std::str::FromStr;
@@ -68,6 +68,69 @@ impl fmt::Debug for PeerId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
+}
+
+/// Where others reach a broker: `HOST:PORT`, an IPv6 host in brackets; a definite host, and not port 0.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Address(Arc<str>);
+
+/// A text that cannot be an [`Address`].
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is not HOST:PORT where others can reach a broker")]
+pub struct AddressError(String);
+
+/// The longest [`Address`], in bytes: a name of the domain name system, a colon and a port.
+pub const ADDRESS_BYTES_MAX: usize = 253 + 1 + 5;
+
+impl Address {
+    /// Checks `text` and takes it as an address.
+    pub fn new(text: &str) -> Result<Self, AddressError> {
+        let definite = |(host, port): (&str, u16)| port > 0 && !["0.0.0.0", "[::]"].contains(&host);
+        let valid = text.len() <= ADDRESS_BYTES_MAX && host_and_port(text).is_some_and(definite);
+        if valid { Ok(Self(text.into())) } else { Err(AddressError(text.chars().take(ADDRESS_BYTES_MAX).collect())) }
+    }
+
+    /// The address as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl TryFrom<String> for Address {
+    type Error = AddressError;
+    fn try_from(text: String) -> Result<Self, AddressError> {
+        Self::new(&text)
+    }
+}
+
+impl From<Address> for String {
+    fn from(address: Address) -> Self {
+        address.0.as_ref().to_owned()
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&self.0)
+    }
+}
+
+impl fmt::Debug for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// The parts of `HOST:PORT`. An IPv6 host is in brackets, so the last colon is always the port's.
+pub fn host_and_port(text: &str) -> Option<(&str, u16)> {
+    let (host, port) = text.rsplit_once(':')?;
+    let inside = host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']'));
+    let good = match inside {
+        Some(ip) => ip.parse::<core::net::Ipv6Addr>().is_ok(),
+        None => !host.is_empty() && host.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b)),
+    };
+    Some((host, port.parse().ok().filter(|_| good)?))
 }
 
 /// One turn of evaluate, elect, train, gather, aggregate, commit; counted from 1. Round 0 is the genesis.
@@ -212,6 +275,17 @@ mod tests {
         }
         for bad in ["", "all", "a/b", "a+b", "#", "$x", "é", "a b", &"x".repeat(65)] {
             assert!(PeerId::new(bad).is_err(), "{bad:?} was taken");
+        }
+    }
+
+    #[test]
+    fn an_address_is_where_others_reach_a_broker() {
+        for good in ["ward-3:1883", "192.168.1.20:1", "[2001:db8::1]:1883", &format!("{}:65535", "x".repeat(253))] {
+            assert_eq!(Address::new(good).unwrap().as_str(), good);
+        }
+        let long = format!("{}:65535", "x".repeat(254));
+        for bad in ["", "a", "a:0", ":1", "0.0.0.0:1", "[::]:1", "::1:1", "a b:1", "a:65536", "mqtt://a:1", &long] {
+            assert!(Address::new(bad).is_err(), "{bad:?} was taken");
         }
     }
 

@@ -12,7 +12,7 @@ use rodizio::protocol::decree::Record;
 use rodizio::protocol::message::{Body, Envelope, Head, Hello, Leading, Update, VERSION};
 use rodizio::protocol::{Config, Contributor, Decree, Durable, Event, Identity, Outcome, Peer, Reason, Roster};
 use rodizio::transfer::{ChunkSet, Codec, Manifest};
-use rodizio::types::{Digest, Metrics, PeerId, Round, Term};
+use rodizio::types::{Address, Digest, Metrics, PeerId, Round, Term};
 use rodizio::weights::{Layout, TensorSpec};
 
 /// `cases` cases, the same ones on every run.
@@ -53,6 +53,10 @@ fn manifest() -> impl Strategy<Value = Manifest> {
     })
 }
 
+fn address() -> impl Strategy<Value = Address> {
+    "[a-z]{1,9}:[1-9][0-9]{0,3}".prop_map(|text| Address::new(&text).unwrap())
+}
+
 fn round() -> impl Strategy<Value = Round> {
     prop_oneof![4 => (0..4u64).prop_map(Round), 1 => any::<u64>().prop_map(Round)]
 }
@@ -72,18 +76,11 @@ fn decree() -> impl Strategy<Value = Decree> {
     let record =
         (prop::option::of((0.0..9.0f64, round())), any::<u32>()).prop_map(|(best, stale)| Record { best, stale });
     let contributors = prop::collection::vec(contributor, 0..4);
+    let standbys = prop::collection::btree_map(peer(), address(), 0..3);
     let who = (round(), digest(), peer(), term());
-    (who, outcome, contributors, prop::option::of(metrics()), record, roster()).prop_map(
-        |((round, parent, leader, term), outcome, contributors, parent_metrics, record, next_roster)| Decree {
-            round,
-            parent,
-            leader,
-            term,
-            outcome,
-            contributors,
-            parent_metrics,
-            record,
-            next_roster,
+    (who, outcome, contributors, prop::option::of(metrics()), record, roster(), standbys).prop_map(
+        |((round, parent, leader, term), outcome, contributors, parent_metrics, record, next_roster, standbys)| {
+            Decree { round, parent, leader, term, outcome, contributors, parent_metrics, record, next_roster, standbys }
         },
     )
 }
@@ -92,8 +89,9 @@ fn hello() -> impl Strategy<Value = Hello> {
     let entries =
         prop_oneof![Just(Config::default().entries()), prop::collection::btree_map("[a-z]{1,8}", "[ -~]{0,20}", 0..4),];
     let head = prop::option::of((round(), digest()));
-    (entries, Just(layout().digest()), any::<u64>(), head, prop::option::of(digest()), any::<bool>(), any::<[u32; 2]>())
-        .prop_map(|(entries, layout, num_examples, head, genesis, done, [number, lag_ms])| Hello {
+    let own = (any::<[u32; 2]>(), prop::option::of(address()));
+    (entries, Just(layout().digest()), any::<u64>(), head, prop::option::of(digest()), any::<bool>(), own).prop_map(
+        |(entries, layout, num_examples, head, genesis, done, ([number, lag_ms], broker))| Hello {
             entries,
             layout,
             num_examples,
@@ -102,7 +100,9 @@ fn hello() -> impl Strategy<Value = Hello> {
             done,
             number,
             lag_ms,
-        })
+            broker,
+        },
+    )
 }
 
 fn chunks() -> impl Strategy<Value = ChunkSet> {
@@ -197,6 +197,18 @@ proptest! {
     }
 }
 
+#[test]
+fn a_hello_with_an_address_that_is_none_is_refused() {
+    let good = hello_with_broker("127.0.0.1:1883");
+    assert!(Envelope::decode(&good).is_ok());
+    let at = good.windows(14).position(|part| part == b"127.0.0.1:1883").unwrap();
+    for bad in [&b"0.0.0.0:0001883"[..14], b"127.0.0.1:0000", b"127.0.0.1 1883", b"http://x:18834"] {
+        let mut bytes = good.to_vec();
+        bytes[at..at + 14].copy_from_slice(bad);
+        assert!(Envelope::decode(&Bytes::from(bytes)).is_err(), "{:?} was taken", str::from_utf8(bad));
+    }
+}
+
 proptest! {
     #![proptest_config(cases(256))]
 
@@ -204,7 +216,7 @@ proptest! {
     #[test]
     fn no_conversation_makes_a_peer_panic(messages in prop::collection::vec((envelope(), 0..3000u64), 1..60)) {
         let (me, start) = (PeerId::new("a").unwrap(), Instant::now());
-        let identity = Identity { peer: me, layout: layout(), num_examples: 7 };
+        let identity = Identity { peer: me, layout: layout(), num_examples: 7, broker: None };
         let mut peer = Peer::new(Config::default(), identity, None, &BTreeSet::new(), start);
         let mut now = start;
         peer.handle(Event::Connected, now);
@@ -225,6 +237,14 @@ proptest! {
     }
 }
 
+fn hello_with_broker(broker: &str) -> Bytes {
+    let broker = Some(Address::new(broker).unwrap());
+    let (entries, layout) = (BTreeMap::new(), layout().digest());
+    let hello = Hello { entries, layout, num_examples: 1, head: None, genesis: None, done: false, broker };
+    let (sender, signature) = (PeerId::new("a").unwrap(), vec![]);
+    Envelope { version: VERSION, sender, signature, round: Round(0), term: Term(0), body: Body::Hello(hello) }.encode()
+}
+
 #[test]
 fn a_length_that_no_message_has_allocates_nothing() {
     // A hello whose map claims 2^60 entries: the header of a real one, then the count.
@@ -243,6 +263,7 @@ fn a_length_that_no_message_has_allocates_nothing() {
             done: false,
             number: 0,
             lag_ms: 0,
+            broker: None,
         }),
     };
     // version, name length, name, signature length, round, term, variant; then the count of entries.

@@ -241,6 +241,8 @@ Examples:
       One of five peers that share out the data set, with the broker of this machine
   rodizio join --broker lab:1883,spare:1883
       Go to spare when lab cannot be reached
+  rodizio join --broker lab:1883 --host-broker --listen 0.0.0.0:1883
+      Carry a standby: when lab cannot be reached, all go there
   rodizio join --broker lab:1883 --state-dir /var/lib/rodizio
       Run again with the same state directory, the peer goes on where it stopped";
 

@@ -16,11 +16,11 @@ use crate::cli::follow::{Audience, check_same, choose_run_dir, earlier_settings,
 use crate::cli::narrator::Narrator;
 use crate::cli::output::{Notice, Output};
 use crate::cli::{Exit, Failure, Shell, interrupt, log, runtime};
-use crate::cluster::{self, Stop, reachable_at, start_broker};
+use crate::cluster::{self, Stop, advertised_at, reachable_at, start_broker};
 use crate::config::{Layers, Settings};
 use crate::events::Recorder;
 use crate::journal::JournalError;
-use crate::node::Outcome;
+use crate::node::{Hosted, Outcome};
 use crate::peer::{LocalPeer, PeerError};
 use crate::rundir::RunDir;
 
@@ -87,7 +87,7 @@ async fn take_part(
 ) -> Result<Exit, Failure> {
     let (_request, stop) = interrupt::listen();
     let broker = host(&settings).await?;
-    let peer = meeting_at(peer, broker.as_ref());
+    let peer = hosting(peer, &settings, broker.as_ref()).await;
     output.show(&Notice::Info { text: introduction(&peer, broker.as_ref(), &run_dir) })?;
     if peer.has_finished() {
         let text = format!(
@@ -130,17 +130,32 @@ async fn host(settings: &Settings) -> Result<Option<Broker>, Failure> {
     Ok(Some(start_broker(listen, settings.min_peers, settings.chunk_bytes).await?))
 }
 
-/// A list of brokers that is given holds for the one that hosts the first of them, too.
-fn meeting_at(peer: LocalPeer, broker: Option<&Broker>) -> LocalPeer {
-    match broker {
-        Some(broker) => peer.or_meeting_at(reachable_at(broker.addr()).to_string()),
-        None => peer,
-    }
+/// The peer with the broker that it hosts, if it does. A list of brokers that is given holds for the one that hosts the
+/// first of them, too.
+async fn hosting(peer: LocalPeer, settings: &Settings, broker: Option<&Broker>) -> LocalPeer {
+    let Some(broker) = broker else { return peer };
+    let advertised = match &settings.advertise {
+        Some(address) => Some(address.clone()),
+        None => advertised_at(broker.addr(), &settings.brokers).await,
+    };
+    peer.hosting(Hosted { local: reachable_at(broker.addr()).to_string(), advertised })
 }
 
 fn introduction(peer: &LocalPeer, broker: Option<&Broker>, run_dir: &RunDir) -> String {
     let mut text = format!("peer     {}, federation {}\n", peer.name(), peer.federation());
     text += &format!("broker   {}\n", peer.brokers().join(", "));
+    if let Some(broker) = broker {
+        text += &match peer.advertised() {
+            Some(address) => {
+                format!("standby  {address}: the others learn of it and meet there when their brokers fail\n")
+            }
+            None => format!(
+                "standby  none: {} is of use on this machine only (--listen 0.0.0.0:{} or --advertise)\n",
+                broker.addr(),
+                broker.addr().port()
+            ),
+        };
+    }
     text += &format!("state    {}\n", peer.state_dir().display());
     text += &format!("results  {}\n", run_dir.path().display());
     text += &format!("data     {} to train on, {} held out\n", peer.num_examples(), peer.num_held_out());
@@ -175,7 +190,8 @@ fn tell_entries(args: &JoinArgs, settings: &Settings, peer: LocalPeer, shell: &m
         stop_with_stdin(request);
         let broker = host(settings).await?;
         let (sender, mut entries) = unbounded_channel();
-        let mut task = cluster::spawn(meeting_at(peer, broker.as_ref()), &stop, &sender);
+        let peer = hosting(peer, settings, broker.as_ref()).await;
+        let mut task = cluster::spawn(peer, &stop, &sender);
         drop(sender);
         while let Some(entry) = entries.recv().await {
             let out = &mut shell.stdout.out;

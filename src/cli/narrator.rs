@@ -120,6 +120,7 @@ impl Narrator {
                 Vec::new()
             }
             Event::Said { line } => vec![Notice::Info { text: format!("{peer}: {line}") }],
+            Event::Moved { broker } => vec![Notice::Info { text: format!("looking for the others at {broker}") }],
             Event::Connected { broker } => self.connected(broker).into_iter().collect(),
             event => self.warning(peer, event).into_iter().collect(),
         }

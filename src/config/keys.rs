@@ -215,6 +215,8 @@ pub static KEYS: &[Key] = &[
         "Where a broker of one's own listens, HOST:PORT (port 0: a free one); none: run: 127.0.0.1:0, else 127.0.0.1:1883"),
     key(Group::Network, UsedBy::Join, "host_broker", Kind::Switch, "false",
         "Whether this peer runs a broker for the others"),
+    key(Group::Network, UsedBy::Join, "advertise", Kind::Reachable, NONE,
+        "Where other machines reach the broker of host_broker, HOST:PORT; none: derived from listen"),
     key(Group::Network, UsedBy::Peers, "prefix", Kind::Levels { len_max: 8 }, "rodizio",
         "Start of every topic"),
     key(Group::Network, UsedBy::Everyone, "chunk_bytes", Kind::Size { min: 1 << 10, max: 16 << 20 }, "512KiB",

@@ -4,7 +4,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::types::{PEER_ID_BYTES_MAX, PeerId};
+use crate::types::{Address, PEER_ID_BYTES_MAX, PeerId, host_and_port};
 
 /// One of the equal claims to a data set that is split among peers: the `index`-th of `of`, counted from 1. Its text is
 /// `index/of`.
@@ -62,8 +62,10 @@ pub enum Kind {
         /// The most levels.
         len_max: usize,
     },
-    /// `HOST:PORT`.
+    /// `HOST:PORT` to listen on.
     Address,
+    /// An [`Address`].
+    Reachable,
     /// A list of `HOST:PORT`, not empty; port 0 is refused.
     Addresses {
         /// The longest list.
@@ -111,7 +113,8 @@ pub enum Value {
     Duration(Duration),
     /// Of [`Kind::Size`], in bytes.
     Size(u64),
-    /// Of [`Kind::Policy`], [`Kind::Level`], [`Kind::Levels`] and [`Kind::Address`].
+    /// Of [`Kind::Policy`], [`Kind::Level`], [`Kind::Levels`], [`Kind::Address`] and
+    /// [`Kind::Reachable`].
     Text(String),
     /// Of [`Kind::Addresses`].
     Texts(Vec<String>),
@@ -141,7 +144,8 @@ impl Kind {
                 let good = text.split('/').count() <= len_max && text.split('/').all(is_level);
                 good.then(|| Value::Text(text.into()))
             }
-            Kind::Address => port_of(text).map(|_| Value::Text(text.into())),
+            Kind::Address => host_and_port(text).map(|_| Value::Text(text.into())),
+            Kind::Reachable => Address::new(text).ok().map(|_| Value::Text(text.into())),
             Kind::Addresses { len_max } => addresses(text, len_max).map(Value::Texts),
             Kind::Peer => PeerId::new(text).ok().map(Value::Peer),
             Kind::Part => part(text).map(Value::Part),
@@ -162,7 +166,7 @@ impl Kind {
             Kind::Size { .. } => "SIZE",
             Kind::Level | Kind::Peer => "NAME",
             Kind::Levels { .. } => "TOPIC",
-            Kind::Address | Kind::Addresses { .. } => "HOST:PORT",
+            Kind::Address | Kind::Reachable | Kind::Addresses { .. } => "HOST:PORT",
             Kind::Part => "I/N",
             Kind::Path => "DIR",
         }
@@ -193,6 +197,7 @@ impl fmt::Display for Kind {
                 write!(f, "up to {len_max} parts separated by /, each 1 to {PEER_ID_BYTES_MAX} of A-Z a-z 0-9 - _ .")
             }
             Kind::Address => f.write_str("HOST:PORT, like 0.0.0.0:1883 or [::]:1883"),
+            Kind::Reachable => f.write_str("HOST:PORT as others reach it, like 192.168.1.20:1883"),
             Kind::Addresses { len_max } => {
                 write!(f, "up to {len_max} of HOST:PORT, separated by commas, like 192.168.1.20:1883")
             }
@@ -351,20 +356,9 @@ fn is_policy(words: &[&str], text: &str) -> bool {
     named || plain.contains(&text)
 }
 
-/// The port of `HOST:PORT`. An IPv6 host is in brackets, so the last colon is always the port's.
-fn port_of(text: &str) -> Option<u16> {
-    let (host, port) = text.rsplit_once(':')?;
-    let inside = host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']'));
-    let good = match inside {
-        Some(ip) => ip.parse::<std::net::Ipv6Addr>().is_ok(),
-        None => !host.is_empty() && host.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b)),
-    };
-    port.parse().ok().filter(|_| good)
-}
-
 fn addresses(text: &str, len_max: usize) -> Option<Vec<String>> {
     let items: Vec<_> = text.split(',').map(str::trim).collect();
-    let good = items.len() <= len_max && items.iter().all(|item| port_of(item).is_some_and(|port| port > 0));
+    let good = items.len() <= len_max && items.iter().all(|item| host_and_port(item).is_some_and(|(_, port)| port > 0));
     good.then(|| items.into_iter().map(str::to_owned).collect())
 }
 
@@ -436,6 +430,7 @@ mod tests {
             &["a:1883", "127.0.0.1:0", "[::1]:1883"],
             &["a", ":1883", "a:", "a:70000", "::1:1883", "mqtt://a:1"],
         );
+        takes(&Kind::Reachable, &["a:1883", "[::1]:1883"], &["a:0", "0.0.0.0:1883", "a"]);
         let list = Kind::Addresses { len_max: 2 };
         takes(&list, &["a:1", "a:1, b:2"], &["", "a:0", "a:1,", "a:1,b:2,c:3"]);
     }

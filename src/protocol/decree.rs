@@ -1,5 +1,6 @@
 //! What a round decides.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
@@ -7,7 +8,10 @@ use serde::{Deserialize, Serialize};
 use crate::protocol::config::Config;
 use crate::protocol::roster::Roster;
 use crate::transfer::Manifest;
-use crate::types::{Digest, Metrics, PeerId, Round, Term};
+use crate::types::{Address, Digest, Metrics, PeerId, Round, Term};
+
+/// The most brokers that a decree names.
+pub const STANDBYS_MAX: usize = 16;
 
 /// What a round decides: at most one decree commits per round, whatever happens.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -30,6 +34,9 @@ pub struct Decree {
     pub record: Record,
     /// Who may vote in the next round.
     pub next_roster: Roster,
+    /// The brokers that members of the next roster host, by host, at most [`STANDBYS_MAX`]: where the members meet, in
+    /// the order of the hosts' names, when the brokers fail that each was told of.
+    pub standbys: BTreeMap<PeerId, Address>,
 }
 
 /// What becomes of the model.

@@ -8,7 +8,10 @@ use crate::protocol::decree::Decree;
 use crate::protocol::message::{Head, Update};
 use crate::protocol::roster::Roster;
 use crate::transfer::Manifest;
-use crate::types::{Digest, PeerId, Round, Term};
+use crate::types::{Address, Digest, PeerId, Round, Term};
+
+/// The version of the encoding: its first number. An encoding without one begins with 0 or 1.
+const VERSION: u16 = 2;
 
 /// A peer's promises: with them a restarted peer goes on as if it had only been slow.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -66,6 +69,11 @@ impl Durable {
         }
     }
 
+    /// The brokers that members host, in the order that the newest decree fixes.
+    pub fn standbys(&self) -> impl Iterator<Item = &Address> {
+        self.head.iter().flat_map(|head| head.decree.standbys.values())
+    }
+
     /// The blobs that these promises rest on, which are to be kept.
     pub fn manifests(&self) -> impl Iterator<Item = &Manifest> {
         let head = self.head.as_ref().map(|head| head.decree.model());
@@ -76,13 +84,13 @@ impl Durable {
 
     /// The bytes to store.
     pub fn encode(&self) -> Vec<u8> {
-        postcard::to_stdvec(self).expect("promises hold nothing that postcard refuses")
+        postcard::to_stdvec(&(VERSION, self)).expect("promises hold nothing that postcard refuses")
     }
 
     /// Reads what [`encode`](Self::encode) wrote; `None` if it did not.
     pub fn decode(bytes: &[u8]) -> Option<Self> {
         match postcard::take_from_bytes(bytes) {
-            Ok((durable, [])) => Some(durable),
+            Ok(((VERSION, durable), [])) => Some(durable),
             _ => None,
         }
     }

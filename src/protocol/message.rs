@@ -8,13 +8,13 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use crate::protocol::decree::Decree;
+use crate::protocol::decree::{Decree, STANDBYS_MAX};
 use crate::protocol::roster::{ROSTER_MAX, Roster};
 use crate::transfer::{CHUNK_BYTES_MAX, ChunkSet, Manifest};
-use crate::types::{Digest, Metrics, PeerId, Round, Term};
+use crate::types::{Address, Digest, Metrics, PeerId, Round, Term};
 
 /// The protocol's version: the first number of every message.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 
 /// The longest message without a chunk, in bytes: a decree of a full roster fits.
 pub const CONTROL_BYTES_MAX: usize = 4 * 1024 * 1024;
@@ -142,6 +142,8 @@ pub struct Hello {
     pub number: u32,
     /// How long a message took of late, at most, to the broker and back on the peer's line, in milliseconds.
     pub lag_ms: u32,
+    /// Where others reach the broker that the peer hosts, if it hosts one.
+    pub broker: Option<Address>,
 }
 
 impl Hello {
@@ -271,6 +273,9 @@ impl Envelope {
 fn check_decree(decree: &Decree) -> Result<(), MessageError> {
     if decree.contributors.len() > ROSTER_MAX {
         return Err(MessageError::Limit("the list of contributors"));
+    }
+    if decree.standbys.len() > STANDBYS_MAX {
+        return Err(MessageError::Limit("the number of standby brokers"));
     }
     let measured = decree.parent_metrics.iter().chain(decree.contributors.iter().map(|part| &part.metrics));
     if !measured.into_iter().all(Metrics::is_finite) || decree.record.best.is_some_and(|(loss, _)| !loss.is_finite()) {

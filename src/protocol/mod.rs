@@ -22,6 +22,7 @@ mod lag;
 pub mod message;
 mod notice;
 mod phases;
+pub mod roaming;
 pub mod roster;
 mod timer;
 pub mod topic;
@@ -33,7 +34,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 
 use crate::transfer::Manifest;
-use crate::types::{Digest, Metrics, PeerId, Round, Term};
+use crate::types::{Address, Digest, Metrics, PeerId, Round, Term};
 use crate::weights::Layout;
 
 pub use config::Config;
@@ -41,6 +42,7 @@ pub use decree::{Contributor, Decree, Outcome, Reason};
 pub use durable::Durable;
 pub use election::Policy;
 pub use notice::{Committed, Difference, Notice, Seconds, Waiting};
+pub use roaming::Roaming;
 pub use roster::Roster;
 pub use topic::{Topic, Topics};
 
@@ -103,6 +105,8 @@ pub enum Action {
     CancelTraining(Round),
     /// Every other blob may be deleted.
     Retain(BTreeSet<Digest>),
+    /// These brokers, in this order, are there beside those that the peer was started with.
+    Brokers(Vec<Address>),
     /// Tell people and journals.
     Notify(Notice),
     /// The peer is done: say goodbye and leave.
@@ -190,6 +194,8 @@ pub struct Identity {
     pub layout: Arc<Layout>,
     /// How many training examples it has.
     pub num_examples: u64,
+    /// Where others reach the broker that it hosts, if it hosts one.
+    pub broker: Option<Address>,
 }
 
 /// Another peer, as far as it was heard.
@@ -205,7 +211,7 @@ struct Neighbour {
 }
 
 /// What is kept of a peer's newest hello.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct Greeting {
     /// Names its configuration and layout, if they are not this peer's.
     other_group: Option<Digest>,
@@ -213,6 +219,8 @@ struct Greeting {
     done: bool,
     /// How long a message takes it to the broker and back.
     lag: Duration,
+    /// Where others reach the broker that it hosts, if it hosts one.
+    broker: Option<Address>,
 }
 
 /// How a peer's part ended.
@@ -247,6 +255,10 @@ pub struct Peer {
     layout_digest: Digest,
     entries: BTreeMap<String, String>,
     num_examples: u64,
+    /// Where others reach the broker that this peer hosts.
+    broker: Option<Address>,
+    /// The standby brokers that the node was told of last.
+    brokers_told: Vec<Address>,
     durable: Durable,
     neighbours: BTreeMap<PeerId, Neighbour>,
     genesis: Genesis,
@@ -289,6 +301,8 @@ impl Peer {
             layout_digest: identity.layout.digest(),
             layout: identity.layout,
             num_examples: identity.num_examples,
+            broker: identity.broker,
+            brokers_told: Vec::new(),
             durable,
             neighbours: BTreeMap::new(),
             genesis: Genesis::default(),

@@ -254,6 +254,13 @@ pub enum Waiting {
     },
 }
 
+impl Waiting {
+    /// Whether too few are in sight, so that the others may be at another broker.
+    pub fn is_for_company(&self) -> bool {
+        matches!(self, Waiting::Peers { .. } | Waiting::Founders(_) | Waiting::Quorum { .. })
+    }
+}
+
 impl fmt::Display for Waiting {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

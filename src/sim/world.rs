@@ -21,7 +21,7 @@ use crate::sim::trainer::ArithmeticTrainer;
 use crate::sim::{Detail, Report, Scenario, Trace, Violation};
 use crate::training::Trainer;
 use crate::transfer::{CHUNK_BYTES_MIN, Codec, Manifest};
-use crate::types::{Digest, PeerId, Round, Term};
+use crate::types::{Address, Digest, PeerId, Round, Term};
 
 /// How long after the last fault the federation may take to finish, besides what its rounds may take.
 const LIVENESS_BOUND: Duration = Duration::from_secs(120);
@@ -322,7 +322,8 @@ impl<'a> World<'a> {
             let trainer = simulated.trainer();
             (trainer.layout(), trainer.num_examples())
         };
-        let identity = Identity { peer: id.clone(), layout, num_examples };
+        let broker = Address::new(&format!("{id}:1883")).ok();
+        let identity = Identity { peer: id.clone(), layout, num_examples, broker };
         let peer = Peer::new(self.config.clone(), identity, simulated.durable.clone(), &held, self.now);
         #[cfg(test)]
         let peer = {
@@ -413,7 +414,8 @@ impl<'a> World<'a> {
                 self.schedule(span, Happening::Work(id.clone(), start, job));
                 Ok(())
             }
-            Action::CancelTraining(_) => Ok(()),
+            // There is one broker, whatever the peers believe.
+            Action::CancelTraining(_) | Action::Brokers(_) => Ok(()),
             Action::Retain(keep) => {
                 // Memory cannot fail.
                 let _ = self.peers[id].blobs.retain(&keep);

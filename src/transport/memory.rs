@@ -136,6 +136,11 @@ impl Transport for MemoryTransport {
         }
     }
 
+    /// The hub is the only place.
+    fn set_brokers(&mut self, _brokers: Vec<String>) {}
+
+    fn move_on(&mut self) {}
+
     async fn stop(self) {
         self.hub.state().leave(&self.id, self.number);
     }

@@ -28,6 +28,11 @@ pub enum TransportEvent {
         /// Why, for people.
         reason: String,
     },
+    /// As [`Disconnected`](Self::Disconnected), but wanted: the peer has left its broker for this one.
+    Moving {
+        /// The new broker's address.
+        broker: String,
+    },
     /// A message to one of the filters.
     Message {
         /// The topic it was published to.
@@ -98,6 +103,13 @@ pub trait Transport: Send {
     ///
     /// What waits here is bounded by the receivers: they grant the chunks that may be sent.
     fn send(&mut self, message: Outgoing);
+
+    /// Replaces the list of brokers, the best first. A connection that there is stays.
+    fn set_brokers(&mut self, brokers: Vec<String>);
+
+    /// Leaves this broker for the next one of the list that answers; the last will speaks for it here. Where no other
+    /// answers nothing happens.
+    fn move_on(&mut self);
 
     /// Sends what is queued, says goodbye, so that the last will does not fire, and ends. Takes a few seconds at most.
     fn stop(self) -> impl Future<Output = ()> + Send;
@@ -185,6 +197,20 @@ mod tests {
             match self {
                 Any::Mqtt(transport) => transport.send(message),
                 Any::Memory(transport) => transport.send(message),
+            }
+        }
+
+        fn set_brokers(&mut self, brokers: Vec<String>) {
+            match self {
+                Any::Mqtt(transport) => transport.set_brokers(brokers),
+                Any::Memory(transport) => transport.set_brokers(brokers),
+            }
+        }
+
+        fn move_on(&mut self) {
+            match self {
+                Any::Mqtt(transport) => transport.move_on(),
+                Any::Memory(transport) => transport.move_on(),
             }
         }
 

@@ -5,11 +5,15 @@
 //! the pairs one after another; each connection has a task of its own inside it, in which rumqttc's event loop is
 //! polled and never interrupted (it loses packets when it is) beside the loop that feeds it.
 
+mod answers;
+mod pulse;
+
 use std::convert::Infallible;
 use std::fmt;
 use std::future::pending;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -21,21 +25,20 @@ use rumqttc::{
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
-use tokio::time::error::Elapsed;
 use tokio::time::{Instant, sleep, timeout};
 use tracing::{debug, error};
+
+use answers::{Answers, Limits};
+use pulse::Pulse;
 
 use super::{Class, Outgoing, Transport, TransportEvent, Will};
 use crate::types::PeerId;
 
-/// How long one broker may take over each step of letting a peer in: to take a connection, or a subscription. On a slow
-/// line that loses packets all steps together take longer, though each of them shows that the broker is there.
-const STEP_MAX: Duration = Duration::from_secs(5);
+/// So many passes over the list of brokers are made at least, when a peer starts: an answer may be lost.
+const PASSES_MIN: u32 = 3;
 
-/// So many times each broker is tried at least, when a peer starts: an answer may be lost.
-const ATTEMPTS_MIN: u32 = 3;
-
-/// The pause before the first attempt to connect again; it doubles with each one that fails.
+/// The pause between two passes over the list of brokers; it doubles with each one that fails. There is none before the
+/// first.
 const PAUSE_MIN: Duration = Duration::from_millis(100);
 
 /// The longest such pause. A connection that lived this long starts again with the shortest.
@@ -71,8 +74,8 @@ const PACKET_OVERHEAD: usize = 9;
 pub struct MqttConfig {
     /// Where brokers are, as `host:port`, the best one first.
     ///
-    /// Whenever there is no connection they are tried in this order, so that peers who share the list meet at the
-    /// first one that all of them reach.
+    /// They are tried in this order, so that peers who share the list meet at the first one that all of them reach. Only
+    /// after the loss of a connection the same broker comes first, once: a hiccup is not to move anybody.
     pub brokers: Vec<String>,
 
     /// The federation's name: part of the connections' names at the broker.
@@ -160,6 +163,7 @@ pub struct MqttTransport {
     /// The way out, from `Connected` to `Disconnected`: as the node sees it, so that what it sends to a connection
     /// that has broken does not end up in the next one.
     orders: Option<Lanes<UnboundedSender<Order>>>,
+    course: watch::Sender<Course>,
     packet_bytes_max: usize,
     /// The one task that drives the pairs. Dropping it ends everything at once.
     driver: JoinSet<()>,
@@ -175,24 +179,25 @@ impl MqttTransport {
         let brokers = parse_brokers(&config.brokers)?;
         let patience_ends = Instant::now() + patience;
         let mut pause = PAUSE_MIN;
-        let mut attempts = 0;
+        let mut pass = 0;
         let pair = loop {
-            attempts += 1;
-            match Pair::connect(&config, &brokers).await {
+            match Pair::connect(&config, &brokers, pass).await {
                 Ok(pair) => break pair,
                 Err(error @ (TransportError::Refused { .. } | TransportError::Subscription { .. })) => {
                     return Err(error);
                 }
-                Err(error) if attempts >= ATTEMPTS_MIN && Instant::now() + pause > patience_ends => return Err(error),
+                Err(error) if pass + 1 >= PASSES_MIN && Instant::now() + pause > patience_ends => return Err(error),
                 Err(_) => sleep(pause).await,
             }
             pause = longer(pause);
+            pass += 1;
         };
         let packet_bytes_max = config.packet_bytes_max;
         let (sender, reports) = unbounded_channel();
         let mut driver = JoinSet::new();
-        driver.spawn(drive(config, brokers, pair, sender));
-        Ok(Self { reports, orders: None, packet_bytes_max, driver })
+        let (course, steering) = watch::channel(Course { brokers, moves: 0 });
+        driver.spawn(drive(config, steering, pair, sender));
+        Ok(Self { reports, orders: None, course, packet_bytes_max, driver })
     }
 
     /// Takes note of what a report says and turns it into what the node sees.
@@ -205,6 +210,10 @@ impl MqttTransport {
             Report::Disconnected { reason } => {
                 self.orders = None;
                 TransportEvent::Disconnected { reason }
+            }
+            Report::Moving { broker } => {
+                self.orders = None;
+                TransportEvent::Moving { broker }
             }
             Report::Message { topic, payload, .. } => TransportEvent::Message { topic, payload },
         }
@@ -228,6 +237,17 @@ impl Transport for MqttTransport {
             // An error says that the connection has broken; the report of it is on its way.
             let _ = orders.of(message.class.into()).send(Order::Publish(message));
         }
+    }
+
+    fn set_brokers(&mut self, brokers: Vec<String>) {
+        match parse_brokers(&brokers) {
+            Ok(brokers) => self.course.send_modify(|course| course.brokers = brokers),
+            Err(error) => error!(%error, "the list of brokers stays as it was"),
+        }
+    }
+
+    fn move_on(&mut self) {
+        self.course.send_modify(|course| course.moves += 1);
     }
 
     async fn stop(mut self) {
@@ -290,6 +310,30 @@ enum Order {
     Stop,
 }
 
+/// What the transport wants of the driver.
+struct Course {
+    /// The best first.
+    brokers: Vec<Broker>,
+    /// How often it was asked to move on.
+    moves: u64,
+}
+
+impl Course {
+    /// The brokers behind the one called `here` in the list, round to those before it; without itself.
+    fn others(&self, here: &str) -> Vec<Broker> {
+        let at = self.brokers.iter().position(|broker| broker.to_string() == here);
+        let (before, behind) = self.brokers.split_at(at.map_or(0, |at| at + 1));
+        let others = behind.iter().chain(before).filter(|broker| broker.to_string() != here);
+        others.cloned().collect()
+    }
+
+    /// What is tried at once when the broker called `here` is lost: itself, then the list from the top.
+    fn after_loss(&self, here: &str) -> Vec<Broker> {
+        let rest = self.brokers.iter().filter(|broker| broker.to_string() != here).cloned();
+        parse_broker(here).into_iter().chain(rest).collect()
+    }
+}
+
 /// From the driver to the transport.
 enum Report {
     Connected {
@@ -298,6 +342,9 @@ enum Report {
     },
     Disconnected {
         reason: String,
+    },
+    Moving {
+        broker: String,
     },
     Message {
         topic: String,
@@ -308,34 +355,87 @@ enum Report {
 }
 
 /// Keeps the peer connected until the transport is stopped or dropped.
-async fn drive(config: MqttConfig, brokers: Vec<Broker>, first: Pair, reports: UnboundedSender<Report>) {
+async fn drive(config: MqttConfig, mut course: watch::Receiver<Course>, first: Pair, reports: UnboundedSender<Report>) {
     let mut pair = first;
     let mut pause = PAUSE_MIN;
     loop {
-        let connected = Instant::now();
-        let Ended::Lost(reason) = pair.run(&config, &reports).await else {
-            return;
+        let (connected, here) = (Instant::now(), pair.broker.clone());
+        let moving = AtomicBool::new(false);
+        let ended = tokio::select! {
+            ended = pair.run(&config, &reports) => Ok(ended),
+            elsewhere = find_elsewhere(&config, &mut course, &here, &moving) => Err(elsewhere),
+        };
+        let reason = match ended {
+            Ok(Ended::Goodbye) => return,
+            Ok(Ended::Lost(reason)) => reason,
+            Err(elsewhere) => {
+                debug!(from = here, to = elsewhere.broker, "moving on");
+                if reports.send(Report::Moving { broker: elsewhere.broker.clone() }).is_err() {
+                    return;
+                }
+                pair = elsewhere;
+                continue;
+            }
         };
         debug!(reason, "disconnected");
         if reports.send(Report::Disconnected { reason }).is_err() {
             return;
         }
-        if connected.elapsed() >= PAUSE_MAX {
-            pause = PAUSE_MIN;
-        }
+        // Two peers of one name throw each other out: they are not to do so without a pause.
+        pause = if connected.elapsed() >= PAUSE_MAX { Duration::ZERO } else { longer(pause) };
+        // Under another name the next broker may be this one, which then ends the connection that there is.
+        let moving = moving.load(Ordering::Relaxed);
+        let mut brokers = if moving { course.borrow().others(&here) } else { course.borrow().after_loss(&here) };
+        let mut pass = 0;
         pair = loop {
             sleep(pause).await;
             pause = longer(pause);
-            match Pair::connect(&config, &brokers).await {
+            match Pair::connect(&config, &brokers, pass).await {
                 Ok(pair) => break pair,
                 Err(error) => debug!(%error, "not connected yet"),
             }
+            brokers.clone_from(&course.borrow().brokers);
+            pass += 1;
         };
     }
 }
 
+/// Waits until the transport is asked to move on and another broker lets it in: the connection at the present one is
+/// left only then. `moving` says whether it is at it.
+async fn find_elsewhere(
+    config: &MqttConfig,
+    course: &mut watch::Receiver<Course>,
+    here: &str,
+    moving: &AtomicBool,
+) -> Pair {
+    let mut moves = course.borrow_and_update().moves;
+    loop {
+        if course.changed().await.is_err() {
+            // The transport is stopping.
+            pending::<Infallible>().await;
+        }
+        let others = {
+            let course = course.borrow_and_update();
+            if course.moves == moves {
+                continue;
+            }
+            moves = course.moves;
+            course.others(here)
+        };
+        if others.is_empty() {
+            continue;
+        }
+        moving.store(true, Ordering::Relaxed);
+        match Pair::connect(config, &others, 0).await {
+            Ok(pair) => return pair,
+            Err(error) => debug!(%error, "nowhere to move on to"),
+        }
+        moving.store(false, Ordering::Relaxed);
+    }
+}
+
 fn longer(pause: Duration) -> Duration {
-    (2 * pause).min(PAUSE_MAX)
+    (2 * pause).clamp(PAUSE_MIN, PAUSE_MAX)
 }
 
 /// Two connections to one broker.
@@ -346,12 +446,18 @@ struct Pair {
 }
 
 impl Pair {
-    /// Connects to the first of the `brokers` that lets both in.
-    async fn connect(config: &MqttConfig, brokers: &[Broker]) -> Result<Self, TransportError> {
+    /// Connects to the first of the `brokers` that lets both in: the `pass`-th attempt, which waits the longer.
+    async fn connect(config: &MqttConfig, brokers: &[Broker], pass: u32) -> Result<Self, TransportError> {
         let mut refused = None;
         let mut unreachable = Vec::new();
-        for broker in brokers {
-            match Self::connect_to(config, broker).await {
+        let limits = Limits::of_pass(pass, brokers.len());
+        let mut answers = Answers::ask(brokers, limits.answer);
+        for (index, broker) in brokers.iter().enumerate() {
+            if let Err(why) = answers.of(index).await {
+                unreachable.push(format!("{broker}: {why}"));
+                continue;
+            }
+            match Self::connect_to(config, broker, limits.step).await {
                 Ok(pair) => return Ok(pair),
                 Err(Rejected::Connection(ConnectionError::ConnectionRefused(code))) => {
                     refused.get_or_insert_with(|| refusal(broker, code));
@@ -360,10 +466,10 @@ impl Pair {
                     let (broker, filters) = (broker.to_string(), config.bulk_filters.join(", "));
                     refused.get_or_insert(TransportError::Subscription { broker, filters });
                 }
-                Err(Rejected::Connection(error)) => unreachable.push(format!("{broker}: {}", reason(&error))),
-                Err(Rejected::Silence) => {
-                    unreachable.push(format!("{broker}: no answer within {} s", STEP_MAX.as_secs()));
+                Err(Rejected::Connection(ConnectionError::NetworkTimeout)) => {
+                    unreachable.push(format!("{broker}: {}", no_answer(limits.step)));
                 }
+                Err(Rejected::Connection(error)) => unreachable.push(format!("{broker}: {}", reason(&error))),
             }
         }
         Err(refused.unwrap_or_else(|| TransportError::Unreachable(unreachable.join("; "))))
@@ -371,10 +477,10 @@ impl Pair {
 
     /// Bulk comes first, so that there is no last will to fire when one of the two is not let in. Chunks can be
     /// received when this returns.
-    async fn connect_to(config: &MqttConfig, broker: &Broker) -> Result<Self, Rejected> {
-        let mut bulk = timeout(STEP_MAX, Connection::open(config, Lane::Bulk, broker)).await??;
-        timeout(STEP_MAX, bulk.subscribe(&config.bulk_filters)).await??;
-        let control = timeout(STEP_MAX, Connection::open(config, Lane::Control, broker)).await??;
+    async fn connect_to(config: &MqttConfig, broker: &Broker, step: Duration) -> Result<Self, Rejected> {
+        let mut bulk = in_time(step, Connection::open(config, Lane::Bulk, broker)).await?;
+        in_time(step, bulk.subscribe(&config.bulk_filters)).await?;
+        let control = in_time(step, Connection::open(config, Lane::Control, broker)).await?;
         Ok(Self { broker: broker.to_string(), control, bulk })
     }
 
@@ -406,14 +512,14 @@ impl Pair {
 enum Rejected {
     Connection(ConnectionError),
     Subscription,
-    /// It does not answer.
-    Silence,
 }
 
-impl From<Elapsed> for Rejected {
-    fn from(_: Elapsed) -> Self {
-        Self::Silence
-    }
+/// One step of a handshake. A slow line takes its time for each, a frozen broker for the first one.
+async fn in_time<T, E: From<ConnectionError>>(
+    limit: Duration,
+    step: impl Future<Output = Result<T, E>>,
+) -> Result<T, E> {
+    timeout(limit, step).await.unwrap_or_else(|_| Err(ConnectionError::NetworkTimeout.into()))
 }
 
 impl From<ConnectionError> for Rejected {
@@ -471,6 +577,10 @@ impl Connection {
     /// Moves messages until the connection ends.
     async fn run(self, orders: UnboundedReceiver<Order>, inbox: Inbox, opening: Opening) -> Ended {
         let (acked, acks) = watch::channel(0);
+        let pulse = Pulse::default();
+        // Bulk is silent for as long as nobody needs weights, and its answers wait behind chunks.
+        let watches = self.lane == Lane::Control;
+        let silence = async { if watches { pulse.stops().await } else { pending().await } };
         let feeder = Feeder { lane: self.lane, requests: self.requests, acks, published: 0 };
         let feeding = async {
             // It ends with the requests' other end, which tells the reason.
@@ -478,7 +588,8 @@ impl Connection {
             pending::<Infallible>().await
         };
         tokio::select! {
-            ended = poll(self.events, inbox, acked) => ended,
+            ended = poll(self.events, inbox, acked, &pulse) => ended,
+            silent = silence => Ended::Lost(format!("nothing heard for {:.1} s", silent.as_secs_f64())),
             never = feeding => match never {},
         }
     }
@@ -493,10 +604,14 @@ fn is_consent(ack: &SubAck) -> bool {
 }
 
 /// Lets rumqttc work, counts the acknowledgements and collects what comes.
-async fn poll(mut events: EventLoop, inbox: Inbox, acked: watch::Sender<u64>) -> Ended {
+async fn poll(mut events: EventLoop, inbox: Inbox, acked: watch::Sender<u64>, pulse: &Pulse) -> Ended {
     let mut saying_goodbye = false;
     loop {
-        match events.poll().await {
+        let event = events.poll().await;
+        if let Ok(event) = &event {
+            pulse.note(event);
+        }
+        match event {
             Ok(Event::Incoming(Packet::Publish(publish))) => inbox.put(publish.topic, publish.payload),
             Ok(Event::Incoming(Packet::PubAck(_))) => acked.send_modify(|count| *count += 1),
             Ok(Event::Incoming(Packet::SubAck(ack))) if !is_consent(&ack) => {
@@ -658,6 +773,10 @@ fn reason(error: &ConnectionError) -> String {
     }
 }
 
+fn no_answer(within: Duration) -> String {
+    format!("no answer within {} s", within.as_secs())
+}
+
 /// The kind of the error where there is one ("connection refused"), without the system's number for it.
 fn io_reason(error: &io::Error) -> String {
     match error.kind() {
@@ -775,6 +894,89 @@ mod tests {
         first.stop().await;
         disconnected(&mut a).await;
         assert_eq!(a.next().await, TransportEvent::Connected { broker: second.addr().to_string() });
+    }
+
+    /// Throws the bulk connection of a peer out.
+    async fn usurp(broker: &broker::Broker, name: &str) {
+        let id = format!("rodizio-test-{name}.bulk");
+        let mut usurper = MqttOptions::new(id, "127.0.0.1", broker.addr().port());
+        usurper.set_keep_alive(Duration::from_secs(5));
+        let (_requests, mut events) = AsyncClient::new(usurper, REQUESTS);
+        events.poll().await.unwrap();
+        while events.poll().await.is_ok() {}
+    }
+
+    #[tokio::test]
+    async fn a_hiccup_moves_nobody_to_a_better_broker() {
+        let (socket, better) = deaf();
+        let second = start().await;
+        let mut config = mqtt_config(&second, "a", None);
+        config.brokers.insert(0, better.clone());
+        let mut a = MqttTransport::connect(config, Duration::ZERO).await.unwrap();
+        settle(&mut a, "a").await;
+        drop(socket);
+        let better = BrokerConfig { listen: better.parse().unwrap(), ..BrokerConfig::default() };
+        let _better = broker::Broker::start(better).await.unwrap();
+        let (event, ()) = tokio::join!(
+            async {
+                disconnected(&mut a).await;
+                a.next().await
+            },
+            usurp(&second, "a")
+        );
+        assert_eq!(event, TransportEvent::Connected { broker: second.addr().to_string() });
+    }
+
+    #[tokio::test]
+    async fn who_is_asked_to_move_on_takes_the_next_broker_that_is_there() {
+        let (_socket, nobody) = deaf();
+        let (first, last) = (start().await, start().await);
+        let mut a = join(&first, "a").await;
+        let mut watcher = join(&first, "watcher").await;
+        // Nowhere else to go.
+        a.move_on();
+        a.send(control("t/control/1", "still here"));
+        wait_for(&mut watcher, "t/control/1", "still here").await;
+        let [first_at, last_at] = [&first, &last].map(|broker| broker.addr().to_string());
+        a.set_brokers(vec![first_at.clone(), nobody, last_at.clone()]);
+        for there in [last_at, first_at] {
+            a.move_on();
+            loop {
+                match a.next().await {
+                    TransportEvent::Message { .. } => {}
+                    event => break assert_eq!(event, TransportEvent::Moving { broker: there.clone() }),
+                }
+            }
+            assert_eq!(a.next().await, TransportEvent::Connected { broker: there });
+            a.send(hello("a"));
+            wait_for(&mut a, "t/init/a", "hello").await;
+        }
+        wait_for(&mut watcher, "t/init/a", "goodbye").await;
+    }
+
+    #[tokio::test]
+    async fn a_machine_that_does_not_even_refuse_is_passed_over() {
+        // A listener whose queue is full drops what comes.
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let silent = socket.listen(1).unwrap();
+        let addr = silent.local_addr().unwrap();
+        let mut waiting = JoinSet::new();
+        for _ in 0..8 {
+            waiting.spawn(TcpStream::connect(addr));
+        }
+        for _ in 0..2 {
+            waiting.join_next().await.unwrap().unwrap().unwrap();
+        }
+        let (_socket, nobody) = deaf();
+        let error = failure(&[&addr.to_string(), &nobody]).await;
+        let each = format!("no broker answers at {addr}: no answer within 1 s; {nobody}: connection refused");
+        assert_eq!(error.to_string(), each);
+        let there = start().await;
+        let mut config = mqtt_config(&there, "a", None);
+        config.brokers.insert(0, addr.to_string());
+        let mut a = MqttTransport::connect(config, Duration::ZERO).await.unwrap();
+        assert_eq!(a.next().await, TransportEvent::Connected { broker: there.addr().to_string() });
     }
 
     async fn failure(brokers: &[&str]) -> TransportError {

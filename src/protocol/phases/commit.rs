@@ -93,6 +93,7 @@ impl Peer {
             self.timers.set(Timer::Hello, now);
         }
         self.forget_old_blobs();
+        self.tell_brokers();
         self.enter_round(now);
     }
 

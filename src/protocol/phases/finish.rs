@@ -57,7 +57,7 @@ impl Peer {
     fn is_needed(&self, now: Instant) -> bool {
         let Some(head) = self.head().filter(|head| head.decree.leader == self.me) else { return false };
         let done = |peer: &PeerId| {
-            let greeting = self.neighbours.get(peer).and_then(|neighbour| neighbour.greeting);
+            let greeting = self.neighbours.get(peer).and_then(|neighbour| neighbour.greeting.as_ref());
             *peer == self.me || !self.is_live(peer, now) || greeting.is_some_and(|greeting| greeting.done)
         };
         !head.decree.next_roster.members().iter().all(done)

@@ -112,7 +112,7 @@ impl Peer {
         }
         let mut others: BTreeMap<Digest, BTreeSet<&PeerId>> = BTreeMap::new();
         for (peer, neighbour) in &self.neighbours {
-            let group = neighbour.greeting.and_then(|greeting| greeting.other_group);
+            let group = neighbour.greeting.as_ref().and_then(|greeting| greeting.other_group);
             if let Some(group) = group.filter(|_| self.is_here(peer, now)) {
                 others.entry(group).or_default().insert(peer);
             }

@@ -24,6 +24,7 @@ impl Peer {
     pub(in crate::protocol) fn on_connected(&mut self, now: Instant) {
         self.connected = true;
         self.say_hello(now);
+        self.tell_brokers();
         // What was silent while the broker was away was not silent by its own fault.
         for neighbour in self.neighbours.values_mut() {
             neighbour.heard = now;
@@ -51,6 +52,7 @@ impl Peer {
             done: self.is_done(),
             number: self.lag.start(now),
             lag_ms: self.lag.told(),
+            broker: self.broker.clone(),
         };
         self.publish_retained(Topic::Init(self.me.clone()), Body::Hello(hello));
         self.timers.set(Timer::Hello, now + self.hello_interval());
@@ -89,10 +91,19 @@ impl Peer {
         let is_new = self.neighbours.get(&sender).is_none_or(|known| known.greeting.is_none());
         let founded = hello.genesis.is_some();
         let difference = self.difference(&hello);
+        let hosts = hello.broker.is_some();
         if let Some(neighbour) = self.neighbours.get_mut(&sender) {
             let other_group = difference.is_some().then(|| hello.group());
-            neighbour.greeting = Some(Greeting { other_group, done: hello.done, lag: Lag::of_other(hello.lag_ms) });
+            neighbour.greeting = Some(Greeting {
+                other_group,
+                done: hello.done,
+                lag: Lag::of_other(hello.lag_ms),
+                broker: hello.broker,
+            });
             neighbour.difference.clone_from(&difference);
+        }
+        if hosts && self.head().is_none() {
+            self.tell_brokers();
         }
         self.genesis.others_seen |= difference.is_some();
         self.note_presence(&sender, now);

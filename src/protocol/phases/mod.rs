@@ -9,6 +9,7 @@ pub(super) mod genesis;
 mod hello;
 mod propose;
 pub(super) mod round;
+mod standbys;
 mod train;
 pub(super) mod transfer;
 mod waiting;

@@ -85,6 +85,7 @@ impl Peer {
         });
         let leading = self.open.leading.as_ref();
         let parent_metrics = leading.and_then(|leading| leading.parent_metrics).or_else(|| self.reported_metrics());
+        let next_roster = self.next_roster(now);
         Decree {
             round: self.round(),
             parent: self.parent().unwrap_or(Digest([0; 32])),
@@ -94,7 +95,8 @@ impl Peer {
             contributors: contributors.collect(),
             parent_metrics,
             record: self.record(parent_metrics.as_ref()),
-            next_roster: self.next_roster(now),
+            standbys: self.next_standbys(&next_roster),
+            next_roster,
         }
     }
 
@@ -157,6 +159,9 @@ impl Peer {
         }
         if let Some(stranger) = decree.contributors.iter().find(|part| !self.is_member(&part.peer)) {
             return Err(format!("its proposal counts an update of {}, who is no member", stranger.peer));
+        }
+        if let Some(stranger) = decree.standbys.keys().find(|host| !decree.next_roster.contains(host)) {
+            return Err(format!("its proposal names a broker of {stranger}, who is not in the next roster"));
         }
         decree.model().check(&self.layout).map_err(|error| error.to_string())
     }

@@ -26,16 +26,19 @@ impl Peer {
         }
         let Some(roster) = self.durable.roster() else { return self.waiting_for_genesis(now) };
         if !roster.contains(&self.me) {
-            return Some(Waiting::Admission);
-        }
-        if let Some((present, needed)) = self.lacks_updates() {
-            return Some(Waiting::Updates { present, needed });
+            // Who hears no member is at the wrong broker, or there is no quorum to admit it.
+            let astray = !roster.members().iter().any(|peer| self.is_live(peer, now));
+            let missing = || Waiting::Quorum { missing: roster.members().to_vec(), needed: roster.quorum() };
+            return Some(if astray { missing() } else { Waiting::Admission });
         }
         let missing: Vec<PeerId> =
             roster.members().iter().filter(|peer| !self.may_be_there(peer, now)).cloned().collect();
         let present = roster.len() - missing.len();
         let needed = roster.quorum().saturating_sub(present);
-        (needed > 0).then_some(Waiting::Quorum { missing, needed })
+        if needed > 0 {
+            return Some(Waiting::Quorum { missing, needed });
+        }
+        self.lacks_updates().map(|(present, needed)| Waiting::Updates { present, needed })
     }
 
     /// A member that was never heard since this peer started may be there; one that fell silent is not.
