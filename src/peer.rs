@@ -14,6 +14,7 @@ use crate::journal::{Journal, JournalError};
 use crate::node::{self, Node, NodeError, Outcome, Storage};
 use crate::protocol::{Durable, Topics};
 use crate::training::{BurnTrainer, DataError, Dataset, PartitionError, TrainError, Trainer, histogram};
+use crate::transport::mqtt::probe::Probe;
 use crate::transport::mqtt::{MqttConfig, MqttTransport, TransportError};
 use crate::types::PeerId;
 use crate::weights::Layout;
@@ -24,6 +25,10 @@ const KEEP_ALIVE: Duration = Duration::from_secs(5);
 
 /// How long a broker that is not there yet is waited for: long enough for one that was started just before.
 const BROKER_PATIENCE: Duration = Duration::from_secs(3);
+
+/// How long a broker may keep silent when it is tried. Only one that cannot do what is asked is waited for; a cluster that
+/// has just lost a server needs some seconds to agree on who takes its place.
+const PROBE_PATIENCE: Duration = Duration::from_secs(10);
 
 /// A peer that is ready to run: its data are here, its state directory is open.
 pub struct LocalPeer {
@@ -213,6 +218,11 @@ impl LocalPeer {
             control_filters: topics.control_filters(&self.name),
             bulk_filters: topics.bulk_filters(&self.name),
             hello_first: true,
+            probe: Some(Probe {
+                topic: topics.probe(&self.name),
+                chunk_bytes: self.settings.chunk_bytes,
+                patience: PROBE_PATIENCE,
+            }),
         }
     }
 }

@@ -242,6 +242,7 @@ pub struct Peer {
     last_waiting: Option<Waiting>,
     waiting_checked: Option<Instant>,
     head_told: Option<Instant>,
+    hello_said: Option<Instant>,
     /// The model whose metrics were told last, and the round that made it.
     metrics_told: Option<(Round, Digest)>,
     /// The finished federation of this name whose retained head was told of.
@@ -283,6 +284,7 @@ impl Peer {
             last_waiting: None,
             waiting_checked: None,
             head_told: None,
+            hello_said: None,
             metrics_told: None,
             earlier_federation: None,
             bad_senders: BTreeSet::new(),
@@ -417,9 +419,13 @@ impl Peer {
         let heard = Neighbour { hello: None, difference: None, heard: now, gone: false };
         let neighbour = self.neighbours.entry(envelope.sender.clone()).or_insert(heard);
         neighbour.heard = now;
+        let is_stranger = neighbour.gone || neighbour.hello.is_none();
         // Who comes back says hello first, on the topic of its last will. Anything else may have been overtaken by the will.
         if matches!(envelope.body, Body::Hello(_)) {
             neighbour.gone = false;
+            if is_stranger {
+                self.answer_hello(now);
+            }
         }
         if envelope.round == self.round() && self.is_member(&envelope.sender) {
             self.open.seen_term = self.open.seen_term.max(envelope.term);

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use crate::protocol::message::{Body, Hello};
 use crate::protocol::timer::{Timer, Timers};
 use crate::protocol::{Action, Difference, Ended, Notice, Peer, Topic};
-use crate::types::{PeerId, Round};
+use crate::types::{Digest, PeerId, Round};
 
 /// From this many members on, hellos (which everyone hears) come less often.
 const HELLO_MEMBERS: u32 = 16;
@@ -42,6 +42,7 @@ impl Peer {
             done: self.is_done(),
         };
         self.publish_retained(Topic::Init(self.me.clone()), Body::Hello(hello));
+        self.hello_said = Some(now);
         self.timers.set(Timer::Hello, now + self.hello_interval());
     }
 
@@ -54,6 +55,20 @@ impl Peer {
             }
             _ => self.heartbeat(),
         }
+    }
+
+    /// Somebody came who may not have heard this peer: some brokers keep no hellos. One answer is for all who came of
+    /// late; once there is a federation, one member answers for it.
+    pub(in crate::protocol) fn answer_hello(&mut self, now: Instant) {
+        if self.head().is_some() && !self.answers_for_the_federation() || !self.connected || self.stopped {
+            return;
+        }
+        let crowd = u32::try_from(self.neighbours.len()).unwrap_or(u32::MAX) / HELLO_MEMBERS;
+        let pause = self.heartbeat() / 4 * crowd.clamp(1, 4);
+        // Many hear of one peer at the same time. Each has its own moment within the pause.
+        let moment = pause * u32::from(Digest::of(self.me.as_str().as_bytes()).0[0]) / 256;
+        let earliest = self.hello_said.map_or(now, |said| said + pause);
+        self.timers.set_earlier(Timer::Hello, earliest.max(now + moment));
     }
 
     pub(in crate::protocol) fn advance_hello(&mut self, now: Instant) {
