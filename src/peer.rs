@@ -38,6 +38,8 @@ pub struct LocalPeer {
     journal: Journal,
     durable: Option<Durable>,
     trainer: BurnTrainer,
+    /// Whether its broker need not be tried.
+    trusts_broker: bool,
 }
 
 /// Why a peer cannot run.
@@ -84,7 +86,7 @@ impl LocalPeer {
         let name = loaded.peer;
         let (train, held_out) = own_data(settings)?.split(settings.val_fraction, settings.seed)?;
         let trainer = BurnTrainer::new(settings.training(), name.clone(), train, held_out)?;
-        Ok(Self { settings: settings.clone(), name, state_dir, journal, durable, trainer })
+        Ok(Self { settings: settings.clone(), name, state_dir, journal, durable, trainer, trusts_broker: false })
     }
 
     /// Its name.
@@ -108,6 +110,13 @@ impl LocalPeer {
         if self.settings.brokers.is_empty() {
             self.settings.brokers.push(broker);
         }
+        self
+    }
+
+    /// The same peer, which does not try what its broker can do: it is one of this program, started for these settings.
+    #[must_use]
+    pub fn trusting_its_broker(mut self) -> Self {
+        self.trusts_broker = true;
         self
     }
 
@@ -218,7 +227,7 @@ impl LocalPeer {
             control_filters: topics.control_filters(&self.name),
             bulk_filters: topics.bulk_filters(&self.name),
             hello_first: true,
-            probe: Some(Probe {
+            probe: (!self.trusts_broker).then(|| Probe {
                 topic: topics.probe(&self.name),
                 chunk_bytes: self.settings.chunk_bytes,
                 patience: PROBE_PATIENCE,

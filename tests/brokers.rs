@@ -266,15 +266,9 @@ impl Run {
     }
 
     fn wait(&mut self) -> ExitStatus {
-        let missing = || format!("the run in {} does not end:\n{}", self.dir.display(), self.text("stderr"));
-        let ends = Instant::now() + LIMIT;
-        loop {
-            match self.child.try_wait().unwrap() {
-                Some(status) => return status,
-                None => assert!(Instant::now() < ends, "{}", missing()),
-            }
-            thread::sleep(PAUSE);
-        }
+        let (child, stderr) = (&mut self.child, self.dir.join("stderr"));
+        let missing = || format!("the run does not end:\n{}", fs::read_to_string(&stderr).unwrap_or_default());
+        wait_until(|| child.try_wait().unwrap(), missing)
     }
 
     /// Waits until it ends for want of a fit broker, and returns what it says of that.
@@ -362,7 +356,8 @@ fn peers_make_the_same_model_as_at_the_embedded_broker(dir: &Path, broker: &str)
         let (result, entries) = Run::start(dir, name, broker, &[&args[..], &PATIENT].concat()).end();
         assert_eq!(result["reason"], "rounds");
         let chunks: Vec<u32> = probed(&entries).into_iter().map(|(.., chunk_bytes)| chunk_bytes).collect();
-        assert_eq!(chunks, [512 << 10; 4], "the example takes whole chunks, and each peer asks once");
+        let asked = if broker.is_some() { 4 } else { 0 };
+        assert_eq!(chunks, vec![512 << 10; asked], "the example takes whole chunks, and each peer asks once");
         assert!(result["bytes_sent"].as_u64().unwrap() > 3 * 4 * 300_000 * 4);
         let (rounds, told) = rounds(&entries);
         assert_eq!((rounds.len(), told), (3, 12));

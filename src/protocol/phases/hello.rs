@@ -173,3 +173,69 @@ impl Peer {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use bytes::Bytes;
+
+    use super::*;
+    use crate::protocol::{Config, Event, Identity};
+    use crate::weights::Layout;
+
+    fn connected(name: &str, now: Instant) -> (Peer, Vec<Bytes>) {
+        let peer = PeerId::new(name).unwrap();
+        let identity = Identity { peer, layout: Arc::new(Layout::default()), num_examples: 1 };
+        let config = Config { min_peers: 1000, ..Config::default() };
+        let mut peer = Peer::new(config, identity, None, &BTreeSet::new(), now);
+        let hellos = hellos(peer.handle(Event::Connected, now));
+        (peer, hellos)
+    }
+
+    fn hellos(actions: Vec<Action>) -> Vec<Bytes> {
+        let hello = |action| match action {
+            Action::Publish { topic: Topic::Init(_), message, .. } => Some(message),
+            _ => None,
+        };
+        actions.into_iter().filter_map(hello).collect()
+    }
+
+    /// How many hellos `peer` says up to `end`, one tick after the other.
+    fn said_until(peer: &mut Peer, end: Instant) -> usize {
+        let mut said = 0;
+        while let Some(at) = peer.deadline().filter(|&at| at < end) {
+            said += hellos(peer.handle(Event::Tick, at)).len();
+        }
+        said
+    }
+
+    #[test]
+    fn strangers_are_answered_soon_and_all_of_them_at_once() {
+        let mut now = Instant::now();
+        let (mut me, _) = connected("me", now);
+        let pause = me.heartbeat() / 4;
+        now += pause / 8;
+        for name in 0..10 {
+            for hello in connected(&format!("stranger-{name}"), now).1 {
+                assert!(hellos(me.handle(Event::Message(hello), now)).is_empty(), "it answers each by itself");
+            }
+        }
+        assert_eq!(said_until(&mut me, now + 2 * pause), 1);
+    }
+
+    #[test]
+    fn who_is_known_is_not_answered_and_who_was_gone_is() {
+        let now = Instant::now();
+        let ((mut me, _), (other, hello)) = (connected("me", now), connected("other", now));
+        let pause = me.heartbeat() / 4;
+        me.handle(Event::Message(hello[0].clone()), now);
+        assert_eq!(said_until(&mut me, now + 2 * pause), 1);
+        let later = now + 2 * pause;
+        me.handle(Event::Message(hello[0].clone()), later);
+        assert_eq!(said_until(&mut me, later + pause), 0);
+        me.handle(Event::Message(other.last_will().1), later + pause);
+        me.handle(Event::Message(hello[0].clone()), later + pause);
+        assert_eq!(said_until(&mut me, later + 2 * pause), 1);
+    }
+}
