@@ -425,17 +425,17 @@ fn rabbitmq_carries_a_federation() {
 }
 
 /// Peers notice a low limit, send shorter chunks, tell people so once, and make the same model.
-fn carries_shorter_chunks(dir: &Path, address: &str, chunk_bytes: u32) {
+fn carries_shorter_chunks(dir: &Path, address: &str, possible: &[u32]) {
     let args = ["--hidden", "512,512", "--rounds", "2", "--local-epochs", "1"];
     let args = [&args[..], &PATIENT].concat();
     let run = Run::start(dir, "short", Some(address), &args);
     let stderr = run.dir.join("stderr");
     let (result, entries) = run.end();
     let chunks: Vec<u32> = probed(&entries).into_iter().map(|(.., chunk_bytes)| chunk_bytes).collect();
-    assert_eq!(chunks, [chunk_bytes; 4]);
+    assert!(possible.contains(&chunks[0]) && chunks == [chunks[0]; 4], "{chunks:?}");
     let told = fs::read_to_string(stderr).unwrap();
-    let sentence = format!("chunks are {}KiB instead of 512KiB", chunk_bytes >> 10);
-    assert_eq!(told.matches(&sentence).count(), 1, "{told}");
+    let sentence = format!("chunks are {}KiB instead of 512KiB", chunks[0] >> 10);
+    assert_eq!(told.matches(&sentence).count(), usize::from(chunks[0] < 512 << 10), "{told}");
     let (whole, _) = Run::start(dir, "whole", None, &args).end();
     assert_eq!(result["digest"], whole["digest"]);
 }
@@ -444,14 +444,22 @@ fn carries_shorter_chunks(dir: &Path, address: &str, chunk_bytes: u32) {
 fn shorter_chunks_pass_a_mosquitto_with_a_low_limit() {
     let low = [("message_size_limit 1114112", "message_size_limit 100000")];
     let Some(broker) = Outside::start_with(Kind::Mosquitto, &low) else { return };
-    carries_shorter_chunks(tempfile::tempdir().unwrap().path(), &broker.address(), 64 << 10);
+    carries_shorter_chunks(tempfile::tempdir().unwrap().path(), &broker.address(), &[64 << 10]);
+}
+
+/// NATS 2.9 does not hold MQTT to its limit. Whether it does is found out, not assumed.
+#[test]
+fn chunks_pass_a_nats_with_a_low_limit() {
+    let low = [("max_payload: 1114112", "max_payload: 65536")];
+    let Some(broker) = Outside::start_with(Kind::Nats, &low) else { return };
+    carries_shorter_chunks(tempfile::tempdir().unwrap().path(), &broker.address(), &[32 << 10, 512 << 10]);
 }
 
 #[test]
-fn shorter_chunks_pass_a_nats_with_a_low_limit() {
-    let low = [("max_payload: 1114112", "max_payload: 65536")];
-    let Some(broker) = Outside::start_with(Kind::Nats, &low) else { return };
-    carries_shorter_chunks(tempfile::tempdir().unwrap().path(), &broker.address(), 32 << 10);
+fn shorter_chunks_pass_a_rabbitmq_with_a_low_limit() {
+    let low = [("max_message_size = 1114112", "max_message_size = 100000")];
+    let Some(broker) = Outside::start_with(Kind::RabbitMq, &low) else { return };
+    carries_shorter_chunks(tempfile::tempdir().unwrap().path(), &broker.address(), &[64 << 10]);
 }
 
 /// The embedded broker of another federation, whose chunks are shorter.
@@ -459,7 +467,7 @@ fn shorter_chunks_pass_a_nats_with_a_low_limit() {
 fn shorter_chunks_pass_an_embedded_broker_with_a_low_limit() {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
     let broker = runtime.block_on(rodizio::cluster::start_broker("127.0.0.1:0", 4, 64 << 10)).unwrap();
-    carries_shorter_chunks(tempfile::tempdir().unwrap().path(), &broker.addr().to_string(), 128 << 10);
+    carries_shorter_chunks(tempfile::tempdir().unwrap().path(), &broker.addr().to_string(), &[128 << 10]);
     runtime.block_on(broker.stop());
 }
 

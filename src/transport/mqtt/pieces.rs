@@ -119,7 +119,7 @@ mod tests {
     #[test]
     fn a_message_that_fits_is_left_as_it_is() {
         let message = message(100);
-        assert_eq!(cut(message.clone(), 7, 100), [message.clone()]);
+        assert_eq!(cut(message.clone(), 7, 100), std::slice::from_ref(&message));
         assert_eq!(Joiner::new(1000).take(message.clone()), Some(message));
     }
 

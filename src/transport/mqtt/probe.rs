@@ -162,12 +162,17 @@ impl Prober<'_> {
         self.try_qos1(&mut ear, patience).await?;
 
         let wanted = self.probe.chunk_bytes.max(CHUNK_BYTES_TRIED);
-        let mut taken = self.speak(&mut ear, &[wanted], patience).await?;
-        if taken.is_none() {
+        let mut spoken = self.speak(&mut ear, &[wanted], patience).await?;
+        if spoken.longest.is_none() {
             let shorter: Vec<usize> = halves(wanted).collect();
-            taken = self.speak(&mut ear, &shorter, patience).await?;
+            spoken = self.speak(&mut ear, &shorter, patience).await?;
         }
-        let taken = taken.ok_or_else(|| self.lacks(Lack::MessageBytes(message_bytes(CHUNK_BYTES_FLOOR))))?;
+        let too_low = || self.lacks(Lack::MessageBytes(message_bytes(CHUNK_BYTES_FLOOR)));
+        let taken = spoken.longest.ok_or_else(too_low)?;
+        // A mouth that the broker closed may leave no last will (RabbitMQ). One that says no more than passes must.
+        if spoken.closed && self.speak(&mut ear, &[taken], patience).await?.closed {
+            return Err(Failed::Unreachable("the broker closed the connection".to_owned()));
+        }
         let retained = match retained_refused {
             true => Retained::Refused,
             false if ear.has_heard(ear.tag, Mark::Retained) => Retained::Kept,
@@ -215,8 +220,8 @@ impl Prober<'_> {
         ear.until(patience, echoed).await.map_err(|_| self.lacks(Lack::Qos1))
     }
 
-    /// A mouth sends chunks of these lengths, shortest first, and dies. The longest one that the ear heard.
-    async fn speak(&self, ear: &mut Side, chunks: &[usize], patience: Duration) -> Result<Option<usize>, Failed> {
+    /// A mouth sends chunks of these lengths, shortest first, and dies.
+    async fn speak(&self, ear: &mut Side, chunks: &[usize], patience: Duration) -> Result<Spoken, Failed> {
         let tag = Tag::new();
         let mut mouth = self.open_mouth(tag).await?;
         for &chunk in chunks {
@@ -227,22 +232,29 @@ impl Prober<'_> {
 
         let bytes: usize = chunks.iter().sum();
         let patience_for_all = patience + Duration::from_secs((bytes / LINK_BYTES_PER_SECOND) as u64);
-        tokio::select! {
+        let closed = tokio::select! {
             // Silent: a broker that drops the rest of a connection says so by its last will at the latest.
             ended = ear.until(patience_for_all, |ear| ear.has_heard(tag, Mark::End)) => match ended {
-                Ok(()) | Err(Lost::Silent) => {}
+                Ok(()) | Err(Lost::Silent) => false,
                 Err(lost) => return Err(lost.into()),
             },
-            _ = mouth.closed() => {}
-        }
+            () = mouth.closed() => true,
+        };
         drop(mouth);
-        ear.until(patience, |ear| ear.has_heard(tag, Mark::Will)).await.map_err(|lost| match lost {
-            Lost::Silent => self.lacks(Lack::LastWill),
-            lost => lost.into(),
-        })?;
+        if closed {
+            // What the mouth said before is on its way to the ear, in front of this.
+            ear.publish(&self.probe.topic, QoS::AtMostOnce, false, tag.payload(Mark::End, 0));
+            ear.until(patience, |ear| ear.has_heard(tag, Mark::End)).await?;
+        } else {
+            ear.until(patience, |ear| ear.has_heard(tag, Mark::Will)).await.map_err(|lost| match lost {
+                Lost::Silent => self.lacks(Lack::LastWill),
+                lost => lost.into(),
+            })?;
+        }
         let lengths = ear.heard.iter().filter(|heard| heard.of == tag && heard.mark == Mark::Chunk);
         let longest = lengths.map(|heard| heard.length).max();
-        Ok(longest.and_then(|longest| chunks.iter().copied().find(|&chunk| message_bytes(chunk) + MARGIN == longest)))
+        let longest = chunks.iter().copied().find(|&chunk| Some(message_bytes(chunk) + MARGIN) == longest);
+        Ok(Spoken { longest, closed })
     }
 
     async fn open_mouth(&self, tag: Tag) -> Result<Side, Failed> {
@@ -288,6 +300,14 @@ impl Prober<'_> {
     fn lacks(&self, lack: Lack) -> Failed {
         Failed::Unfit(TransportError::Lacks { broker: self.broker.to_string(), lack })
     }
+}
+
+/// What came of the chunks of one mouth.
+struct Spoken {
+    /// The longest one that the ear heard.
+    longest: Option<usize>,
+    /// Whether the broker closed the mouth's connection.
+    closed: bool,
 }
 
 /// The longest message that a chunk of this length makes.
@@ -497,7 +517,7 @@ mod tests {
             }
             send(&mut socket, &Packet::ConnAck(ConnAck::new(ConnectReturnCode::Success, false))).await;
             let (to_me, mut for_me) = unbounded_channel();
-            loop {
+            let refused = loop {
                 let packet = tokio::select! {
                     // An interrupted read keeps what it has in `received`.
                     packet = receive(&mut socket, &mut received) => packet,
@@ -507,12 +527,14 @@ mod tests {
                     }
                 };
                 sleep(self.delay).await;
-                let Some(answer) = packet.and_then(|packet| self.answer(packet, &topic, &to_me)) else { break };
+                let Some(packet) = packet else { break false };
+                let Some(answer) = self.answer(packet, &topic, &to_me) else { break true };
                 for packet in answer {
                     send(&mut socket, &packet).await;
                 }
-            }
-            if let Some(will) = connect.last_will.filter(|_| self.wills) {
+            };
+            // Like RabbitMQ, which forgets the last will of who says too much.
+            if let Some(will) = connect.last_will.filter(|_| self.wills && !refused) {
                 topic.lock().unwrap().publish(&Publish::new(will.topic, QoS::AtMostOnce, will.message));
             }
             None
