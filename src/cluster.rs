@@ -94,6 +94,12 @@ impl Cluster {
         Ok(Self { peers })
     }
 
+    /// The same cluster at a broker that [`start_broker`] started for it, which need not be tried.
+    #[must_use]
+    pub fn at_its_own_broker(self) -> Self {
+        Self { peers: self.peers.into_iter().map(LocalPeer::trusting_its_broker).collect() }
+    }
+
     /// The peers, in the order of their names.
     pub fn peers(&self) -> &[LocalPeer] {
         &self.peers

@@ -50,6 +50,21 @@ pub enum Event {
         /// Its address.
         broker: String,
     },
+    /// What a broker can do, tried before the first connection to it.
+    Probed {
+        /// Its address.
+        broker: String,
+        /// A message of so many bytes passes.
+        message_bytes: u64,
+        /// The length of this peer's chunks there, in bytes.
+        chunk_bytes: u32,
+        /// The length that is set, in bytes: they are shorter where the broker's limit asks for it.
+        chunk_bytes_set: u32,
+        /// What it does with retained messages: `kept`, `missing` or `refused`.
+        retained: String,
+        /// How long it took to find out.
+        seconds: f64,
+    },
     /// The broker was lost.
     Disconnected {
         /// Why.
@@ -382,6 +397,14 @@ impl Witness {
             Observation::Notice(notice, traffic) => self.notice(notice, *traffic)?,
             Observation::Training(round, progress) => self.progress(*round, *progress)?,
             Observation::Connected(broker) => Event::Connected { broker: (*broker).to_owned() },
+            Observation::Probed { broker, found, chunk_bytes: [chunk_bytes, chunk_bytes_set] } => Event::Probed {
+                broker: (*broker).to_owned(),
+                message_bytes: found.message_bytes as u64,
+                chunk_bytes: *chunk_bytes,
+                chunk_bytes_set: *chunk_bytes_set,
+                retained: found.retained.name().to_owned(),
+                seconds: found.took.as_secs_f64(),
+            },
             Observation::Disconnected(reason) => Event::Disconnected { reason: (*reason).to_owned() },
             Observation::Moving(broker) => Event::Moved { broker: (*broker).to_owned() },
         };

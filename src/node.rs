@@ -1,6 +1,6 @@
 //! The node: one peer's protocol, driven by a real clock, a transport and blocking threads.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -20,7 +20,7 @@ use crate::protocol::{
 };
 use crate::training::{Progress, Trainer};
 use crate::transfer::Codec;
-use crate::transport::{Class, Outgoing, Transport, TransportEvent, Will};
+use crate::transport::{Class, Found, Outgoing, Transport, TransportEvent, Will};
 use crate::types::{Address, Digest, Metrics, PeerId, Round, Term};
 
 /// The cores of this machine, which training and evaluation of all nodes in this process take in turns: a hundred peers
@@ -101,6 +101,15 @@ pub enum Observation<'a> {
     Notice(&'a Notice, Traffic),
     /// Local training goes on.
     Training(Round, Progress),
+    /// A broker was tried. Told once for what was found at its address.
+    Probed {
+        /// Its address.
+        broker: &'a str,
+        /// What it can do.
+        found: &'a Found,
+        /// The length of a chunk that this peer uses there, in bytes, and the one that is set.
+        chunk_bytes: [u32; 2],
+    },
     /// The broker was reached.
     Connected(&'a str),
     /// The broker was lost.
@@ -175,6 +184,10 @@ struct Driver<'a, T> {
     storage: Storage,
     blobs: Blobs,
     workshop: Arc<Workshop>,
+    /// The length of a chunk where the broker takes it, in bytes.
+    chunk_bytes: u32,
+    /// What was found at each broker, as far as that was told.
+    found: BTreeMap<String, Found>,
     trainer: Arc<Mutex<Box<dyn Trainer>>>,
     jobs: mpsc::UnboundedSender<JobEvent>,
     /// The jobs that run.
@@ -242,6 +255,8 @@ impl<T: Transport> Node<T> {
             storage: self.storage,
             blobs,
             workshop: Arc::new(workshop),
+            chunk_bytes,
+            found: BTreeMap::new(),
             trainer: Arc::new(Mutex::new(self.trainer)),
             jobs,
             running: JoinSet::new(),
@@ -332,8 +347,9 @@ impl<T: Transport> Driver<'_, T> {
 
     fn received(&mut self, event: TransportEvent) -> Option<Event> {
         Some(match event {
-            TransportEvent::Connected { broker } => {
+            TransportEvent::Connected { broker, found } => {
                 self.lost = None;
+                self.adapt(&broker, found);
                 (self.observe)(Observation::Connected(&broker));
                 self.broker = broker;
                 let (index, len) = self.place();
@@ -358,6 +374,19 @@ impl<T: Transport> Driver<'_, T> {
                 Event::Message(payload)
             }
         })
+    }
+
+    /// Makes chunks of the length that the broker takes, from the next blob on.
+    fn adapt(&mut self, broker: &str, found: Option<Found>) {
+        let limit = found.as_ref().and_then(|found| found.chunk_bytes_max).and_then(|limit| u32::try_from(limit).ok());
+        let chunk_bytes = limit.map_or(self.chunk_bytes, |limit| limit.min(self.chunk_bytes));
+        if self.workshop.chunk_bytes != chunk_bytes {
+            self.workshop = Arc::new(Workshop { chunk_bytes, ..Workshop::clone(&self.workshop) });
+        }
+        let Some(found) = found.filter(|found| self.found.get(broker) != Some(found)) else { return };
+        let chunk_bytes = [chunk_bytes, self.chunk_bytes];
+        (self.observe)(Observation::Probed { broker, found: &found, chunk_bytes });
+        self.found.insert(broker.to_owned(), found);
     }
 
     fn act(&mut self, action: Action) -> Result<(), NodeError> {

@@ -14,6 +14,7 @@ use crate::journal::{Journal, JournalError};
 use crate::node::{self, Hosted, Meeting, Node, NodeError, Outcome, Storage};
 use crate::protocol::{Durable, Topics};
 use crate::training::{BurnTrainer, DataError, Dataset, PartitionError, TrainError, Trainer, histogram};
+use crate::transport::mqtt::probe::Probe;
 use crate::transport::mqtt::{MqttConfig, MqttTransport, TransportError};
 use crate::types::{Address, PeerId};
 use crate::weights::Layout;
@@ -25,6 +26,10 @@ const KEEP_ALIVE: Duration = Duration::from_secs(5);
 /// How long a broker that is not there yet is waited for: long enough for one that was started just before.
 const BROKER_PATIENCE: Duration = Duration::from_secs(3);
 
+/// How long a broker may keep silent when it is tried. Only one that cannot do what is asked is waited for; a cluster that
+/// has just lost a server needs some seconds to agree on who takes its place.
+const PROBE_PATIENCE: Duration = Duration::from_secs(10);
+
 /// A peer that is ready to run: its data are here, its state directory is open.
 pub struct LocalPeer {
     settings: Settings,
@@ -34,6 +39,8 @@ pub struct LocalPeer {
     durable: Option<Durable>,
     trainer: BurnTrainer,
     hosted: Option<Hosted>,
+    /// Whether its broker need not be tried.
+    trusts_broker: bool,
 }
 
 /// Why a peer cannot run.
@@ -80,7 +87,8 @@ impl LocalPeer {
         let name = loaded.peer;
         let (train, held_out) = own_data(settings)?.split(settings.val_fraction, settings.seed)?;
         let trainer = BurnTrainer::new(settings.training(), name.clone(), train, held_out)?;
-        Ok(Self { settings: settings.clone(), name, state_dir, journal, durable, trainer, hosted: None })
+        let (hosted, trusts_broker) = (None, false);
+        Ok(Self { settings: settings.clone(), name, state_dir, journal, durable, trainer, hosted, trusts_broker })
     }
 
     /// Its name.
@@ -116,6 +124,13 @@ impl LocalPeer {
 
     fn meeting(&self) -> Meeting {
         Meeting { brokers: self.settings.brokers.clone(), hosted: self.hosted.clone() }
+    }
+
+    /// The same peer, which does not try what its broker can do: it is one of this program, started for these settings.
+    #[must_use]
+    pub fn trusting_its_broker(mut self) -> Self {
+        self.trusts_broker = true;
+        self
     }
 
     /// Where it keeps its state.
@@ -227,6 +242,11 @@ impl LocalPeer {
             control_filters: topics.control_filters(&self.name),
             bulk_filters: topics.bulk_filters(&self.name),
             hello_first: true,
+            probe: (!self.trusts_broker).then(|| Probe {
+                topic: topics.probe(&self.name),
+                chunk_bytes: self.settings.chunk_bytes,
+                patience: PROBE_PATIENCE,
+            }),
         }
     }
 }

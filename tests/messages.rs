@@ -240,7 +240,8 @@ proptest! {
 fn hello_with_broker(broker: &str) -> Bytes {
     let broker = Some(Address::new(broker).unwrap());
     let (entries, layout) = (BTreeMap::new(), layout().digest());
-    let hello = Hello { entries, layout, num_examples: 1, head: None, genesis: None, done: false, broker };
+    let (num_examples, head, genesis, done, number, lag_ms) = (1, None, None, false, 0, 0);
+    let hello = Hello { entries, layout, num_examples, head, genesis, done, number, lag_ms, broker };
     let (sender, signature) = (PeerId::new("a").unwrap(), vec![]);
     Envelope { version: VERSION, sender, signature, round: Round(0), term: Term(0), body: Body::Hello(hello) }.encode()
 }

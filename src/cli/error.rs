@@ -169,6 +169,9 @@ impl From<PeerError> for Failure {
             }
             PeerError::Transport(TransportError::Subscription { .. }) => Failure::new(Exit::NoBroker, error)
                 .hint("allow the filters there; NATS before 2.10 takes no dot in --peer, --federation and --prefix"),
+            PeerError::Transport(TransportError::Lacks { lack, .. }) => {
+                Failure::new(Exit::NoBroker, error).hint(lack.hint())
+            }
             PeerError::Transport(_) => Failure::new(Exit::NoBroker, error)
                 .hint("start one with `rodizio broker`, or name another with --broker HOST:PORT"),
             PeerError::Partition(_) => Failure::new(Exit::BadData, error).hint("start fewer peers (--peers)"),

@@ -5,8 +5,10 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use crate::cli::output::{Notice, RoundLine, Summary};
+use crate::config::Value;
 use crate::events::{Entry, Event, RoundCommitted};
 use crate::rundir::MODEL;
+use crate::transport::mqtt::probe::MESSAGE_BYTES_SETTINGS;
 use crate::types::{Digest, PeerId, Round};
 
 /// Follows the peers of one command and tells of them.
@@ -287,6 +289,15 @@ impl Narrator {
             Event::Disconnected { reason } if self.finished.is_none() => {
                 self.lost = true;
                 format!("the broker is lost ({reason}); connecting again")
+            }
+            Event::Probed { broker, message_bytes, chunk_bytes, chunk_bytes_set, .. }
+                if chunk_bytes < chunk_bytes_set =>
+            {
+                let [now, set] = [chunk_bytes, chunk_bytes_set].map(|bytes| Value::Size(u64::from(*bytes)));
+                format!(
+                    "the broker at {broker} takes messages of up to about {message_bytes} bytes: chunks are {now} \
+                     instead of {set}; for longer ones raise its limit ({MESSAGE_BYTES_SETTINGS})"
+                )
             }
             Event::Left { who } if self.finished.is_none() => format!("{who} left"),
             Event::Deposed { round, term, leader, gone } => {

@@ -83,6 +83,7 @@ async fn cluster(
     let broker = broker_of(&mut settings).await?;
     let dir = run_dir.path().to_owned();
     let cluster = Cluster::open(&settings, &dir)?;
+    let cluster = if broker.is_some() { cluster.at_its_own_broker() } else { cluster };
     output.show(&Notice::Info { text: introduction(args, &settings, broker.as_ref(), &dir, cluster.peers()) })?;
     let names = cluster.peers().iter().map(|peer| peer.name().clone()).collect();
     let mut narrator = Narrator::new(names, settings.rounds, PATIENCE, started);

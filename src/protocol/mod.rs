@@ -272,6 +272,7 @@ pub struct Peer {
     last_waiting: Option<Waiting>,
     waiting_checked: Option<Instant>,
     head_told: Option<Instant>,
+    hello_said: Option<Instant>,
     /// The model whose metrics were told last, and the round that made it.
     metrics_told: Option<(Round, Digest)>,
     /// The finished federation of this name whose retained head was told of.
@@ -316,6 +317,7 @@ impl Peer {
             last_waiting: None,
             waiting_checked: None,
             head_told: None,
+            hello_said: None,
             metrics_told: None,
             earlier_federation: None,
             bad_senders: BTreeSet::new(),
@@ -458,9 +460,13 @@ impl Peer {
         let heard = Neighbour { greeting: None, difference: None, heard: now, gone: false };
         let neighbour = self.neighbours.entry(envelope.sender.clone()).or_insert(heard);
         neighbour.heard = now;
+        let is_stranger = neighbour.gone || neighbour.greeting.is_none();
         // Who comes back says hello first, on the topic of its last will. Anything else may have been overtaken by the will.
         if matches!(envelope.body, Body::Hello(_)) {
             neighbour.gone = false;
+            if is_stranger {
+                self.answer_hello(now);
+            }
         }
         // The term of a message about the first roster is the number of a call.
         let counts_calls = matches!(envelope.body, Body::Call { .. } | Body::Join { .. } | Body::Bound { .. });

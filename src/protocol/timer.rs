@@ -38,6 +38,12 @@ impl Timers {
         self.0.entry(timer).or_insert(at);
     }
 
+    /// Sets a timer, or makes it due earlier.
+    pub(super) fn set_earlier(&mut self, timer: Timer, at: Instant) {
+        let due = self.0.entry(timer).or_insert(at);
+        *due = at.min(*due);
+    }
+
     pub(super) fn clear(&mut self, timer: Timer) {
         self.0.remove(&timer);
     }

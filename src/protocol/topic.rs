@@ -78,6 +78,11 @@ impl Topics {
         ]
     }
 
+    /// The topic on which `me` tries what a broker can do. No filter of a peer matches it.
+    pub fn probe(&self, me: &PeerId) -> String {
+        format!("{}/probe/{me}", self.root)
+    }
+
     /// The filters through which `me` gets chunks.
     pub fn bulk_filters(&self, me: &PeerId) -> Vec<String> {
         let root = &self.root;
@@ -127,6 +132,7 @@ mod tests {
         }
         let other = topics.name(&Topic::Report(round, PeerId::new("b").unwrap()));
         assert!(!filters.iter().any(|filter| matches(filter, &other)));
+        assert!(!filters.iter().any(|filter| matches(filter, &topics.probe(&me))));
     }
 
     #[test]

@@ -44,7 +44,7 @@ impl Hub {
         let mut state = self.state();
         state.joined += 1;
         let number = state.joined;
-        let connected = TransportEvent::Connected { broker: NAME.to_owned() };
+        let connected = TransportEvent::Connected { broker: NAME.to_owned(), found: None };
         let kept = state.retained.iter().filter(|(topic, _)| matches_any(&filters, topic));
         let kept = kept.map(|(topic, payload)| message(topic, payload));
         for event in [connected].into_iter().chain(kept) {

@@ -12,6 +12,7 @@ pub mod memory;
 pub mod mqtt;
 
 use std::future::Future;
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 
@@ -22,6 +23,8 @@ pub enum TransportEvent {
     Connected {
         /// The broker's address, for people.
         broker: String,
+        /// What the broker can do, where it was tried.
+        found: Option<Found>,
     },
     /// Nothing passes until the next [`Connected`](Self::Connected). What was on its way may be lost.
     Disconnected {
@@ -40,6 +43,41 @@ pub enum TransportEvent {
         /// The message: an encoded envelope, and a chunk behind it.
         payload: Bytes,
     },
+}
+
+/// What a broker can do, as far as it was tried.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Found {
+    /// A message of so many bytes passes. The transport sends longer ones in pieces.
+    pub message_bytes: usize,
+    /// The longest chunk that passes whole, in bytes, where that is shorter than what was wanted.
+    pub chunk_bytes_max: Option<usize>,
+    /// What it does with retained messages.
+    pub retained: Retained,
+    /// How long it took to find out.
+    pub took: Duration,
+}
+
+/// What a broker does with retained messages. Peers find each other without; it only takes longer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Retained {
+    /// It keeps them for later subscribers to their topic.
+    Kept,
+    /// It passes them on and keeps none.
+    Missing,
+    /// It closes the connection that publishes one: they are sent as others are.
+    Refused,
+}
+
+impl Retained {
+    /// The word for it in events.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Kept => "kept",
+            Self::Missing => "missing",
+            Self::Refused => "refused",
+        }
+    }
 }
 
 /// What a message is to the transport.
@@ -117,8 +155,6 @@ pub trait Transport: Send {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::memory::{Hub, MemoryTransport};
     use super::mqtt::{MqttConfig, MqttTransport};
     use super::*;
@@ -136,6 +172,7 @@ mod tests {
             control_filters: vec!["t/init/+".to_owned(), "t/control/#".to_owned()],
             bulk_filters: vec![format!("t/weights/{name}"), "t/weights/all".to_owned()],
             hello_first: true,
+            probe: None,
         }
     }
 

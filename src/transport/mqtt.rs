@@ -3,7 +3,11 @@
 //! A peer has two connections to one broker: *control*, which carries its last will, and *bulk* for weights, so that
 //! keepalive and ballots get through while gigabytes move. They live and die together, as a `Pair`. A task drives
 //! the pairs one after another; each connection has a task of its own inside it, in which rumqttc's event loop is
-//! polled and never interrupted (it loses packets when it is) beside the loop that feeds it.
+//! polled and never interrupted (it loses packets when it is) beside the loop that feeds it. What a broker can do is
+//! tried before the first pair ([`probe`]).
+
+mod pieces;
+pub mod probe;
 
 mod answers;
 mod pulse;
@@ -28,10 +32,12 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 use tracing::{debug, error};
 
-use answers::{Answers, Limits};
+use answers::{Answers, Patience};
+use pieces::Joiner;
+use probe::{Failed, Lack, Probe, Probed};
 use pulse::Pulse;
 
-use super::{Class, Outgoing, Transport, TransportEvent, Will};
+use super::{Class, Found, Outgoing, Retained, Transport, TransportEvent, Will};
 use crate::types::PeerId;
 
 /// So many passes over the list of brokers are made at least, when a peer starts: an answer may be lost.
@@ -56,6 +62,10 @@ const WRITE_MAX: [Duration; 2] = [Duration::from_secs(10), Duration::from_secs(6
 
 /// Bulk pings are answered behind the chunks on their way. That a peer is dead shows on its control connection.
 const BULK_KEEP_ALIVE_MIN: Duration = Duration::from_secs(30);
+
+/// How often a filter is asked for. A NATS cluster that has lost a server refuses one of three, at random and after some
+/// seconds, because it gave the dead server the lead of it.
+const SUBSCRIBE_ATTEMPTS: usize = 8;
 
 /// Messages that rumqttc holds ready; the rest waits, uncopied, in the queue before it.
 const REQUESTS: usize = 4;
@@ -104,23 +114,34 @@ pub struct MqttConfig {
     /// Whether to subscribe to the control filters only after the first message is acknowledged. True for peers: the
     /// message is their hello. False for who only listens.
     pub hello_first: bool,
+
+    /// What to try before the first connection to a broker; nothing where its limits are known.
+    pub probe: Option<Probe>,
 }
 
 impl MqttConfig {
-    fn options(&self, lane: Lane, broker: &Broker) -> MqttOptions {
-        let keep_alive = self.keep_alive.as_secs().clamp(1, u16::MAX.into());
-        let keep_alive = Duration::from_secs(keep_alive);
-        let id = format!("rodizio-{}-{}", self.federation, self.peer);
-        let (id, keep_alive) = match lane {
-            Lane::Control => (id, keep_alive),
-            Lane::Bulk => (format!("{id}.bulk"), keep_alive.max(BULK_KEEP_ALIVE_MIN)),
+    fn options(&self, lane: Lane, broker: &Broker, limits: Limits) -> MqttOptions {
+        let mut options = match lane {
+            Lane::Control => self.named_options("", broker),
+            Lane::Bulk => self.named_options("bulk", broker),
         };
-        let mut options = MqttOptions::new(id, &broker.host, broker.port);
-        options.set_keep_alive(keep_alive);
-        options.set_max_packet_size(self.packet_bytes_max, self.packet_bytes_max);
-        if let (Lane::Control, Some(will)) = (lane, &self.will) {
-            options.set_last_will(LastWill::new(&will.topic, will.payload.to_vec(), QoS::AtLeastOnce, will.retain));
+        if lane == Lane::Bulk {
+            options.set_keep_alive(options.keep_alive().max(BULK_KEEP_ALIVE_MIN));
         }
+        if let (Lane::Control, Some(will)) = (lane, &self.will) {
+            let retain = will.retain && limits.retain;
+            options.set_last_will(LastWill::new(&will.topic, will.payload.to_vec(), QoS::AtLeastOnce, retain));
+        }
+        options
+    }
+
+    /// Options of a connection of this peer; all but the first have a name.
+    fn named_options(&self, name: &str, broker: &Broker) -> MqttOptions {
+        let dot = if name.is_empty() { "" } else { "." };
+        let id = format!("rodizio-{}-{}{dot}{name}", self.federation, self.peer);
+        let mut options = MqttOptions::new(id, &broker.host, broker.port);
+        options.set_keep_alive(Duration::from_secs(self.keep_alive.as_secs().clamp(1, u16::MAX.into())));
+        options.set_max_packet_size(self.packet_bytes_max, self.packet_bytes_max);
         options
     }
 }
@@ -155,6 +176,14 @@ pub enum TransportError {
         /// The filters, of which it refuses at least one.
         filters: String,
     },
+    /// A broker cannot do what peers need, as it is set up.
+    #[error("the broker at {broker} {lack}")]
+    Lacks {
+        /// Its address.
+        broker: String,
+        /// What is missing.
+        lack: Lack,
+    },
 }
 
 /// A transport through one MQTT broker at a time.
@@ -179,13 +208,16 @@ impl MqttTransport {
         let brokers = parse_brokers(&config.brokers)?;
         let patience_ends = Instant::now() + patience;
         let mut pause = PAUSE_MIN;
+        let mut probed = Probed::default();
         let mut pass = 0;
         let pair = loop {
-            match Pair::connect(&config, &brokers, pass).await {
+            match Pair::connect(&config, &brokers, pass, &mut probed).await {
                 Ok(pair) => break pair,
-                Err(error @ (TransportError::Refused { .. } | TransportError::Subscription { .. })) => {
-                    return Err(error);
-                }
+                Err(
+                    error @ (TransportError::Refused { .. }
+                    | TransportError::Subscription { .. }
+                    | TransportError::Lacks { .. }),
+                ) => return Err(error),
                 Err(error) if pass + 1 >= PASSES_MIN && Instant::now() + pause > patience_ends => return Err(error),
                 Err(_) => sleep(pause).await,
             }
@@ -196,16 +228,16 @@ impl MqttTransport {
         let (sender, reports) = unbounded_channel();
         let mut driver = JoinSet::new();
         let (course, steering) = watch::channel(Course { brokers, moves: 0 });
-        driver.spawn(drive(config, steering, pair, sender));
+        driver.spawn(drive(config, steering, pair, probed, sender));
         Ok(Self { reports, orders: None, course, packet_bytes_max, driver })
     }
 
     /// Takes note of what a report says and turns it into what the node sees.
     fn take(&mut self, report: Report) -> TransportEvent {
         match report {
-            Report::Connected { broker, orders } => {
+            Report::Connected { broker, found, orders } => {
                 self.orders = Some(orders);
-                TransportEvent::Connected { broker }
+                TransportEvent::Connected { broker, found }
             }
             Report::Disconnected { reason } => {
                 self.orders = None;
@@ -338,6 +370,7 @@ impl Course {
 enum Report {
     Connected {
         broker: String,
+        found: Option<Found>,
         orders: Lanes<UnboundedSender<Order>>,
     },
     Disconnected {
@@ -355,7 +388,13 @@ enum Report {
 }
 
 /// Keeps the peer connected until the transport is stopped or dropped.
-async fn drive(config: MqttConfig, mut course: watch::Receiver<Course>, first: Pair, reports: UnboundedSender<Report>) {
+async fn drive(
+    config: MqttConfig,
+    mut course: watch::Receiver<Course>,
+    first: Pair,
+    mut probed: Probed,
+    reports: UnboundedSender<Report>,
+) {
     let mut pair = first;
     let mut pause = PAUSE_MIN;
     loop {
@@ -363,7 +402,7 @@ async fn drive(config: MqttConfig, mut course: watch::Receiver<Course>, first: P
         let moving = AtomicBool::new(false);
         let ended = tokio::select! {
             ended = pair.run(&config, &reports) => Ok(ended),
-            elsewhere = find_elsewhere(&config, &mut course, &here, &moving) => Err(elsewhere),
+            elsewhere = find_elsewhere(&config, &mut course, &here, &moving, &mut probed) => Err(elsewhere),
         };
         let reason = match ended {
             Ok(Ended::Goodbye) => return,
@@ -390,7 +429,7 @@ async fn drive(config: MqttConfig, mut course: watch::Receiver<Course>, first: P
         pair = loop {
             sleep(pause).await;
             pause = longer(pause);
-            match Pair::connect(&config, &brokers, pass).await {
+            match Pair::connect(&config, &brokers, pass, &mut probed).await {
                 Ok(pair) => break pair,
                 Err(error) => debug!(%error, "not connected yet"),
             }
@@ -407,6 +446,7 @@ async fn find_elsewhere(
     course: &mut watch::Receiver<Course>,
     here: &str,
     moving: &AtomicBool,
+    probed: &mut Probed,
 ) -> Pair {
     let mut moves = course.borrow_and_update().moves;
     loop {
@@ -426,7 +466,7 @@ async fn find_elsewhere(
             continue;
         }
         moving.store(true, Ordering::Relaxed);
-        match Pair::connect(config, &others, 0).await {
+        match Pair::connect(config, &others, 0, probed).await {
             Ok(pair) => return pair,
             Err(error) => debug!(%error, "nowhere to move on to"),
         }
@@ -441,23 +481,41 @@ fn longer(pause: Duration) -> Duration {
 /// Two connections to one broker.
 struct Pair {
     broker: String,
+    /// What the broker can do, if it was tried.
+    found: Option<Found>,
     control: Connection,
     bulk: Connection,
 }
 
 impl Pair {
     /// Connects to the first of the `brokers` that lets both in: the `pass`-th attempt, which waits the longer.
-    async fn connect(config: &MqttConfig, brokers: &[Broker], pass: u32) -> Result<Self, TransportError> {
+    async fn connect(
+        config: &MqttConfig,
+        brokers: &[Broker],
+        pass: u32,
+        probed: &mut Probed,
+    ) -> Result<Self, TransportError> {
         let mut refused = None;
         let mut unreachable = Vec::new();
-        let limits = Limits::of_pass(pass, brokers.len());
-        let mut answers = Answers::ask(brokers, limits.answer);
+        let patience = Patience::of_pass(pass, brokers.len());
+        let mut answers = Answers::ask(brokers, patience.answer);
         for (index, broker) in brokers.iter().enumerate() {
             if let Err(why) = answers.of(index).await {
                 unreachable.push(format!("{broker}: {why}"));
                 continue;
             }
-            match Self::connect_to(config, broker, limits.step).await {
+            let found = match probed.of(config, broker, patience.step).await {
+                Ok(found) => found,
+                Err(Failed::Unfit(error)) => {
+                    refused.get_or_insert(error);
+                    continue;
+                }
+                Err(Failed::Unreachable(why)) => {
+                    unreachable.push(format!("{broker}: {why}"));
+                    continue;
+                }
+            };
+            match Self::connect_to(config, broker, patience.step, found).await {
                 Ok(pair) => return Ok(pair),
                 Err(Rejected::Connection(ConnectionError::ConnectionRefused(code))) => {
                     refused.get_or_insert_with(|| refusal(broker, code));
@@ -467,7 +525,7 @@ impl Pair {
                     refused.get_or_insert(TransportError::Subscription { broker, filters });
                 }
                 Err(Rejected::Connection(ConnectionError::NetworkTimeout)) => {
-                    unreachable.push(format!("{broker}: {}", no_answer(limits.step)));
+                    unreachable.push(format!("{broker}: {}", no_answer(patience.step)));
                 }
                 Err(Rejected::Connection(error)) => unreachable.push(format!("{broker}: {}", reason(&error))),
             }
@@ -477,11 +535,17 @@ impl Pair {
 
     /// Bulk comes first, so that there is no last will to fire when one of the two is not let in. Chunks can be
     /// received when this returns.
-    async fn connect_to(config: &MqttConfig, broker: &Broker, step: Duration) -> Result<Self, Rejected> {
-        let mut bulk = in_time(step, Connection::open(config, Lane::Bulk, broker)).await?;
+    async fn connect_to(
+        config: &MqttConfig,
+        broker: &Broker,
+        step: Duration,
+        found: Option<Found>,
+    ) -> Result<Self, Rejected> {
+        let limits = Limits::of(found.as_ref());
+        let mut bulk = in_time(step, Connection::open(config, Lane::Bulk, broker, limits)).await?;
         in_time(step, bulk.subscribe(&config.bulk_filters)).await?;
-        let control = in_time(step, Connection::open(config, Lane::Control, broker)).await?;
-        Ok(Self { broker: broker.to_string(), control, bulk })
+        let control = in_time(step, Connection::open(config, Lane::Control, broker, limits)).await?;
+        Ok(Self { broker: broker.to_string(), found, control, bulk })
     }
 
     /// Moves messages until one of the connections breaks or both have said goodbye.
@@ -489,7 +553,8 @@ impl Pair {
         let (control, control_orders) = unbounded_channel();
         let (bulk, bulk_orders) = unbounded_channel();
         let orders = Lanes { control, bulk };
-        if reports.send(Report::Connected { broker: self.broker.clone(), orders }).is_err() {
+        let (broker, found) = (self.broker.clone(), self.found.clone());
+        if reports.send(Report::Connected { broker, found, orders }).is_err() {
             return Ended::Goodbye;
         }
         let inbox = Inbox::new(reports.clone(), config.packet_bytes_max);
@@ -541,21 +606,38 @@ struct Opening {
     hello_first: bool,
 }
 
+/// What the broker bears.
+#[derive(Clone, Copy, Debug)]
+struct Limits {
+    /// The longest message, in bytes.
+    message_bytes: usize,
+    /// Whether it may be asked to keep messages.
+    retain: bool,
+}
+
+impl Limits {
+    fn of(found: Option<&Found>) -> Self {
+        let message_bytes = found.map_or(usize::MAX, |found| found.message_bytes);
+        Self { message_bytes, retain: found.is_none_or(|found| found.retained != Retained::Refused) }
+    }
+}
+
 /// A connection that the broker has let in.
 struct Connection {
     lane: Lane,
+    limits: Limits,
     requests: AsyncClient,
     events: EventLoop,
 }
 
 impl Connection {
-    async fn open(config: &MqttConfig, lane: Lane, broker: &Broker) -> Result<Self, ConnectionError> {
-        let (requests, mut events) = AsyncClient::new(config.options(lane, broker), REQUESTS);
+    async fn open(config: &MqttConfig, lane: Lane, broker: &Broker, limits: Limits) -> Result<Self, ConnectionError> {
+        let (requests, mut events) = AsyncClient::new(config.options(lane, broker, limits), REQUESTS);
         events.network_options.set_tcp_nodelay(true);
         events.network_options.set_connection_timeout(WRITE_MAX[lane as usize].as_secs());
         // The first event is the broker's consent.
         events.poll().await?;
-        Ok(Self { lane, requests, events })
+        Ok(Self { lane, limits, requests, events })
     }
 
     /// Subscribes, and waits until that is done. For a connection that does not run yet.
@@ -576,12 +658,12 @@ impl Connection {
 
     /// Moves messages until the connection ends.
     async fn run(self, orders: UnboundedReceiver<Order>, inbox: Inbox, opening: Opening) -> Ended {
-        let (acked, acks) = watch::channel(0);
+        let (acked, acks) = watch::channel(Acks::default());
         let pulse = Pulse::default();
         // Bulk is silent for as long as nobody needs weights, and its answers wait behind chunks.
         let watches = self.lane == Lane::Control;
         let silence = async { if watches { pulse.stops().await } else { pending().await } };
-        let feeder = Feeder { lane: self.lane, requests: self.requests, acks, published: 0 };
+        let feeder = Feeder { lane: self.lane, limits: self.limits, requests: self.requests, acks, published: 0 };
         let feeding = async {
             // It ends with the requests' other end, which tells the reason.
             let _ = feeder.run(orders, opening).await;
@@ -604,18 +686,30 @@ fn is_consent(ack: &SubAck) -> bool {
 }
 
 /// Lets rumqttc work, counts the acknowledgements and collects what comes.
-async fn poll(mut events: EventLoop, inbox: Inbox, acked: watch::Sender<u64>, pulse: &Pulse) -> Ended {
+async fn poll(mut events: EventLoop, inbox: Inbox, acked: watch::Sender<Acks>, pulse: &Pulse) -> Ended {
     let mut saying_goodbye = false;
+    let mut joiner = Joiner::new(inbox.bytes_max);
     loop {
         let event = events.poll().await;
         if let Ok(event) = &event {
             pulse.note(event);
         }
         match event {
-            Ok(Event::Incoming(Packet::Publish(publish))) => inbox.put(publish.topic, publish.payload),
-            Ok(Event::Incoming(Packet::PubAck(_))) => acked.send_modify(|count| *count += 1),
-            Ok(Event::Incoming(Packet::SubAck(ack))) if !is_consent(&ack) => {
-                return Ended::Lost("the broker refuses a subscription".to_owned());
+            Ok(Event::Incoming(Packet::Publish(publish))) => {
+                if let Some(message) = joiner.take(publish.payload) {
+                    inbox.put(publish.topic, message);
+                }
+            }
+            Ok(Event::Incoming(Packet::PubAck(_))) => acked.send_modify(|acks| acks.published += 1),
+            Ok(Event::Incoming(Packet::SubAck(ack))) => {
+                acked.send_modify(|acks| {
+                    acks.answered += 1;
+                    acks.consented += usize::from(is_consent(&ack));
+                });
+                let Acks { answered, consented, .. } = *acked.borrow();
+                if answered - consented >= SUBSCRIBE_ATTEMPTS {
+                    return Ended::Lost("the broker refuses a subscription".to_owned());
+                }
             }
             Ok(Event::Outgoing(rumqttc::Outgoing::Disconnect)) => saying_goodbye = true,
             Ok(_) => {}
@@ -626,11 +720,23 @@ async fn poll(mut events: EventLoop, inbox: Inbox, acked: watch::Sender<u64>, pu
     }
 }
 
+/// What the broker has acknowledged on a connection.
+#[derive(Clone, Copy, Debug, Default)]
+struct Acks {
+    /// Messages.
+    published: u64,
+    /// Requests to subscribe that it answered.
+    answered: usize,
+    /// Those of them that it granted.
+    consented: usize,
+}
+
 /// Gives rumqttc what to send. Waits here, not in the transport, when the broker is slower than the node.
 struct Feeder {
     lane: Lane,
+    limits: Limits,
     requests: AsyncClient,
-    acks: watch::Receiver<u64>,
+    acks: watch::Receiver<Acks>,
     /// How many messages have been given away that will be acknowledged.
     published: u64,
 }
@@ -667,18 +773,32 @@ impl Feeder {
     }
 
     async fn publish(&mut self, message: Outgoing) -> Result<(), ClientError> {
-        let (topic, retain, qos) = (message.topic.clone(), message.retain, self.lane.qos());
-        if qos != QoS::AtMostOnce {
-            self.published += 1;
+        let (topic, qos) = (message.topic.clone(), self.lane.qos());
+        let retain = message.retain && self.limits.retain;
+        let pieces = pieces::cut(message.payload(), rand::random(), self.limits.message_bytes);
+        // The broker would keep nothing but the last piece.
+        let retain = retain && pieces.len() == 1;
+        for piece in pieces {
+            if qos != QoS::AtMostOnce {
+                self.published += 1;
+            }
+            self.requests.publish_bytes(topic.clone(), qos, retain, piece).await?;
         }
-        self.requests.publish_bytes(topic, qos, retain, message.payload()).await
+        Ok(())
     }
 
-    async fn subscribe(&self, filters: &[String]) -> Result<(), ClientError> {
-        if filters.is_empty() {
-            return Ok(());
+    /// Subscribes to one filter after the other: a broker may take its time for each and answer no ping meanwhile.
+    async fn subscribe(&mut self, filters: &[String]) -> Result<(), ClientError> {
+        let mut asked = 0;
+        for consented in 1..=filters.len() {
+            while self.acks.borrow().consented < consented {
+                self.requests.subscribe(&filters[consented - 1], self.lane.qos()).await?;
+                asked += 1;
+                // An error says that the connection has ended, and this task with it.
+                let _ = self.acks.wait_for(|acks| acks.answered == asked).await;
+            }
         }
-        self.requests.subscribe_many(subscriptions(filters, self.lane)).await
+        Ok(())
     }
 
     async fn stop(mut self) -> Result<(), ClientError> {
@@ -692,7 +812,7 @@ impl Feeder {
     async fn acknowledged(&mut self) {
         let published = self.published;
         // An error says that the connection has ended, and this task with it.
-        let _ = self.acks.wait_for(|&count| count >= published).await;
+        let _ = self.acks.wait_for(|acks| acks.published >= published).await;
     }
 }
 
@@ -701,12 +821,13 @@ impl Feeder {
 struct Inbox {
     reports: UnboundedSender<Report>,
     room: Arc<Semaphore>,
+    bytes_max: usize,
 }
 
 impl Inbox {
     fn new(reports: UnboundedSender<Report>, packet_bytes_max: usize) -> Self {
-        let room = WAITING_BYTES_MAX.max(4 * packet_bytes_max);
-        Self { reports, room: Arc::new(Semaphore::new(room)) }
+        let bytes_max = WAITING_BYTES_MAX.max(4 * packet_bytes_max);
+        Self { reports, room: Arc::new(Semaphore::new(bytes_max)), bytes_max }
     }
 
     fn put(&self, topic: String, payload: Bytes) {
@@ -890,10 +1011,10 @@ mod tests {
         let mut config = mqtt_config(&first, "a", None);
         config.brokers = vec![nobody, first.addr().to_string(), second.addr().to_string()];
         let mut a = MqttTransport::connect(config, Duration::ZERO).await.unwrap();
-        assert_eq!(a.next().await, TransportEvent::Connected { broker: first.addr().to_string() });
+        assert_eq!(a.next().await, TransportEvent::Connected { broker: first.addr().to_string(), found: None });
         first.stop().await;
         disconnected(&mut a).await;
-        assert_eq!(a.next().await, TransportEvent::Connected { broker: second.addr().to_string() });
+        assert_eq!(a.next().await, TransportEvent::Connected { broker: second.addr().to_string(), found: None });
     }
 
     /// Throws the bulk connection of a peer out.
@@ -924,7 +1045,7 @@ mod tests {
             },
             usurp(&second, "a")
         );
-        assert_eq!(event, TransportEvent::Connected { broker: second.addr().to_string() });
+        assert_eq!(event, TransportEvent::Connected { broker: second.addr().to_string(), found: None });
     }
 
     #[tokio::test]
@@ -947,7 +1068,7 @@ mod tests {
                     event => break assert_eq!(event, TransportEvent::Moving { broker: there.clone() }),
                 }
             }
-            assert_eq!(a.next().await, TransportEvent::Connected { broker: there });
+            assert_eq!(a.next().await, TransportEvent::Connected { broker: there, found: None });
             a.send(hello("a"));
             wait_for(&mut a, "t/init/a", "hello").await;
         }
@@ -976,7 +1097,7 @@ mod tests {
         let mut config = mqtt_config(&there, "a", None);
         config.brokers.insert(0, addr.to_string());
         let mut a = MqttTransport::connect(config, Duration::ZERO).await.unwrap();
-        assert_eq!(a.next().await, TransportEvent::Connected { broker: there.addr().to_string() });
+        assert_eq!(a.next().await, TransportEvent::Connected { broker: there.addr().to_string(), found: None });
     }
 
     async fn failure(brokers: &[&str]) -> TransportError {
@@ -1100,7 +1221,8 @@ mod tests {
         let early = timeout(Duration::from_millis(50), wire.receive()).await;
         assert!(early.is_err(), "{early:?} before the hello was acknowledged");
         wire.send(Packet::PubAck(PubAck { pkid: 1, reason: PubAckReason::Success }, None)).await;
-        assert_eq!(wire.confirm_subscription().await, ["t/init/+", "t/control/#"]);
+        assert_eq!(wire.confirm_subscription().await, ["t/init/+"]);
+        assert_eq!(wire.confirm_subscription().await, ["t/control/#"]);
         // Some brokers keep nothing for those who subscribe with wildcards.
         assert!(matches!(wire.receive().await, Packet::Publish(publish, _) if publish.topic == "t/init/a"));
         assert!(matches!(wire.receive().await, Packet::Publish(publish, _) if publish.payload == "second"));

@@ -7,7 +7,7 @@ use crate::protocol::lag::Lag;
 use crate::protocol::message::{Body, Hello};
 use crate::protocol::timer::{Timer, Timers};
 use crate::protocol::{Action, Difference, Ended, Greeting, Notice, Peer, Topic};
-use crate::types::{PeerId, Round};
+use crate::types::{Digest, PeerId, Round};
 
 /// From this many peers on, hellos (which everyone hears) come less often.
 const HELLO_CROWD: usize = 16;
@@ -55,6 +55,7 @@ impl Peer {
             broker: self.broker.clone(),
         };
         self.publish_retained(Topic::Init(self.me.clone()), Body::Hello(hello));
+        self.hello_said = Some(now);
         self.timers.set(Timer::Hello, now + self.hello_interval());
     }
 
@@ -75,6 +76,19 @@ impl Peer {
     fn hello_silence(&self) -> Duration {
         let founded = self.durable.roster().is_some();
         self.silence() * if founded { 1 } else { crowd(self.genesis.present.len()) }
+    }
+
+    /// Somebody came who may not have heard this peer: some brokers keep no hellos. One answer is for all who came of
+    /// late; once there is a federation, one member answers for it.
+    pub(in crate::protocol) fn answer_hello(&mut self, now: Instant) {
+        if self.head().is_some() && !self.answers_for_the_federation() || !self.connected || self.stopped {
+            return;
+        }
+        let pause = self.heartbeat() / 4 * crowd(self.neighbours.len());
+        // Many hear of one peer at the same time. Each has its own moment within the pause.
+        let moment = pause * u32::from(Digest::of(self.me.as_str().as_bytes()).0[0]) / 256;
+        let earliest = self.hello_said.map_or(now, |said| said + pause);
+        self.timers.set_earlier(Timer::Hello, earliest.max(now + moment));
     }
 
     pub(in crate::protocol) fn advance_hello(&mut self, now: Instant) {
@@ -194,5 +208,71 @@ impl Peer {
             self.timers = Timers::default();
             self.actions.push(Action::Stop);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use bytes::Bytes;
+
+    use super::*;
+    use crate::protocol::{Config, Event, Identity};
+    use crate::weights::Layout;
+
+    fn connected(name: &str, now: Instant) -> (Peer, Vec<Bytes>) {
+        let peer = PeerId::new(name).unwrap();
+        let identity = Identity { peer, layout: Arc::new(Layout::default()), num_examples: 1, broker: None };
+        let config = Config { min_peers: 1000, ..Config::default() };
+        let mut peer = Peer::new(config, identity, None, &BTreeSet::new(), now);
+        let hellos = hellos(peer.handle(Event::Connected, now));
+        (peer, hellos)
+    }
+
+    fn hellos(actions: Vec<Action>) -> Vec<Bytes> {
+        let hello = |action| match action {
+            Action::Publish { topic: Topic::Init(_), message, .. } => Some(message),
+            _ => None,
+        };
+        actions.into_iter().filter_map(hello).collect()
+    }
+
+    /// How many hellos `peer` says up to `end`, one tick after the other.
+    fn said_until(peer: &mut Peer, end: Instant) -> usize {
+        let mut said = 0;
+        while let Some(at) = peer.deadline().filter(|&at| at < end) {
+            said += hellos(peer.handle(Event::Tick, at)).len();
+        }
+        said
+    }
+
+    #[test]
+    fn strangers_are_answered_soon_and_all_of_them_at_once() {
+        let mut now = Instant::now();
+        let (mut me, _) = connected("me", now);
+        let pause = me.heartbeat() / 4;
+        now += pause / 8;
+        for name in 0..10 {
+            for hello in connected(&format!("stranger-{name}"), now).1 {
+                assert!(hellos(me.handle(Event::Message(hello), now)).is_empty(), "it answers each by itself");
+            }
+        }
+        assert_eq!(said_until(&mut me, now + 2 * pause), 1);
+    }
+
+    #[test]
+    fn who_is_known_is_not_answered_and_who_was_gone_is() {
+        let now = Instant::now();
+        let ((mut me, _), (other, hello)) = (connected("me", now), connected("other", now));
+        let pause = me.heartbeat() / 4;
+        me.handle(Event::Message(hello[0].clone()), now);
+        assert_eq!(said_until(&mut me, now + 2 * pause), 1);
+        let later = now + 2 * pause;
+        me.handle(Event::Message(hello[0].clone()), later);
+        assert_eq!(said_until(&mut me, later + pause), 0);
+        me.handle(Event::Message(other.last_will().1), later + pause);
+        me.handle(Event::Message(hello[0].clone()), later + pause);
+        assert_eq!(said_until(&mut me, later + 2 * pause), 1);
     }
 }

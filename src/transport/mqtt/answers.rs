@@ -22,12 +22,12 @@ const LIMIT_MAX: Duration = Duration::from_secs(8);
 /// How long brokers are waited for in one pass over the list. Each pass waits twice as long as the one before, so a slow
 /// line gets in, with loss too, and the first pass loses little time where nobody is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Limits {
+pub(super) struct Patience {
     pub(super) answer: Duration,
     pub(super) step: Duration,
 }
 
-impl Limits {
+impl Patience {
     /// Those of the `pass`-th attempt, from 0, at so many brokers.
     pub(super) fn of_pass(pass: u32, brokers: usize) -> Self {
         let factor = if brokers > 1 { 1 << pass.min(3) } else { 3 };
@@ -87,10 +87,10 @@ mod tests {
 
     #[test]
     fn a_slow_line_gets_the_time_it_takes_and_nobody_waits_long_at_first() {
-        assert_eq!(Limits::of_pass(0, 2), Limits { answer: ANSWER_MIN, step: STEP_MIN });
-        assert_eq!(Limits::of_pass(1, 2), Limits { answer: 2 * ANSWER_MIN, step: 2 * STEP_MIN });
-        assert_eq!(Limits::of_pass(99, 2), Limits { answer: LIMIT_MAX, step: LIMIT_MAX });
-        assert!(Limits::of_pass(0, 1).step > 2 * STEP_MIN);
+        assert_eq!(Patience::of_pass(0, 2), Patience { answer: ANSWER_MIN, step: STEP_MIN });
+        assert_eq!(Patience::of_pass(1, 2), Patience { answer: 2 * ANSWER_MIN, step: 2 * STEP_MIN });
+        assert_eq!(Patience::of_pass(99, 2), Patience { answer: LIMIT_MAX, step: LIMIT_MAX });
+        assert!(Patience::of_pass(0, 1).step > 2 * STEP_MIN);
     }
 
     #[tokio::test]
