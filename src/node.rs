@@ -1,7 +1,7 @@
 //! The node: one peer's protocol, driven by a real clock, a transport and blocking threads.
 //!
 //! What there is to do is done in its order. Where the disk has no room for a promise, or for what a job made, the node
-//! pauses: see [`Driver::pause`].
+//! pauses: see `Driver::pause`.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::future::Future;
