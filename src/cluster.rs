@@ -23,7 +23,7 @@ use crate::types::{Address, PeerId};
 pub use processes::{Processes, Program};
 
 /// Where a run directory keeps the state of its peers.
-const PEERS: &str = "peers";
+pub const PEERS: &str = "peers";
 
 /// Connections beside those of a cluster's own peers: for peers of other machines, and observers.
 const GUEST_CONNECTIONS: usize = 64;

@@ -96,6 +96,8 @@ pub struct Settings {
     pub chunk_bytes: usize,
     /// How many peers `run` starts.
     pub peers: usize,
+    /// Whether `run` starts every peer as a process of its own.
+    pub processes: bool,
     /// Name of this peer.
     pub peer: Option<PeerId>,
     /// What computes the training.
@@ -287,6 +289,7 @@ impl Layers {
             prefix: self.text("prefix"),
             chunk_bytes: self.count("chunk_bytes"),
             peers: self.count("peers"),
+            processes: self.switch("processes"),
             peer: self.peer("peer"),
             backend: self.choice("backend"),
             state_dir: self.path("state_dir"),
@@ -537,6 +540,7 @@ impl Settings {
             "prefix" => Value::Text(self.prefix.clone()),
             "chunk_bytes" => Value::Size(self.chunk_bytes as u64),
             "peers" => Value::Count(self.peers as u64),
+            "processes" => Value::Switch(self.processes),
             "peer" => or_unset(self.peer.clone(), Value::Peer),
             "backend" => Value::Choice(self.backend),
             "state_dir" => or_unset(self.state_dir.clone(), Value::Path),

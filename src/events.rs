@@ -278,6 +278,15 @@ pub enum Event {
         /// Why.
         why: String,
     },
+    /// The disk of the state directory takes nothing: the peer waits, and says nothing to the others.
+    Paused {
+        /// The state directory.
+        path: String,
+        /// What is the matter with the disk.
+        why: String,
+    },
+    /// The peer could write what it had to, and goes on.
+    Resumed,
     /// The peer was asked to stop; its state is kept.
     Interrupted,
     /// The peer gave up waiting, lost its broker for good, or failed.
@@ -407,6 +416,8 @@ impl Witness {
             },
             Observation::Disconnected(reason) => Event::Disconnected { reason: (*reason).to_owned() },
             Observation::Moving(broker) => Event::Moved { broker: (*broker).to_owned() },
+            Observation::Paused(dir, why) => Event::Paused { path: dir.display().to_string(), why: (*why).to_owned() },
+            Observation::Resumed => Event::Resumed,
         };
         Some(Entry::now(&self.peer, event))
     }
@@ -524,6 +535,9 @@ impl Witness {
 /// Why a peer of a finished federation ends empty-handed.
 pub const WITHOUT_MODEL: &str = "the federation finished, but nobody was left to serve its last model";
 
+/// How often it is tried to write what a full disk has refused.
+const RETRY_PERIOD: Duration = Duration::from_secs(1);
+
 /// Writes entries into a run directory, and keeps the models that they speak of.
 ///
 /// Models are read from the state directories of the peers that tell of them. A peer keeps a model for a whole round
@@ -542,6 +556,8 @@ pub struct Recorder {
     saved: Round,
     /// The run directory failed, and that was told.
     failed: bool,
+    /// When it was last tried to write what a full disk has refused.
+    tried: Instant,
 }
 
 impl Recorder {
@@ -554,7 +570,8 @@ impl Recorder {
         state_dirs: BTreeMap<PeerId, PathBuf>,
     ) -> Self {
         let federation = federation.to_owned();
-        Self { run_dir, federation, layout, codec, state_dirs, held: None, saved: Round::GENESIS, failed: false }
+        let (saved, tried) = (Round::GENESIS, Instant::now());
+        Self { run_dir, federation, layout, codec, state_dirs, held: None, saved, failed: false, tried }
     }
 
     /// The run directory.
@@ -575,10 +592,40 @@ impl Recorder {
         self.first_failure(saved)
     }
 
-    fn write(&mut self, entry: &Entry) -> Result<(), RunDirError> {
-        if !entry.event.is_passing() {
-            self.run_dir.append(&entry.to_line())?;
+    /// Whether something could not be written yet, because the disk is full.
+    pub fn is_behind(&self) -> bool {
+        self.run_dir.is_behind()
+    }
+
+    /// Writes what the disk has refused, if it is time to try again. Returns what the user should know: that it is
+    /// written, or why it never will be.
+    pub fn catch_up(&mut self) -> Option<String> {
+        if !self.is_behind() || self.tried.elapsed() < RETRY_PERIOD {
+            return None;
         }
+        self.tried = Instant::now();
+        match self.run_dir.write_back() {
+            Ok(()) => {
+                self.failed = false;
+                Some(format!("{} is written again, and nothing is missing", self.run_dir.path().display()))
+            }
+            Err(error) if error.obstacle().is_some() => None,
+            Err(error) => Some(format!("{error}; its results may be lost")),
+        }
+    }
+
+    /// Takes the run directory away again.
+    pub fn into_run_dir(self) -> RunDir {
+        self.run_dir
+    }
+
+    fn write(&mut self, entry: &Entry) -> Result<(), RunDirError> {
+        let logged = if entry.event.is_passing() { Ok(()) } else { self.run_dir.append(&entry.to_line()) };
+        // A model may be saved even where its line was not written.
+        logged.and(self.save_what_is_told(entry))
+    }
+
+    fn save_what_is_told(&mut self, entry: &Entry) -> Result<(), RunDirError> {
         match &entry.event {
             Event::ModelHeld { round, digest } if self.held.as_ref().is_none_or(|(held, ..)| held < round) => {
                 self.held = Some((*round, *digest, entry.peer.clone()));
@@ -611,15 +658,21 @@ impl Recorder {
         };
         let Some(weights) = blob.and_then(|blob| self.codec.decode(&blob, &self.layout).ok()) else { return Ok(()) };
         let federation = &self.federation;
-        self.run_dir.save(&NamedModel { weights: &weights, federation, round, digest, metrics })?;
-        self.saved = round;
-        Ok(())
+        let saved = self.run_dir.save(&NamedModel { weights: &weights, federation, round, digest, metrics });
+        // One that the disk has no room for counts: it is held until there is.
+        if saved.as_ref().err().is_none_or(|error| error.obstacle().is_some()) {
+            self.saved = round;
+        }
+        saved
     }
 
     fn first_failure(&mut self, result: Result<(), RunDirError>) -> Option<String> {
         let error = result.err()?;
         let is_first = !std::mem::replace(&mut self.failed, true);
-        is_first.then(|| format!("{error}; training goes on, its results may be lost"))
+        is_first.then(|| match error.obstacle() {
+            Some(_) => format!("{error}; training goes on, its results are kept in memory until there is room"),
+            None => format!("{error}; training goes on, its results may be lost"),
+        })
     }
 }
 

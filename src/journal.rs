@@ -12,11 +12,23 @@
 //! flushed. So a crash at any instant leaves the file of before or the file of after, and a file that is neither was
 //! damaged by something else. Such a file is refused and never replaced: a peer that forgot its promises could vote
 //! twice.
+//!
+//! # What is kept
+//!
+//! The one state (it holds promises of the open round alone, and does not grow), and the blobs that it names: the newest
+//! model, the model that was accepted last, the own update. The leader of a round keeps the updates of the others and
+//! what it made of them besides. With each commit every blob is deleted that the state does not name any more, so that
+//! one or two are left, whatever the number of rounds. Files of an interrupted write are deleted at the next opening.
+//!
+//! # A disk without room
+//!
+//! A write that fails leaves the file of before and no temporary file. [`JournalError::obstacle`] tells the failures
+//! that pass when somebody makes room from those that need a person: after an input/output error, or when the
+//! directory has vanished (another process may hold the one that comes back), nothing here is to be relied on.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::ffi::OsStr;
 use std::fs::{self, File, TryLockError};
-use std::io::{ErrorKind, Write};
+use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -41,7 +53,10 @@ const LOCK: &str = "lock";
 const IDENTITY: &str = "peer";
 const STATE: &str = "state";
 const BLOBS: &str = "blobs";
-const TEMPORARY: &str = "tmp";
+const BLOB_END: &str = ".blob";
+
+/// How the last line of an identity file starts.
+const CHECKSUM: &str = "checksum ";
 
 /// The state directory of one peer, held by this process until the journal and every [`Blobs`] of it are dropped.
 #[derive(Debug)]
@@ -80,7 +95,7 @@ pub enum JournalError {
         /// On what.
         path: PathBuf,
         /// Why not.
-        source: std::io::Error,
+        source: io::Error,
     },
     /// Another process holds it.
     #[error("state directory {} is in use by another process", dir.display())]
@@ -124,6 +139,12 @@ pub enum JournalError {
         /// What is wrong with it.
         problem: &'static str,
     },
+    /// A blob is cut short or changed. Unlike promises it can be had again.
+    #[error("{} is damaged: its content does not have the digest of its name", path.display())]
+    DamagedBlob {
+        /// Its file.
+        path: PathBuf,
+    },
     /// A newer version wrote a file.
     #[error("{} has format {found}; this version reads up to format {VERSION}", path.display())]
     Newer {
@@ -146,8 +167,29 @@ impl JournalError {
             JournalError::Damaged { .. } => {
                 "check the disk; then restore the directory from a copy, or join as a new peer with an empty --state-dir"
             }
+            JournalError::DamagedBlob { .. } => {
+                "check the disk; then remove that file: the peer pulls the model again, or makes its own update again"
+            }
             JournalError::Newer { .. } => "use the version of rodizio that wrote it, or a newer one",
         }
+    }
+
+    /// What keeps the disk from taking a write that it may take later: see [`obstacle`].
+    pub fn obstacle(&self) -> Option<&'static str> {
+        match self {
+            JournalError::Io { source, .. } => obstacle(source),
+            _ => None,
+        }
+    }
+}
+
+/// What keeps a disk from taking a write that it may take later, once somebody has made room.
+pub fn obstacle(error: &io::Error) -> Option<&'static str> {
+    match error.kind() {
+        ErrorKind::StorageFull => Some("the disk is full"),
+        ErrorKind::QuotaExceeded => Some("the disk quota is used up"),
+        ErrorKind::ReadOnlyFilesystem => Some("the disk is mounted read-only"),
+        _ => None,
     }
 }
 
@@ -159,13 +201,15 @@ impl Journal {
     /// name).
     ///
     /// Refuses a directory that another process holds, that belongs to another federation or peer, that holds
-    /// something else, or whose files are damaged. Left-over temporary files are removed.
+    /// something else, or whose files are damaged or missing. Left-over temporary files are removed.
     ///
     /// # Panics
     /// If `federation` holds a line break: the configuration excludes it.
     pub fn open(dir: &Path, federation: &str, name: Option<&PeerId>) -> Result<(Journal, Loaded), JournalError> {
         assert!(!federation.contains(['\n', '\r']), "a federation's name is one line");
         create_dir(dir)?;
+        // Before anything is changed in it.
+        refuse_foreign(dir)?;
         let disk = Arc::new(Disk { dir: dir.to_owned(), next_temporary: AtomicU64::new(0), _lock: lock(dir)? });
         disk.remove_temporaries(dir)?;
         let peer = disk.identity(federation, name)?;
@@ -180,10 +224,15 @@ impl Journal {
     /// Replaces the saved state. When this returns `Ok`, the state survives a loss of power.
     ///
     /// After an error the state on disk may be the old or the new one: whoever cannot save must not send what
-    /// depends on it, and does best to stop.
+    /// depends on it. It may save again if there is an [obstacle](JournalError::obstacle) that passes, and stops else.
     pub fn save_state(&mut self, bytes: &[u8]) -> Result<(), JournalError> {
         let header = state_header(bytes);
         self.disk.replace(&self.disk.dir, STATE, &[&header, bytes])
+    }
+
+    /// The state directory.
+    pub fn dir(&self) -> &Path {
+        &self.disk.dir
     }
 
     /// A handle of the blobs, for any thread.
@@ -213,7 +262,7 @@ pub fn read_blob(dir: &Path, digest: Digest) -> Result<Option<Bytes>, JournalErr
     let path = dir.join(BLOBS).join(blob_name(digest));
     let Some(bytes) = read_if_there(&path)? else { return Ok(None) };
     if Digest::of(&bytes) != digest {
-        return Err(JournalError::Damaged { path, problem: "its content does not have the digest of its name" });
+        return Err(JournalError::DamagedBlob { path });
     }
     Ok(Some(bytes.into()))
 }
@@ -256,7 +305,7 @@ impl Blobs {
         self.cached().retain(|digest, _| keep.contains(digest));
         let Some(disk) = &self.disk else { return Ok(()) };
         for (name, path) in list(&disk.blobs_dir())? {
-            let digest = name.strip_suffix(".blob").and_then(|hex| hex.parse().ok());
+            let digest = name.strip_suffix(BLOB_END).and_then(|hex| hex.parse().ok());
             if digest.is_some_and(|digest: Digest| !keep.contains(&digest)) {
                 remove(&path)?;
             }
@@ -286,11 +335,12 @@ impl Disk {
     /// Writes a whole file under its final name, or not at all.
     fn replace(&self, dir: &Path, name: &str, parts: &[&[u8]]) -> Result<(), JournalError> {
         let number = self.next_temporary.fetch_add(1, Ordering::Relaxed);
-        let temporary = dir.join(format!("{name}.{number}.{TEMPORARY}"));
+        let temporary = dir.join(temporary_name(name, number));
         let path = dir.join(name);
         let written = write_flushed(&temporary, parts).and_then(|()| fs::rename(&temporary, &path));
         if let Err(source) = written {
-            // The reason for the failure matters more than a file that the next opening removes.
+            // Half a file is not to take the room that is lacking. The reason for the failure matters more than one that
+            // cannot be removed: the next opening does it.
             let _ = fs::remove_file(&temporary);
             return Err(JournalError::Io { action: "write", path, source });
         }
@@ -313,11 +363,7 @@ impl Disk {
         }
     }
 
-    /// The identity is the first file of a new directory, so one with other files and without it is not ours.
     fn create_identity(&self, federation: &str, name: Option<&PeerId>) -> Result<PeerId, JournalError> {
-        if let Some((found, _)) = list(&self.dir)?.into_iter().find(|(name, _)| name != LOCK) {
-            return Err(JournalError::Foreign { dir: self.dir.clone(), found });
-        }
         let peer = name.cloned().unwrap_or_else(generated_name);
         let text = identity_text(federation, &peer);
         self.replace(&self.dir, IDENTITY, &[text.as_bytes()])?;
@@ -331,8 +377,14 @@ impl Disk {
 
     fn state(&self) -> Result<Option<Vec<u8>>, JournalError> {
         let path = self.dir.join(STATE);
-        let Some(bytes) = read_if_there(&path)? else { return Ok(None) };
-        parse_state(&path, bytes).map(Some)
+        if let Some(bytes) = read_if_there(&path)? {
+            return parse_state(&path, bytes).map(Some);
+        }
+        // A peer makes promises before it has anything to keep: who has blobs has had a state.
+        if list(&self.blobs_dir())?.iter().any(|(name, _)| name.ends_with(BLOB_END)) {
+            return Err(JournalError::Damaged { path, problem: "it is missing, and there are blobs that it named" });
+        }
+        Ok(None)
     }
 
     fn remove_temporaries(&self, dir: &Path) -> Result<(), JournalError> {
@@ -342,6 +394,16 @@ impl Disk {
             }
         }
         Ok(())
+    }
+}
+
+/// The identity is the first file of a new directory, so one with other files and without it is not ours.
+fn refuse_foreign(dir: &Path) -> Result<(), JournalError> {
+    let found = list(dir)?.into_iter().find(|(name, _)| name != LOCK && !is_temporary(name));
+    match found {
+        // Looked for after the others: a process that starts here at the same time makes it before them.
+        Some((found, _)) if !dir.join(IDENTITY).exists() => Err(JournalError::Foreign { dir: dir.to_owned(), found }),
+        _ => Ok(()),
     }
 }
 
@@ -357,7 +419,9 @@ fn lock(dir: &Path) -> Result<File, JournalError> {
 }
 
 fn identity_text(federation: &str, peer: &PeerId) -> String {
-    format!("rodizio peer {VERSION}\nfederation {federation}\npeer {peer}\n")
+    let text = format!("rodizio peer {VERSION}\nfederation {federation}\npeer {peer}\n");
+    let checksum = Digest::of(text.as_bytes());
+    format!("{text}{CHECKSUM}{checksum}\n")
 }
 
 fn parse_identity(path: &Path, bytes: &[u8]) -> Result<(String, PeerId), JournalError> {
@@ -372,8 +436,12 @@ fn parse_identity(path: &Path, bytes: &[u8]) -> Result<(String, PeerId), Journal
         _ => return Err(damaged("its first line is not that of an identity file")),
     }
     let fields = rest.strip_prefix("federation ").and_then(|rest| rest.split_once("\npeer "));
+    let fields = fields.and_then(|(federation, rest)| Some((federation, rest.split_once('\n')?.0)));
     let (federation, peer) = fields.ok_or_else(|| damaged("it lacks the federation or the peer"))?;
     let peer = PeerId::new(peer).map_err(|_| damaged("its peer is not a peer id"))?;
+    if text != identity_text(federation, &peer) {
+        return Err(damaged("its checksum does not match its content"));
+    }
     Ok((federation.to_owned(), peer))
 }
 
@@ -411,11 +479,20 @@ fn parse_state(path: &Path, mut bytes: Vec<u8>) -> Result<Vec<u8>, JournalError>
 }
 
 fn blob_name(digest: Digest) -> String {
-    format!("{digest}.blob")
+    format!("{digest}{BLOB_END}")
 }
 
+/// How [`Disk::replace`] names the file beside that of `name`.
+fn temporary_name(name: &str, number: u64) -> String {
+    format!("{name}.{number}.tmp")
+}
+
+/// Whether [`Disk::replace`] made the file: nobody else's is to be deleted.
 fn is_temporary(name: &str) -> bool {
-    Path::new(name).extension() == Some(OsStr::new(TEMPORARY))
+    let parts = name.strip_suffix(".tmp").and_then(|name| name.rsplit_once('.'));
+    parts.is_some_and(|(name, number)| {
+        number.parse::<u64>().is_ok() && (name == IDENTITY || name == STATE || name.ends_with(BLOB_END))
+    })
 }
 
 /// Temporary files are skipped by nobody: whoever lists decides. Names that are not text are none of ours.
@@ -435,7 +512,7 @@ fn read_if_there(path: &Path) -> Result<Option<Vec<u8>>, JournalError> {
     }
 }
 
-fn write_flushed(path: &Path, parts: &[&[u8]]) -> std::io::Result<()> {
+fn write_flushed(path: &Path, parts: &[&[u8]]) -> io::Result<()> {
     let mut file = File::create(path)?;
     parts.iter().try_for_each(|part| file.write_all(part))?;
     file.sync_all()
@@ -454,7 +531,7 @@ fn flush_dir(dir: &Path) -> Result<(), JournalError> {
     if cfg!(unix) { File::open(dir).and_then(|file| file.sync_all()).map_err(io_error("flush", dir)) } else { Ok(()) }
 }
 
-fn io_error(action: &'static str, path: &Path) -> impl Fn(std::io::Error) -> JournalError {
+fn io_error(action: &'static str, path: &Path) -> impl Fn(io::Error) -> JournalError {
     move |source| JournalError::Io { action, path: path.to_owned(), source }
 }
 
@@ -526,6 +603,11 @@ mod tests {
         fs::write(dir.path().join("thesis.tex"), "").unwrap();
         let refused = open(dir.path()).unwrap_err();
         assert!(matches!(&refused, JournalError::Foreign { found, .. } if found == "thesis.tex"), "{refused}");
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("thesis.1.tmp"), "").unwrap();
+        assert!(matches!(open(dir.path()), Err(JournalError::Foreign { .. })));
+        let names: Vec<_> = list(dir.path()).unwrap().into_iter().map(|(name, _)| name).collect();
+        assert_eq!(names, ["thesis.1.tmp"], "nothing is deleted there or added");
         let dir = saved(b"promise");
         fs::remove_file(dir.path().join(IDENTITY)).unwrap();
         assert!(matches!(open(dir.path()), Err(JournalError::Foreign { .. })));
@@ -563,14 +645,71 @@ mod tests {
         let dir = saved(b"promise");
         let path = dir.path().join(STATE);
         let whole = fs::read(&path).unwrap();
-        for at in 0..whole.len() {
+        for (at, bit) in bits(&whole) {
             let mut changed = whole.clone();
-            changed[at] ^= 1;
+            changed[at] ^= bit;
             fs::write(&path, changed).unwrap();
             let refused = open(dir.path()).unwrap_err();
             assert!(matches!(refused, JournalError::Damaged { .. } | JournalError::Newer { .. }), "byte {at}");
+            assert!(refused.to_string().contains(&path.display().to_string()) && !refused.hint().is_empty());
         }
         fs::write(&path, [&whole[..], b"x"].concat()).unwrap();
+        assert!(is_damaged(&open(dir.path()), &path));
+    }
+
+    /// Every bit of every byte: which byte, and what to flip in it.
+    fn bits(bytes: &[u8]) -> impl Iterator<Item = (usize, u8)> {
+        (0..bytes.len()).flat_map(|at| (0..8).map(move |bit| (at, 1 << bit)))
+    }
+
+    #[test]
+    fn an_identity_with_any_bit_changed_is_refused() {
+        let dir = saved(b"promise");
+        let path = dir.path().join(IDENTITY);
+        let whole = fs::read(&path).unwrap();
+        for (at, bit) in bits(&whole) {
+            let mut changed = whole.clone();
+            changed[at] ^= bit;
+            fs::write(&path, &changed).unwrap();
+            let refused = open(dir.path()).unwrap_err();
+            assert!(
+                matches!(refused, JournalError::Damaged { .. } | JournalError::Newer { .. }),
+                "byte {at}: {refused}"
+            );
+            assert!(refused.to_string().contains(&path.display().to_string()) && !refused.hint().is_empty());
+            assert_eq!(fs::read(&path).unwrap(), changed, "a refused file was changed");
+        }
+    }
+
+    #[test]
+    fn a_blob_cut_anywhere_or_with_any_bit_changed_is_refused() {
+        let dir = saved(b"promise");
+        let bytes = Bytes::from_static(b"some weights");
+        let digest = Digest::of(&bytes);
+        open(dir.path()).unwrap().0.put_blob(digest, &bytes).unwrap();
+        let path = dir.path().join(BLOBS).join(blob_name(digest));
+        let cut = (0..bytes.len()).map(|length| bytes[..length].to_vec());
+        let changed = bits(&bytes).map(|(at, bit)| {
+            let mut changed = bytes.to_vec();
+            changed[at] ^= bit;
+            changed
+        });
+        for damaged in cut.chain(changed) {
+            fs::write(&path, &damaged).unwrap();
+            let refused = open(dir.path()).unwrap().0.blob(digest).unwrap_err();
+            assert!(matches!(&refused, JournalError::DamagedBlob { path: found } if *found == path), "{refused}");
+        }
+        fs::remove_file(&path).unwrap();
+        assert_eq!(open(dir.path()).unwrap().0.blob(digest).unwrap(), None, "one that is not there is pulled again");
+    }
+
+    #[test]
+    fn a_state_that_has_vanished_is_not_taken_for_a_new_peer() {
+        let dir = saved(b"promise");
+        let bytes = Bytes::from_static(b"weights");
+        open(dir.path()).unwrap().0.put_blob(Digest::of(&bytes), &bytes).unwrap();
+        let path = dir.path().join(STATE);
+        fs::remove_file(&path).unwrap();
         assert!(is_damaged(&open(dir.path()), &path));
     }
 
@@ -611,6 +750,56 @@ mod tests {
         assert!(left.iter().all(|path| !path.exists()));
     }
 
+    /// What a crash can leave of a write of `name`: a part of the temporary file, then all of it, then the file itself.
+    fn instants(dir: &Path, name: &str, new: &[u8]) -> Vec<(PathBuf, Vec<u8>)> {
+        let temporary = dir.join(temporary_name(name, 7));
+        let parts = (0..=new.len()).map(|length| (temporary.clone(), new[..length].to_vec()));
+        parts.chain([(dir.join(name), new.to_vec())]).collect()
+    }
+
+    #[test]
+    fn a_crash_at_any_instant_of_a_write_leaves_the_state_of_before_or_of_after() {
+        let next = [&state_header(b"after")[..], b"after"].concat();
+        let dir = saved(b"before");
+        for (path, bytes) in instants(dir.path(), STATE, &next) {
+            let renamed = path.ends_with(STATE);
+            fs::write(&path, bytes).unwrap();
+            let (_, loaded) = open(dir.path()).unwrap();
+            assert_eq!(loaded.state.as_deref(), Some(if renamed { &b"after"[..] } else { b"before" }));
+            assert!(list(dir.path()).unwrap().iter().all(|(name, _)| !is_temporary(name)));
+        }
+    }
+
+    #[test]
+    fn a_crash_at_any_instant_of_the_first_write_or_of_a_blob_leaves_a_usable_directory() {
+        let name = PeerId::new("ward-1").unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        for (path, bytes) in instants(dir.path(), IDENTITY, identity_text("ward", &name).as_bytes()) {
+            let given = path.ends_with(IDENTITY);
+            fs::write(&path, bytes).unwrap();
+            let (_, loaded) = open(dir.path()).unwrap();
+            assert_eq!(loaded.peer == name, given);
+            fs::remove_file(dir.path().join(IDENTITY)).unwrap();
+            fs::remove_dir(dir.path().join(BLOBS)).unwrap();
+        }
+        let dir = saved(b"promise");
+        let blob = Bytes::from_static(b"weights");
+        for (path, bytes) in instants(&dir.path().join(BLOBS), &blob_name(Digest::of(&blob)), &blob) {
+            let renamed = !path.to_string_lossy().ends_with(".tmp");
+            fs::write(&path, bytes).unwrap();
+            let (journal, _) = open(dir.path()).unwrap();
+            assert_eq!(journal.blob(Digest::of(&blob)).unwrap(), renamed.then(|| blob.clone()));
+        }
+    }
+
+    #[test]
+    fn only_what_passes_by_itself_or_with_room_is_waited_for() {
+        let waits = [ErrorKind::StorageFull, ErrorKind::QuotaExceeded, ErrorKind::ReadOnlyFilesystem];
+        assert!(waits.iter().all(|kind| obstacle(&(*kind).into()).is_some()));
+        let ends = [ErrorKind::PermissionDenied, ErrorKind::NotFound, ErrorKind::Other];
+        assert!(ends.iter().all(|kind| obstacle(&(*kind).into()).is_none()));
+    }
+
     #[test]
     fn a_crash_before_the_first_identity_leaves_a_usable_directory() {
         let dir = tempfile::tempdir().unwrap();
@@ -624,10 +813,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let bytes = Bytes::from(vec![3; 10_000]);
         let digest = Digest::of(&bytes);
-        let (journal, _) = open(dir.path()).unwrap();
+        let (mut journal, _) = open(dir.path()).unwrap();
         assert_eq!(journal.blob(digest).unwrap(), None);
         journal.put_blob(digest, &bytes).unwrap();
         journal.put_blob(digest, &bytes).unwrap();
+        journal.save_state(b"promise").unwrap();
         drop(journal);
         let (journal, _) = open(dir.path()).unwrap();
         assert_eq!(journal.blob(digest).unwrap(), Some(bytes.clone()));
@@ -635,7 +825,9 @@ mod tests {
         let path = dir.path().join(BLOBS).join(blob_name(digest));
         fs::write(&path, &bytes[1..]).unwrap();
         let (journal, _) = open(dir.path()).unwrap();
-        assert!(matches!(journal.blob(digest), Err(JournalError::Damaged { .. })));
+        let damaged = journal.blob(digest).unwrap_err();
+        assert!(matches!(&damaged, JournalError::DamagedBlob { path: found } if *found == path), "{damaged}");
+        assert!(damaged.hint().contains("remove that file"));
         journal.put_blob(digest, &bytes).unwrap();
         assert_eq!(fs::read(&path).unwrap(), bytes, "putting a blob again mends its file");
     }

@@ -1,15 +1,21 @@
 //! The node: one peer's protocol, driven by a real clock, a transport and blocking threads.
+//!
+//! What there is to do is done in its order. Where the disk has no room for a promise, or for what a job made, the node
+//! pauses: see `Driver::pause`.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::future::Future;
 use std::ops::ControlFlow;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::path::Path;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, LazyLock, Mutex};
 use std::thread::available_parallelism;
 use std::time::{Duration, Instant};
 
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::task::JoinSet;
+use tokio::time::{MissedTickBehavior, interval};
 
 use crate::jobs::Workshop;
 use crate::journal::{Blobs, Journal, JournalError};
@@ -26,6 +32,9 @@ use crate::types::{Address, Digest, Metrics, PeerId, Round, Term};
 /// The cores of this machine, which training and evaluation of all nodes in this process take in turns: a hundred peers
 /// that train at once would need a hundred times the memory and keep every message waiting.
 static CORES: LazyLock<Semaphore> = LazyLock::new(|| Semaphore::new(available_parallelism().map_or(1, usize::from)));
+
+/// How often a paused node tries whether the disk has room.
+const ROOM_PERIOD: Duration = Duration::from_secs(1);
 
 /// Where a node keeps its promises.
 #[derive(Debug)]
@@ -116,6 +125,10 @@ pub enum Observation<'a> {
     Disconnected(&'a str),
     /// The others are missed here; the peer looks for them at this broker.
     Moving(&'a str),
+    /// The disk of this directory takes nothing, for this reason: the node waits, and says nothing to the others.
+    Paused(&'a Path, &'static str),
+    /// It takes what was to be written, and the node goes on.
+    Resumed,
 }
 
 /// Bytes of messages, as published and as received.
@@ -192,6 +205,14 @@ struct Driver<'a, T> {
     jobs: mpsc::UnboundedSender<JobEvent>,
     /// The jobs that run.
     running: JoinSet<()>,
+    /// What is still to be done, in its order.
+    todo: VecDeque<Action>,
+    /// Why the first of that, or a job, cannot be written.
+    obstacle: Option<&'static str>,
+    /// How many jobs wait for room on the disk.
+    blocked: Arc<AtomicUsize>,
+    /// A word to each of them lets it try again; without one it gives up.
+    retries: Vec<oneshot::Sender<()>>,
     /// Training of rounds up to this one is no longer wanted.
     cancelled: Arc<AtomicU64>,
     traffic: Traffic,
@@ -211,6 +232,8 @@ struct Driver<'a, T> {
 
 enum JobEvent {
     Progress(Round, Progress),
+    /// The disk has no room for what the job made. It waits for a word.
+    Full(JournalError, oneshot::Sender<()>),
     Done(Result<Done, NodeError>),
 }
 
@@ -260,6 +283,10 @@ impl<T: Transport> Node<T> {
             trainer: Arc::new(Mutex::new(self.trainer)),
             jobs,
             running: JoinSet::new(),
+            todo: VecDeque::new(),
+            obstacle: None,
+            blocked: Arc::default(),
+            retries: Vec::new(),
             cancelled: Arc::default(),
             traffic: Traffic::default(),
             waiting: None,
@@ -273,6 +300,8 @@ impl<T: Transport> Node<T> {
             observe,
         };
         let outcome = driver.drive(&mut peer, &mut ended, shutdown, self.wait_timeout).await?;
+        // Jobs that wait for room hear no word any more, and give up.
+        drop(ended);
         driver.leave(&peer).await;
         Ok(outcome)
     }
@@ -298,34 +327,35 @@ impl<T: Transport> Driver<'_, T> {
         wait_timeout: Option<Duration>,
     ) -> Result<Outcome, NodeError> {
         let mut shutdown = std::pin::pin!(shutdown);
+        // What a pause leaves to be handled before anything new.
+        let mut left = VecDeque::new();
         loop {
             let give_up = self.waiting_since().zip(wait_timeout).map(|(since, timeout)| since + timeout);
-            let event = tokio::select! {
-                () = &mut shutdown => return Ok(Outcome::Interrupted),
-                event = self.transport.next() => self.received(event),
-                job = ended.recv() => match job {
-                    Some(JobEvent::Done(done)) => Some(Event::Done(done?)),
-                    Some(JobEvent::Progress(round, progress)) => {
-                        (self.observe)(Observation::Training(round, progress));
+            let event = match left.pop_front() {
+                Some(event) => Some(event),
+                None => tokio::select! {
+                    () = &mut shutdown => return Ok(Outcome::Interrupted),
+                    event = self.transport.next() => self.received(event),
+                    job = ended.recv() => self.heard(job)?,
+                    () = sleep_until(peer.deadline()) => Some(Event::Tick),
+                    () = sleep_until(self.roaming.deadline()) => {
+                        self.roaming.moves(Instant::now());
+                        self.transport.move_on();
                         None
                     }
-                    None => None,
-                },
-                () = sleep_until(peer.deadline()) => Some(Event::Tick),
-                () = sleep_until(self.roaming.deadline()) => {
-                    self.roaming.moves(Instant::now());
-                    self.transport.move_on();
-                    None
-                }
-                () = sleep_until(give_up) => match (self.lost.take(), self.waiting.take()) {
-                    (Some((reason, _)), _) => return Ok(Outcome::LostBroker(reason)),
-                    (None, Some((waiting, _))) => return Ok(Outcome::GaveUp(waiting)),
-                    (None, None) => None,
+                    () = sleep_until(give_up) => match (self.lost.take(), self.waiting.take()) {
+                        (Some((reason, _)), _) => return Ok(Outcome::LostBroker(reason)),
+                        (None, Some((waiting, _))) => return Ok(Outcome::GaveUp(waiting)),
+                        (None, None) => None,
+                    },
                 },
             };
-            let Some(event) = event else { continue };
-            for action in peer.handle(event, Instant::now()) {
-                self.act(action)?;
+            if let Some(event) = event {
+                self.todo.extend(peer.handle(event, Instant::now()));
+                self.work_off()?;
+            }
+            if self.obstacle.is_some() && self.pause(ended, shutdown.as_mut(), &mut left).await?.is_break() {
+                return Ok(Outcome::Interrupted);
             }
             if self.stopping {
                 return Ok(self.outcome.take().unwrap_or(Outcome::FinishedWithoutModel));
@@ -389,13 +419,88 @@ impl<T: Transport> Driver<'_, T> {
         self.found.insert(broker.to_owned(), found);
     }
 
-    fn act(&mut self, action: Action) -> Result<(), NodeError> {
-        match action {
-            Action::Persist(durable) => {
-                if let Storage::Disk(journal) = &mut self.storage {
-                    journal.save_state(&durable.encode())?;
+    fn heard(&mut self, job: Option<JobEvent>) -> Result<Option<Event>, NodeError> {
+        match job {
+            Some(JobEvent::Done(done)) => return Ok(Some(Event::Done(done?))),
+            Some(JobEvent::Progress(round, progress)) => (self.observe)(Observation::Training(round, progress)),
+            Some(JobEvent::Full(error, retry)) => {
+                self.obstacle = error.obstacle();
+                self.retries.push(retry);
+            }
+            None => {}
+        }
+        Ok(None)
+    }
+
+    /// Waits until the disk has room for what is to be written, and writes it. `Break`: asked to stop.
+    ///
+    /// Nothing that depends on an unwritten promise is sent, so nothing is: the others find this peer silent and go on
+    /// without it. To the peer that is a broker that was lost for a while: messages are dropped, and afterwards it hears
+    /// of a new connection, which has it say hello, ask again for what it lacks and give everybody time anew.
+    async fn pause(
+        &mut self,
+        ended: &mut mpsc::UnboundedReceiver<JobEvent>,
+        mut shutdown: Pin<&mut impl Future<Output = ()>>,
+        left: &mut VecDeque<Event>,
+    ) -> Result<ControlFlow<()>, NodeError> {
+        if let (Storage::Disk(journal), Some(why)) = (&self.storage, self.obstacle) {
+            (self.observe)(Observation::Paused(journal.dir(), why));
+        }
+        let mut period = interval(ROOM_PERIOD);
+        period.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        period.reset();
+        let mut done = Vec::new();
+        while self.obstacle.is_some() || self.blocked.load(Ordering::SeqCst) > 0 {
+            tokio::select! {
+                () = &mut shutdown => return Ok(ControlFlow::Break(())),
+                event = self.transport.next() => {
+                    if let Some(Event::Disconnected) = self.received(event) {
+                        // What was to be sent on that connection is lost with it.
+                        self.todo.retain(|a| !matches!(a, Action::Publish { .. } | Action::SendChunk { .. }));
+                    }
+                }
+                job = ended.recv() => done.extend(self.heard(job)?),
+                _ = period.tick() => {
+                    self.obstacle = None;
+                    self.work_off()?;
+                    // One that has given up does not hear it.
+                    self.retries.drain(..).for_each(|retry| _ = retry.send(()));
                 }
             }
+        }
+        (self.observe)(Observation::Resumed);
+        self.waiting.iter_mut().for_each(|(_, since)| *since = Instant::now());
+        left.push_back(if self.lost.is_some() { Event::Disconnected } else { Event::Connected });
+        left.extend(done);
+        Ok(ControlFlow::Continue(()))
+    }
+
+    /// Does what is to be done, up to the first that the disk has no room for.
+    fn work_off(&mut self) -> Result<(), NodeError> {
+        while let Some(action) = self.todo.pop_front() {
+            if let Err(error) = self.write(&action) {
+                self.obstacle = error.obstacle();
+                self.todo.push_front(action);
+                return if self.obstacle.is_some() { Ok(()) } else { Err(error.into()) };
+            }
+            self.act(action)?;
+        }
+        Ok(())
+    }
+
+    /// The part of an action that changes what is on disk. Doing it again does no harm.
+    fn write(&mut self, action: &Action) -> Result<(), JournalError> {
+        match (action, &mut self.storage) {
+            (Action::Persist(durable), Storage::Disk(journal)) => journal.save_state(&durable.encode()),
+            (Action::Retain(keep), _) => self.blobs.retain(keep),
+            _ => Ok(()),
+        }
+    }
+
+    fn act(&mut self, action: Action) -> Result<(), NodeError> {
+        match action {
+            // Written by now.
+            Action::Persist(_) | Action::Retain(_) => {}
             Action::Publish { topic, retain, message } => {
                 let topic = self.topics.name(&topic);
                 self.send(Outgoing { topic, retain, class: Class::Control, head: message, tail: bytes::Bytes::new() });
@@ -411,7 +516,6 @@ impl<T: Transport> Driver<'_, T> {
             Action::CancelTraining(round) => {
                 self.cancelled.fetch_max(round.0, Ordering::Relaxed);
             }
-            Action::Retain(keep) => self.blobs.retain(&keep)?,
             Action::Brokers(standbys) => {
                 self.brokers = self.meeting.list(&standbys);
                 self.transport.set_brokers(self.brokers.clone());
@@ -432,7 +536,7 @@ impl<T: Transport> Driver<'_, T> {
     fn start(&mut self, job: Job) {
         while self.running.try_join_next().is_some() {}
         let (workshop, trainer, jobs) = (self.workshop.clone(), self.trainer.clone(), self.jobs.clone());
-        let cancelled = self.cancelled.clone();
+        let (cancelled, blocked) = (self.cancelled.clone(), self.blocked.clone());
         self.running.spawn(async move {
             let learns = matches!(job, Job::Train { .. } | Job::Evaluate { .. });
             // It is never closed.
@@ -443,14 +547,29 @@ impl<T: Transport> Driver<'_, T> {
             }
             let report = jobs.clone();
             let work = move || {
-                workshop.perform(job, &trainer, &mut |round, progress| {
+                let mut on_progress = |round: Round, progress| {
                     let _ = report.send(JobEvent::Progress(round, progress));
                     if cancelled.load(Ordering::Relaxed) >= round.0 {
                         ControlFlow::Break(())
                     } else {
                         ControlFlow::Continue(())
                     }
-                })
+                };
+                let mut is_blocked = false;
+                let mut on_full = |error| {
+                    if !std::mem::replace(&mut is_blocked, true) {
+                        blocked.fetch_add(1, Ordering::SeqCst);
+                    }
+                    let (retry, word) = oneshot::channel();
+                    // When nobody listens any more, the word's sender is dropped with the report.
+                    let _ = report.send(JobEvent::Full(error, retry));
+                    if word.blocking_recv().is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+                };
+                let done = workshop.perform(job, &trainer, &mut on_progress, &mut on_full);
+                if is_blocked {
+                    blocked.fetch_sub(1, Ordering::SeqCst);
+                }
+                done
             };
             let done = tokio::task::spawn_blocking(work).await.map_err(|_| NodeError::LostJob);
             // Nobody listens once the node has ended.
@@ -491,6 +610,7 @@ impl<T: Transport> Driver<'_, T> {
     /// Says goodbye and waits for what runs, so that nobody uses the state directory any more.
     async fn leave(mut self, peer: &Peer) {
         self.cancelled.store(u64::MAX, Ordering::Relaxed);
+        self.retries.clear();
         let (topic, message) = peer.last_will();
         let topic = self.topics.name(&topic);
         let tail = bytes::Bytes::new();

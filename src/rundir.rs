@@ -8,13 +8,20 @@
 //!   best.safetensors    the one with the lowest validation loss so far
 //! ```
 //!
-//! Models are written beside their file and renamed, so whoever reads one reads a whole one.
+//! Models are written beside their file and renamed, so whoever reads one reads a whole one. The log grows by a few lines
+//! a round and peer; the models are two files, whatever the number of rounds.
+//!
+//! A run does not end because this directory cannot take its results: what a full disk refuses is held in memory, in its
+//! order, until [`RunDir::write_back`] succeeds. Of models only the newest of each file is held.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, ErrorKind, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
+use bytes::Bytes;
+
+use crate::journal::obstacle;
 use crate::training::export::{ExportError, from_safetensors, to_safetensors};
 use crate::types::{Digest, Metrics, Round};
 use crate::weights::Weights;
@@ -39,6 +46,12 @@ const VAL_LOSS: &str = "val_loss";
 pub struct RunDir {
     dir: PathBuf,
     events: File,
+    /// Where the log's last whole line ends, if half a line behind it could not be cut off yet.
+    cut_at: Option<u64>,
+    /// Lines, each with its end, that are not in the log yet.
+    lines: String,
+    /// Models that are not in their files yet.
+    models: BTreeMap<&'static str, Bytes>,
     /// The validation loss of the best model.
     best: Option<f64>,
 }
@@ -76,13 +89,31 @@ pub enum RunDirError {
     Export(#[from] ExportError),
 }
 
+impl RunDirError {
+    /// What keeps the disk from taking what is to be written, if that may pass: see [`obstacle`].
+    pub fn obstacle(&self) -> Option<&'static str> {
+        match self {
+            RunDirError::Io { source, .. } => obstacle(source),
+            RunDirError::Export(_) => None,
+        }
+    }
+}
+
 impl RunDir {
     /// Opens `dir`, or creates it. What an earlier run left there is added to.
     pub fn open(dir: &Path) -> Result<Self, RunDirError> {
         fs::create_dir_all(dir).map_err(failed("create", dir))?;
         let path = dir.join(EVENTS);
         let events = open_events(&path).map_err(failed("open", &path))?;
-        Ok(Self { dir: dir.to_owned(), events, best: best_loss(dir) })
+        let (lines, models) = (String::new(), BTreeMap::new());
+        Ok(Self { dir: dir.to_owned(), events, cut_at: None, lines, models, best: best_loss(dir) })
+    }
+
+    /// Removes the directory of a run that did not begin: its configuration, its log, and itself if nothing else is there.
+    pub fn remove(self) {
+        // What stays behind harms nobody.
+        let _ = [CONFIG, EVENTS].map(|name| fs::remove_file(self.dir.join(name)));
+        let _ = fs::remove_dir(&self.dir);
     }
 
     /// Where it is.
@@ -118,30 +149,84 @@ impl RunDir {
     }
 
     /// Adds a line to the log of events. `line` has no line break.
+    ///
+    /// # Errors
+    /// When it cannot be written. On a full disk it is held: it comes with the next [`Self::write_back`] that succeeds.
     pub fn append(&mut self, line: &str) -> Result<(), RunDirError> {
-        // One write, so that a reader sees whole lines and a crash leaves them.
-        let written = self.events.write_all(format!("{line}\n").as_bytes());
-        written.map_err(failed("write to", &self.dir.join(EVENTS)))
+        let others_wait = !self.lines.is_empty();
+        self.lines.push_str(line);
+        self.lines.push('\n');
+        if others_wait { Ok(()) } else { self.write_lines() }
     }
 
     /// Keeps a model as the last, and as the best if it is.
+    ///
+    /// # Errors
+    /// When it cannot be written. On a full disk it is held, unless a newer one takes its place.
     pub fn save(&mut self, model: &NamedModel<'_>) -> Result<(), RunDirError> {
-        let bytes = to_safetensors(model.weights, &metadata(model))?;
-        self.replace(MODEL, &bytes)?;
-        let Some(loss) = model.metrics.map(|metrics| metrics.loss) else { return Ok(()) };
-        if self.best.is_none_or(|best| loss < best) {
-            self.replace(BEST, &bytes)?;
+        let bytes = Bytes::from(to_safetensors(model.weights, &metadata(model))?);
+        self.models.insert(MODEL, bytes.clone());
+        if let Some(loss) = model.metrics.map(|metrics| metrics.loss)
+            && self.best.is_none_or(|best| loss < best)
+        {
+            self.models.insert(BEST, bytes);
             self.best = Some(loss);
+        }
+        self.write_models()
+    }
+
+    /// Whether something is held that could not be written.
+    pub fn is_behind(&self) -> bool {
+        !self.lines.is_empty() || !self.models.is_empty()
+    }
+
+    /// Tries again to write what is held.
+    pub fn write_back(&mut self) -> Result<(), RunDirError> {
+        self.write_lines()?;
+        self.write_models()
+    }
+
+    /// What will never be written is not held.
+    fn write_lines(&mut self) -> Result<(), RunDirError> {
+        let written = self.add_to_log().map_err(failed("write to", &self.dir.join(EVENTS)));
+        if written.as_ref().err().is_none_or(|error| error.obstacle().is_none()) {
+            self.lines.clear();
+        }
+        written
+    }
+
+    /// One write, so that a reader sees whole lines and a crash leaves them. A write that failed leaves none of its bytes.
+    fn add_to_log(&mut self) -> std::io::Result<()> {
+        if let Some(end) = self.cut_at {
+            self.events.set_len(end)?;
+            self.cut_at = None;
+        }
+        let end = self.events.metadata()?.len();
+        self.events.write_all(self.lines.as_bytes()).inspect_err(|_| {
+            self.cut_at = self.events.set_len(end).is_err().then_some(end);
+        })
+    }
+
+    fn write_models(&mut self) -> Result<(), RunDirError> {
+        while let Some((name, bytes)) = self.models.pop_first() {
+            if let Err(error) = self.replace(name, &bytes) {
+                match error.obstacle() {
+                    Some(_) => drop(self.models.insert(name, bytes)),
+                    None => self.models.clear(),
+                }
+                return Err(error);
+            }
         }
         Ok(())
     }
 
     fn replace(&self, name: &str, bytes: &[u8]) -> Result<(), RunDirError> {
         let path = self.dir.join(name);
-        let temporary = self.dir.join(format!(".{name}.{}.tmp", std::process::id()));
+        // One name for all processes: what one leaves that is killed here is written over by the next.
+        let temporary = self.dir.join(format!(".{name}.tmp"));
         let written = fs::write(&temporary, bytes).and_then(|()| fs::rename(&temporary, &path));
         written.map_err(|source| {
-            // The reason for the failure matters more than what is left over.
+            // Half a file is not to take the room that is lacking; the reason for the failure matters more.
             let _ = fs::remove_file(&temporary);
             RunDirError::Io { action: "write", path, source }
         })
@@ -259,6 +344,44 @@ mod tests {
         run_dir.append("two").unwrap();
         let lines: Vec<String> = run_dir.earlier_events().unwrap().map(Result::unwrap).collect();
         assert_eq!(lines, ["one", "cut sho", "two"]);
+    }
+
+    /// A disk that is full: whatever is written to this file is refused.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn what_a_full_disk_refuses_is_held_in_its_order() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut run_dir = RunDir::open(dir.path()).unwrap();
+        run_dir.append("one").unwrap();
+        let full = File::options().append(true).open("/dev/full").unwrap();
+        let log = std::mem::replace(&mut run_dir.events, full);
+        assert_eq!(run_dir.append("two").unwrap_err().obstacle(), Some("the disk is full"));
+        run_dir.append("three").unwrap();
+        // That file, unlike one on a full disk, cannot be cut either.
+        run_dir.cut_at = None;
+        assert_eq!(run_dir.write_back().unwrap_err().obstacle(), Some("the disk is full"));
+        (run_dir.events, run_dir.cut_at) = (log, None);
+        run_dir.write_back().unwrap();
+        assert!(!run_dir.is_behind());
+        assert_eq!(fs::read_to_string(dir.path().join(EVENTS)).unwrap(), "one\ntwo\nthree\n");
+    }
+
+    #[test]
+    fn the_directory_of_a_run_that_did_not_begin_is_removed_and_no_other() {
+        let parent = tempfile::tempdir().unwrap();
+        let path = parent.path().join("run");
+        let open = || {
+            let mut run_dir = RunDir::open(&path).unwrap();
+            run_dir.write_config("rounds = 3").unwrap();
+            run_dir.append("started").unwrap();
+            run_dir
+        };
+        open().remove();
+        assert!(!path.exists());
+        let mut run_dir = open();
+        save(&mut run_dir, 1, Some(0.5));
+        run_dir.remove();
+        assert!(path.join(MODEL).is_file());
     }
 
     #[test]

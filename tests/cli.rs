@@ -70,7 +70,17 @@ fn the_help_of_a_subcommand_mentions_what_it_takes() {
     let expected: [(&str, &[&str]); 5] = [
         (
             "run",
-            &["--peers", "--processes", "--broker", "--json", "-q, --quiet", "-v, --verbose", "--run-dir", "Examples:"],
+            &[
+                "--peers",
+                "--processes",
+                "--resume",
+                "--broker",
+                "--json",
+                "-q, --quiet",
+                "-v, --verbose",
+                "--run-dir",
+                "Examples:",
+            ],
         ),
         ("broker", &["--listen", "--config", "--chunk-bytes", "Examples:"]),
         ("join", &["--broker", "--peer", "--host-broker", "--state-dir", "--run-dir", "--json", "Examples:"]),
@@ -418,6 +428,7 @@ fn a_broker_that_does_not_answer_is_exit_code_3() {
     assert_eq!((code, stdout.as_str()), (Some(3), ""), "{stderr}");
     assert!(stderr.contains(&format!("error: no broker answers at {addr}")), "{stderr}");
     assert!(stderr.contains("hint: start one with `rodizio broker`"), "{stderr}");
+    assert_eq!(std::fs::read_dir(dir.path().join("runs")).unwrap().count(), 0, "nothing happened, and nothing is left");
 }
 
 #[test]

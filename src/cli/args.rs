@@ -1,7 +1,7 @@
 //! The command line: subcommands by hand, and a flag for every key of the configuration.
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Arg, ArgAction, ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
@@ -35,9 +35,9 @@ pub enum Command {
 #[derive(Debug, Args)]
 #[command(after_help = RUN_EXAMPLES)]
 pub struct RunArgs {
-    /// Start every peer as a process of its own, not as a thread
-    #[arg(long)]
-    pub processes: bool,
+    /// Go on with the run that left its results in this directory, with its settings
+    #[arg(long, value_name = "RUN_DIR", conflicts_with_all = ["config", "run_dir"])]
+    pub resume: Option<PathBuf>,
     #[command(flatten)]
     #[allow(missing_docs)] // a doc comment would become the help text of the group
     pub file: FileArgs,
@@ -160,6 +160,14 @@ pub fn command() -> clap::Command {
 }
 
 impl Command {
+    /// The directory of the run that is to go on, if one was named.
+    pub fn resumed(&self) -> Option<&Path> {
+        match self {
+            Command::Run(args) => args.resume.as_deref(),
+            _ => None,
+        }
+    }
+
     /// The configuration file that was named, if the subcommand reads the configuration.
     pub fn file(&self) -> Option<&FileArgs> {
         match self {
@@ -224,7 +232,9 @@ Examples:
   rodizio run --target-accuracy 0.95 --patience 5 --json
       Stop when good enough or when nothing improves; the result as JSON
   rodizio run --processes --run-dir runs/first --config configs/lab.toml
-      A process for each peer; keys from a file, results in runs/first";
+      A process for each peer; keys from a file, results in runs/first
+  rodizio run --resume runs/first
+      Go on with that run, whatever ended it, from the last committed round";
 
 const BROKER_EXAMPLES: &str = "\
 Examples:
@@ -275,8 +285,9 @@ mod tests {
     fn keys_given_as_flags_come_out_as_text() {
         let invocation = parsed("rodizio run --processes --batch-size 16 --leader-trains --seed -1").unwrap();
         let flags: Vec<_> = invocation.flags.iter().map(|(key, text)| (key.name, text.as_str())).collect();
-        assert_eq!(flags, [("leader_trains", "true"), ("batch_size", "16"), ("seed", "-1")]);
-        assert!(matches!(invocation.command, Command::Run(RunArgs { processes: true, .. })));
+        assert_eq!(flags, [("leader_trains", "true"), ("batch_size", "16"), ("seed", "-1"), ("processes", "true")]);
+        let invocation = parsed("rodizio run --resume runs/first -v").unwrap();
+        assert!(matches!(invocation.command, Command::Run(RunArgs { resume: Some(_), .. })));
         let invocation = parsed("rodizio join --host-broker=false").unwrap();
         assert_eq!(invocation.flags[0].1, "false");
     }
@@ -298,7 +309,14 @@ mod tests {
 
     #[test]
     fn contradictions_and_absurd_counts_are_refused() {
-        for line in ["run -q -v", "sim --seeds 0", "sim --peers 0", "config --check a --json"] {
+        for line in [
+            "run -q -v",
+            "run --resume a --run-dir b",
+            "run --resume a --config b",
+            "sim --seeds 0",
+            "sim --peers 0",
+            "config --check a --json",
+        ] {
             assert!(parsed(&format!("rodizio {line}")).is_err(), "{line}");
         }
     }

@@ -148,7 +148,9 @@ impl From<JournalError> for Failure {
     fn from(error: JournalError) -> Self {
         let exit = match error {
             JournalError::Io { .. } => Exit::Internal,
-            JournalError::Damaged { .. } | JournalError::Newer { .. } => Exit::BadData,
+            JournalError::Damaged { .. } | JournalError::DamagedBlob { .. } | JournalError::Newer { .. } => {
+                Exit::BadData
+            }
             _ => Exit::Usage,
         };
         let hint = error.hint();
@@ -194,7 +196,8 @@ impl From<ClusterError> for Failure {
 
 impl From<RunDirError> for Failure {
     fn from(error: RunDirError) -> Self {
-        Failure::new(Exit::Internal, error).hint("choose a directory that can be written with --run-dir")
+        Failure::new(Exit::Internal, error)
+            .hint("free some space there, or choose a directory that can be written with --run-dir")
     }
 }
 

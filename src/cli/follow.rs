@@ -13,7 +13,7 @@ use crate::cli::narrator::Narrator;
 use crate::cli::output::{Notice, Output};
 use crate::cli::{Exit, Failure};
 use crate::cluster::Stop;
-use crate::config::{Layers, Settings};
+use crate::config::{Layers, Settings, Source};
 use crate::events::{Entry, Recorder};
 use crate::rundir::{CONFIG, RunDir};
 
@@ -30,6 +30,11 @@ pub fn choose_run_dir(layers: &mut Layers, settings: &Settings) -> PathBuf {
         layers.derive("run_dir", &run_dir.display().to_string(), "a new one");
         run_dir
     })
+}
+
+/// Whether the run directory is a new one that [`choose_run_dir`] chose.
+pub fn is_derived(layers: &Layers) -> bool {
+    matches!(layers.source("run_dir"), Source::Derived(_))
 }
 
 /// `runs/FEDERATION-TIME`, with a number behind it if it is there already. It is created at once: another peer that
@@ -69,7 +74,7 @@ pub fn check_same(run_dir: &Path, earlier: &Settings, settings: &Settings) -> Re
     let Some((key, before)) = before.iter().find(|(key, value)| now.get(*key) != Some(*value)) else { return Ok(()) };
     let now = now.get(key).map_or("unknown", String::as_str);
     let error = anyhow!("{} holds a run with {key} = {before}, and now {key} = {now}", run_dir.display());
-    let hint = format!("set {key} = {before} to go on with that run, or choose another --run-dir");
+    let hint = format!("set {key} = {before} to go on with that run, or start another one with a new --run-dir");
     Err(Failure::new(Exit::Usage, error).hint(hint))
 }
 
@@ -116,6 +121,7 @@ impl Audience<'_, '_> {
                     self.show(&notice);
                 }
                 _ = tick.tick() => {
+                    self.catch_up();
                     if let Some(notice) = self.narrator.tick(Instant::now()) {
                         self.show(&notice);
                     }
@@ -129,7 +135,35 @@ impl Audience<'_, '_> {
         if let Some(text) = self.recorder.close() {
             self.show(&Notice::Warning { text });
         }
+        self.write_back(stop).await;
         result
+    }
+
+    /// The results are what it was all for: waits until a full disk takes them, or the user has enough.
+    async fn write_back(&mut self, stop: &Stop) {
+        if !self.recorder.is_behind() {
+            return;
+        }
+        let dir = self.recorder.run_dir().path().display().to_string();
+        let text = format!("the results wait for room on the disk of {dir}; Ctrl-C ends without them");
+        self.show(&Notice::Warning { text });
+        while self.recorder.is_behind() && !stop.is_requested() {
+            tokio::select! {
+                () = stop.clone().requested() => {}
+                () = tokio::time::sleep(TICK) => self.catch_up(),
+            }
+        }
+        if self.recorder.is_behind() {
+            let text =
+                format!("{dir} lacks the last results; the peers keep the last model: make room and start again");
+            self.show(&Notice::Warning { text });
+        }
+    }
+
+    fn catch_up(&mut self) {
+        if let Some(text) = self.recorder.catch_up() {
+            self.show(&Notice::Warning { text });
+        }
     }
 
     /// Shows the result, if there is one.

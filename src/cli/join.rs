@@ -12,7 +12,7 @@ use tokio::sync::watch;
 use crate::broker::Broker;
 use crate::cli::args::{JoinArgs, OutputArgs};
 use crate::cli::broker::{LISTEN, how_to_join};
-use crate::cli::follow::{Audience, check_same, choose_run_dir, earlier_settings, recall};
+use crate::cli::follow::{Audience, check_same, choose_run_dir, earlier_settings, is_derived, recall};
 use crate::cli::narrator::Narrator;
 use crate::cli::output::{Notice, Output};
 use crate::cli::{Exit, Failure, Shell, interrupt, log, runtime};
@@ -65,6 +65,7 @@ fn tell_people(args: &JoinArgs, mut layers: Layers, peer: LocalPeer, shell: &mut
     let started = Instant::now();
     let settings = layers.settings()?;
     let dir = choose_run_dir(&mut layers, &settings);
+    let is_new = is_derived(&layers);
     let settings = layers.settings()?;
     if let Some(earlier) = earlier_settings(&dir)? {
         check_same(&dir, &earlier, &settings)?;
@@ -75,13 +76,14 @@ fn tell_people(args: &JoinArgs, mut layers: Layers, peer: LocalPeer, shell: &mut
     log::start(verbose, &env, colour, &output.bar())?;
     let run_dir = RunDir::open(&dir)?;
     run_dir.write_config(&settings.to_toml(&layers))?;
-    runtime()?.block_on(take_part(settings, peer, run_dir, started, &mut output))
+    runtime()?.block_on(take_part(settings, peer, run_dir, is_new, started, &mut output))
 }
 
 async fn take_part(
     settings: Settings,
     peer: LocalPeer,
     run_dir: RunDir,
+    is_new: bool,
     started: Instant,
     output: &mut Output<'_>,
 ) -> Result<Exit, Failure> {
@@ -107,6 +109,10 @@ async fn take_part(
     let task = cluster::spawn(peer, &stop, &sender);
     let result = audience.follow(&mut entries, &stop, task).await.unwrap_or(Err(PeerError::LostTask));
     let shown = audience.conclude()?;
+    if is_new && matches!(result, Err(PeerError::Transport(_))) {
+        // No broker, no results.
+        audience.recorder.into_run_dir().remove();
+    }
     if let Some(broker) = broker {
         leave(broker, &stop, audience.output).await;
     }

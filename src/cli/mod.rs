@@ -9,7 +9,7 @@ use anyhow::Context;
 use clap::error::ErrorKind;
 use console::Style;
 
-use crate::config::Layers;
+use crate::config::{Key, Layers};
 
 pub mod args;
 pub mod broker;
@@ -118,13 +118,21 @@ fn layers(invocation: &Invocation, env: &BTreeMap<String, String>) -> Result<Lay
     let mut layers = Layers::new();
     let alone = matches!(&invocation.command, Command::Config(args) if args.check.is_some());
     let Some(file) = invocation.command.file().filter(|_| !alone) else { return Ok(layers) };
-    let path = file.config.clone().or_else(|| env.get("RODIZIO_CONFIG").map(PathBuf::from));
+    let resumed = invocation.command.resumed();
+    let path = match resumed {
+        Some(dir) => Some(run::config_to_resume(dir)?),
+        None => file.config.clone().or_else(|| env.get("RODIZIO_CONFIG").map(PathBuf::from)),
+    };
     if let Some(path) = path {
         layers.file(&path.display().to_string(), &read_file(&path)?)?;
     }
     layers.environment(env.clone())?;
     for (key, text) in &invocation.flags {
         layers.flag(key, text)?;
+    }
+    if let (Some(dir), Some(key)) = (resumed, Key::find("run_dir")) {
+        // The file may name it as seen from another directory.
+        layers.flag(key, &dir.display().to_string())?;
     }
     Ok(layers)
 }

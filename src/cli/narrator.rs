@@ -123,6 +123,11 @@ impl Narrator {
             }
             Event::Said { line } => vec![Notice::Info { text: format!("{peer}: {line}") }],
             Event::Moved { broker } => vec![Notice::Info { text: format!("looking for the others at {broker}") }],
+            Event::Paused { path, why } => {
+                let text = format!("{why}: {peer} cannot write {path}; it waits, and goes on once there is room");
+                vec![Notice::Warning { text }]
+            }
+            Event::Resumed => vec![Notice::Info { text: format!("{peer} can write again, and goes on") }],
             Event::Connected { broker } => self.connected(broker).into_iter().collect(),
             event => self.warning(peer, event).into_iter().collect(),
         }
@@ -368,6 +373,18 @@ mod tests {
         let notices = narrator.hear(&Entry::now(&peer(who), event));
         let line = |notice| if let Notice::Round(line) = notice { Some(line) } else { None };
         notices.into_iter().filter_map(line).collect()
+    }
+
+    #[test]
+    fn a_peer_that_waits_for_room_says_where_and_why_each_time() {
+        let mut narrator = narrator(&["a", "b"]);
+        for _ in 0..2 {
+            let paused = Event::Paused { path: "run/peers/a".into(), why: "the disk is full".into() };
+            let text = "the disk is full: a cannot write run/peers/a; it waits, and goes on once there is room".into();
+            assert_eq!(narrator.hear(&Entry::now(&peer("a"), paused)), [Notice::Warning { text }]);
+            let text = "a can write again, and goes on".into();
+            assert_eq!(narrator.hear(&Entry::now(&peer("a"), Event::Resumed)), [Notice::Info { text }]);
+        }
     }
 
     #[test]

@@ -11,16 +11,16 @@ use tokio::sync::mpsc::unbounded_channel;
 
 use crate::broker::Broker;
 use crate::cli::args::RunArgs;
-use crate::cli::follow::{Audience, check_same, choose_run_dir, earlier_settings, recall};
+use crate::cli::follow::{Audience, check_same, choose_run_dir, earlier_settings, is_derived, recall};
 use crate::cli::narrator::Narrator;
 use crate::cli::output::{Notice, Output};
 use crate::cli::{Exit, Failure, Shell, interrupt, log, runtime};
-use crate::cluster::{Cluster, Processes, Program, Stop, peer_settings, reachable_at, start_broker};
+use crate::cluster::{Cluster, PEERS, Processes, Program, Stop, peer_settings, reachable_at, start_broker};
 use crate::config::{Layers, Settings, Source};
 use crate::events::Recorder;
 use crate::node::Outcome;
 use crate::peer::{LocalPeer, PeerError};
-use crate::rundir::RunDir;
+use crate::rundir::{CONFIG, RunDir};
 use crate::types::PeerId;
 use crate::weights::Layout;
 
@@ -40,11 +40,30 @@ const PATIENCE: Duration = Duration::from_secs(1);
 pub fn run(args: &RunArgs, mut layers: Layers, shell: &mut Shell) -> Result<Exit, Failure> {
     let started = Instant::now();
     let (run_dir, settings) = prepare(&mut layers)?;
+    let is_new = is_derived(&layers);
     let (env, colour) = (shell.env.clone(), shell.stderr.colour);
     let mut output = Output::new(shell, args.output);
     log::start(args.output.verbose, &env, colour, &output.bar())?;
-    run_dir.write_config(&settings.to_toml(&layers))?;
-    runtime()?.block_on(cluster(args, settings, run_dir, started, &mut output))
+    runtime()?.block_on(cluster(args, settings, run_dir, is_new, started, &mut output))
+}
+
+/// The settings of the run that left its results in `run_dir`, as a file.
+pub fn config_to_resume(run_dir: &Path) -> Result<PathBuf, Failure> {
+    let refused = |why: &str| {
+        Err(Failure::new(Exit::Usage, anyhow!("{} holds no run to go on with: {why}", run_dir.display()))
+            .hint("name the directory of an earlier `rodizio run`, as it said after `results`"))
+    };
+    let config = run_dir.join(CONFIG);
+    if !run_dir.is_dir() {
+        return refused("it is no directory");
+    }
+    if !config.is_file() {
+        return refused(&format!("there is no {CONFIG} in it"));
+    }
+    if !run_dir.join(PEERS).is_dir() {
+        return refused("no peer has left its state there");
+    }
+    Ok(config)
 }
 
 /// Settles what the user left open, and opens the run directory.
@@ -66,31 +85,50 @@ fn prepare(layers: &mut Layers) -> Result<(RunDir, Settings), Failure> {
     let settings = layers.settings_of_run()?;
     let dir = choose_run_dir(layers, &settings);
     let settings = layers.settings_of_run()?;
-    if let Some(earlier) = earlier {
-        check_same(&dir, &earlier, &settings)?;
+    if let Some(earlier) = &earlier {
+        check_same(&dir, earlier, &settings)?;
     }
-    Ok((RunDir::open(&dir)?, settings))
+    let run_dir = RunDir::open(&dir)?;
+    // The file of a run that goes on keeps what it says of who set what.
+    let is_same = |earlier: Settings| Settings { run_dir: settings.run_dir.clone(), ..earlier } == settings;
+    if !earlier.is_some_and(is_same) {
+        run_dir.write_config(&settings.to_toml(layers))?;
+    }
+    Ok((run_dir, settings))
 }
 
 async fn cluster(
     args: &RunArgs,
     mut settings: Settings,
     run_dir: RunDir,
+    is_new: bool,
     started: Instant,
     output: &mut Output<'_>,
 ) -> Result<Exit, Failure> {
     let (_request, stop) = interrupt::listen();
-    let broker = broker_of(&mut settings).await?;
+    let broker = match broker_of(&mut settings).await {
+        Ok(broker) => broker,
+        Err(failure) => {
+            if is_new {
+                run_dir.remove();
+            }
+            return Err(failure);
+        }
+    };
     let dir = run_dir.path().to_owned();
     let cluster = Cluster::open(&settings, &dir)?;
     let cluster = if broker.is_some() { cluster.at_its_own_broker() } else { cluster };
-    output.show(&Notice::Info { text: introduction(args, &settings, broker.as_ref(), &dir, cluster.peers()) })?;
+    output.show(&Notice::Info { text: introduction(&settings, broker.as_ref(), &dir, cluster.peers()) })?;
+    if cluster.peers().iter().all(LocalPeer::has_finished) {
+        let text = "this run has finished, and this is its result; for another one choose a new --run-dir".into();
+        output.show(&Notice::Info { text })?;
+    }
     let names = cluster.peers().iter().map(|peer| peer.name().clone()).collect();
     let mut narrator = Narrator::new(names, settings.rounds, PATIENCE, started);
     recall(&run_dir, &mut narrator)?;
     let recorder = recorder(&settings, run_dir, cluster.peers());
     let mut audience = Audience { recorder, narrator, output };
-    let failure = if args.processes {
+    let failure = if settings.processes {
         // Their state directories are for the processes now.
         drop(cluster);
         as_processes(args, &settings, &dir, &stop, &mut audience).await?
@@ -108,7 +146,7 @@ async fn cluster(
     match failure {
         _ if finished => Ok(Exit::Finished),
         _ if stop.is_requested() => {
-            let text = format!("interrupted; to go on: rodizio run --run-dir {} and the same settings", dir.display());
+            let text = format!("interrupted; to go on: rodizio run --resume {}", dir.display());
             output.show(&Notice::Info { text })?;
             Ok(Exit::Interrupted)
         }
@@ -179,14 +217,8 @@ fn failure_of_process(status: std::io::Result<ExitStatus>) -> Option<Failure> {
 }
 
 /// What is started, and who has which data.
-fn introduction(
-    args: &RunArgs,
-    settings: &Settings,
-    broker: Option<&Broker>,
-    dir: &Path,
-    peers: &[LocalPeer],
-) -> String {
-    let kind = if args.processes { "processes" } else { "peers in this process" };
+fn introduction(settings: &Settings, broker: Option<&Broker>, dir: &Path, peers: &[LocalPeer]) -> String {
+    let kind = if settings.processes { "processes" } else { "peers in this process" };
     let (at, whose) = (settings.brokers.join(", "), if broker.is_some() { ", started here" } else { "" });
     let mut text = format!("{} {kind}, federation {}\n", peers.len(), settings.federation);
     text += &format!("broker   {at}{whose}\n");
@@ -257,9 +289,7 @@ mod tests {
         for (key, text) in flags {
             layers.flag(Key::find(key).unwrap(), text).unwrap();
         }
-        let (run_dir, settings) = prepare(&mut layers).unwrap();
-        run_dir.write_config(&settings.to_toml(&layers)).unwrap();
-        settings
+        prepare(&mut layers).unwrap().1
     }
 
     #[test]

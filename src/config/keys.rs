@@ -224,6 +224,8 @@ pub static KEYS: &[Key] = &[
 
     key(Group::Machine, UsedBy::Run, "peers", count(1, 1_000), "5",
         "How many peers to start"),
+    key(Group::Machine, UsedBy::Run, "processes", Kind::Switch, "false",
+        "Whether every peer is a process of its own, not a thread"),
     key(Group::Machine, UsedBy::Join, "peer", Kind::Peer, NONE,
         "Name of this peer; none: the one kept in state_dir, or a new one"),
     key(Group::Machine, UsedBy::Peers, "backend", Kind::Choice(&["flex", "ndarray"]), "flex",

@@ -464,7 +464,13 @@ impl<'a> World<'a> {
             return self.handle(id, Event::Done(failed(&job)));
         }
         let Some(peer) = self.peers.get_mut(id) else { return Ok(()) };
-        let done = peer.workshop.perform(job, &peer.trainer, &mut |_, _| ControlFlow::Continue(()));
+        let done = peer.workshop.perform(
+            job,
+            &peer.trainer,
+            &mut |_, _| ControlFlow::Continue(()),
+            // Memory is never full.
+            &mut |_| ControlFlow::Break(()),
+        );
         if let (Done::Trained { round, result: Ok((update, _)) }, Some((_, model))) = (&done, peer.training) {
             let weights = peer.trainer().weights();
             self.check.trained(id, *round, model, update.digest, weights)?;
