@@ -4,7 +4,7 @@
 //! a quorum never moves, so a broker that returns draws nobody away from where the federation is.
 //!
 //! Why they meet. *Home* is the first broker of the list. A tour leads from it to each other broker that answers and
-//! back. A stay away lasts [`AWAY_TIMEOUTS`]; until the others' silence shows it may seem to last two more. The
+//! back. A stay away lasts two election timeouts; until the others' silence shows it may seem to last two more. The
 //! stay at home doubles with each tour that found nobody, and is counted for each broker of the list: from the fourth
 //! tour on it is more than three times as long as the tour itself, so that each peer is at home for more than three
 //! quarters of the time.
