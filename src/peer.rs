@@ -26,6 +26,9 @@ const KEEP_ALIVE: Duration = Duration::from_secs(5);
 /// How long a broker that is not there yet is waited for: long enough for one that was started just before.
 const BROKER_PATIENCE: Duration = Duration::from_secs(3);
 
+/// How long the broker of this program is waited for, which is there, however slow a machine with very many peers is.
+const OWN_BROKER_PATIENCE: Duration = Duration::from_secs(120);
+
 /// How long a broker may keep silent when it is tried. Only one that cannot do what is asked is waited for; a cluster that
 /// has just lost a server needs some seconds to agree on who takes its place.
 const PROBE_PATIENCE: Duration = Duration::from_secs(10);
@@ -210,7 +213,8 @@ impl LocalPeer {
         let mut stop = std::pin::pin!(stop);
         let meeting = self.meeting();
         let topics = Topics::new(&self.settings.prefix, &self.settings.federation);
-        let connecting = MqttTransport::connect(self.mqtt_config(&topics), BROKER_PATIENCE);
+        let patience = if self.trusts_broker { OWN_BROKER_PATIENCE } else { BROKER_PATIENCE };
+        let connecting = MqttTransport::connect(self.mqtt_config(&topics), patience);
         let transport = tokio::select! {
             transport = connecting => transport?,
             () = &mut stop => return Ok(Outcome::Interrupted),

@@ -1091,7 +1091,7 @@ mod tests {
         }
         let (_socket, nobody) = deaf();
         let error = failure(&[&addr.to_string(), &nobody]).await;
-        let each = format!("no broker answers at {addr}: no answer within 1 s; {nobody}: connection refused");
+        let each = format!("no broker answers at {addr}: no answer within 4 s; {nobody}: connection refused");
         assert_eq!(error.to_string(), each);
         let there = start().await;
         let mut config = mqtt_config(&there, "a", None);

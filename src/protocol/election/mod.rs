@@ -1,7 +1,7 @@
 //! Whom to vote for: the policy, a pure function of what all members know.
 //!
 //! Ballots agree without talk because every member computes the same candidate from the roster, the parent
-//! decree, the term and the peers known gone. Members whose views differ for a moment vote apart, nobody gets
+//! model, the term and the peers known gone. Members whose views differ for a moment vote apart, nobody gets
 //! a quorum, and the next term brings them together; members whose views differ for good agree from a term on in which
 //! nobody is passed over.
 
@@ -26,7 +26,7 @@ const NOBODY_PASSED_OVER: Term = Term(3);
 /// How the leader of a round is chosen.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Policy {
-    /// By the digest of the parent decree: unpredictable before the round before it is decided, the same
+    /// By the digest of the parent model: unpredictable before the round before it is decided, the same
     /// for all. The last leader comes last, so that the turn passes on.
     #[default]
     Random,
@@ -43,8 +43,9 @@ pub struct Electorate<'a> {
     pub roster: &'a Roster,
     /// Members known to have left or died; they are passed over while anybody else is there.
     pub gone: &'a BTreeSet<PeerId>,
-    /// The digest of the parent decree.
-    pub parent: Digest,
+    /// What the turn is drawn by: it names the round and the parent model, and nothing that may differ between two runs
+    /// of one seed, such as terms, addresses of brokers or the length of chunks.
+    pub lot: Digest,
     /// Who led the round before.
     pub last_leader: Option<&'a PeerId>,
 }
@@ -113,8 +114,8 @@ mod tests {
         let gone = BTreeSet::new();
         (0..rounds)
             .map(|round| {
-                let parent = Digest::of(&round.to_le_bytes());
-                let electorate = Electorate { roster, gone: &gone, parent, last_leader: last.as_ref() };
+                let lot = Digest::of(&round.to_le_bytes());
+                let electorate = Electorate { roster, gone: &gone, lot, last_leader: last.as_ref() };
                 let leader = policy.candidate(&electorate, Term(0));
                 last = Some(leader.clone());
                 leader
@@ -144,7 +145,7 @@ mod tests {
         let (roster, policy) = (roster(3), Policy::Fixed(peer("p1")));
         assert!(leaders(&policy, &roster, 5).iter().all(|leader| *leader == peer("p1")));
         let gone = BTreeSet::from([peer("p1")]);
-        let electorate = Electorate { roster: &roster, gone: &gone, parent: Digest::of(b"x"), last_leader: None };
+        let electorate = Electorate { roster: &roster, gone: &gone, lot: Digest::of(b"x"), last_leader: None };
         assert_ne!(policy.candidate(&electorate, Term(0)), peer("p1"));
     }
 
@@ -152,7 +153,7 @@ mod tests {
     fn every_member_is_tried_within_as_many_terms_as_there_are_members() {
         let roster = roster(4);
         let gone = BTreeSet::new();
-        let electorate = Electorate { roster: &roster, gone: &gone, parent: Digest::of(b"x"), last_leader: None };
+        let electorate = Electorate { roster: &roster, gone: &gone, lot: Digest::of(b"x"), last_leader: None };
         for policy in [Policy::Random, Policy::Rotate, Policy::Fixed(peer("p2"))] {
             let tried: BTreeSet<PeerId> = (0..4).map(|term| policy.candidate(&electorate, Term(term))).collect();
             assert_eq!(tried.len(), 4, "{policy}");
@@ -163,7 +164,7 @@ mod tests {
     fn when_all_are_gone_somebody_is_named_all_the_same() {
         let roster = roster(2);
         let gone = roster.members().iter().cloned().collect();
-        let electorate = Electorate { roster: &roster, gone: &gone, parent: Digest::of(b"x"), last_leader: None };
+        let electorate = Electorate { roster: &roster, gone: &gone, lot: Digest::of(b"x"), last_leader: None };
         assert!(roster.contains(&Policy::Random.candidate(&electorate, Term(9))));
     }
 

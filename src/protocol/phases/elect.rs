@@ -20,12 +20,12 @@ const BALLOT_TERMS_MAX: usize = 32;
 impl Peer {
     /// Votes in `term`: as it voted before, else for `candidate`, else for whom the policy names.
     pub(in crate::protocol) fn cast_ballot(&mut self, term: Term, candidate: Option<&PeerId>, now: Instant) {
-        let Some(parent) = self.parent() else { return };
+        let Some(lot) = self.lot() else { return };
         if !self.durable.open.ballots.contains_key(&term) {
             let gone = self.gone();
             let Some(roster) = self.durable.roster() else { return };
             let last_leader = self.head().map(|head| &head.decree.leader);
-            let electorate = Electorate { roster, gone: &gone, parent, last_leader };
+            let electorate = Electorate { roster, gone: &gone, lot, last_leader };
             let named = candidate.cloned().unwrap_or_else(|| self.config.policy.candidate(&electorate, term));
             self.durable.open.ballots.insert(term, named);
             self.durable.open.promised = term;

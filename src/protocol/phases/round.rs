@@ -170,6 +170,15 @@ impl Peer {
         self.durable.parent()
     }
 
+    /// What decides whose turn it is: the round and its parent model, or the first roster.
+    pub(in crate::protocol) fn lot(&self) -> Option<Digest> {
+        let parent = match self.head() {
+            Some(head) => head.decree.model().digest,
+            None => self.durable.roster()?.digest(),
+        };
+        Some(Digest::of(&[&parent.0[..], &self.round().0.to_le_bytes()].concat()))
+    }
+
     /// Whether this round trains a model; the one after the last only evaluates.
     pub(in crate::protocol) fn is_training_round(&self) -> bool {
         let round = self.round();
