@@ -27,6 +27,10 @@ pub mod sim;
 use args::{Command, Invocation};
 pub use error::{Exit, Failure};
 
+/// Threads for jobs, at most. They take turns on the cores; each keeps some megabytes of its own ready, which a hundred
+/// peers with a hundred threads would pay for without being faster. A job that waits for room on a disk holds one.
+const JOB_THREADS: usize = 16;
+
 /// The surroundings of the program.
 #[derive(Debug)]
 pub struct Shell {
@@ -139,7 +143,7 @@ fn layers(invocation: &Invocation, env: &BTreeMap<String, String>) -> Result<Lay
 
 /// What the tasks of a subcommand run on. Training has threads of its own beside it.
 fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
-    Ok(tokio::runtime::Builder::new_multi_thread().enable_all().build()?)
+    Ok(tokio::runtime::Builder::new_multi_thread().max_blocking_threads(JOB_THREADS).enable_all().build()?)
 }
 
 fn read_file(path: &Path) -> Result<String, Failure> {
