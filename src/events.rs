@@ -112,6 +112,11 @@ pub enum Event {
         /// Its last round.
         round: Round,
     },
+    /// All is done, and the last leader keeps the last model ready for those who are away.
+    Staying {
+        /// For whom.
+        r#for: Vec<PeerId>,
+    },
     /// The federation has its first roster.
     Founded {
         /// The peers.
@@ -456,6 +461,7 @@ impl Witness {
                 Event::Refused { who, key: difference.key, theirs: difference.theirs, mine: difference.mine }
             }
             Notice::EarlierFederation { round } => Event::EarlierFederation { round },
+            Notice::Staying(absent) => Event::Staying { r#for: absent },
             Notice::Founded(roster) => Event::Founded { roster: roster.members().to_vec() },
             Notice::RoundStarted { round, members, member } => Event::RoundStarted { round, members, member },
             Notice::Elected { round, term, leader } => Event::Elected { round, term, leader },

@@ -596,8 +596,12 @@ fn a_nats_cluster_survives_the_death_of_server(index: usize) {
     assert_eq!(result["reason"], "rounds");
     assert_eq!(rounds(&entries).0.len(), 4);
     nobody_trains_a_round_twice(&entries);
-    let (embedded, _) = Run::start(dir.path(), "embedded", None, &args).end();
-    assert_eq!(result["digest"], embedded["digest"]);
+    // A round that did without somebody for a moment has another model than an undisturbed one: the same for all peers.
+    let last = entries.iter().filter_map(|entry| match &entry.event {
+        Event::Finished { digest, .. } => Some(digest.to_string()),
+        _ => None,
+    });
+    assert_eq!(last.collect::<Vec<_>>(), vec![result["digest"].as_str().unwrap(); 4]);
 }
 
 #[test]

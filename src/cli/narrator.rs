@@ -316,6 +316,10 @@ impl Narrator {
             Event::EarlierFederation { round } => {
                 format!("the broker still keeps the end of an earlier federation of this name (round {round})")
             }
+            Event::Staying { r#for } => {
+                let names: Vec<&str> = r#for.iter().map(PeerId::as_str).collect();
+                format!("all is done; {peer} keeps the last model ready for {} a little longer", names.join(", "))
+            }
             Event::Failed { what, why } => format!("{peer}: {what} failed: {why}"),
             Event::BadMessage { who, why } => {
                 let who = who.as_ref().map_or("somebody", PeerId::as_str);

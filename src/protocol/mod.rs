@@ -268,6 +268,8 @@ pub struct Peer {
     connected: bool,
     lag: Lag,
     ended: Option<Ended>,
+    /// Looked who is away once all was done.
+    stays: bool,
     stopped: bool,
     last_waiting: Option<Waiting>,
     waiting_checked: Option<Instant>,
@@ -313,6 +315,7 @@ impl Peer {
             connected: false,
             lag: Lag::default(),
             ended: None,
+            stays: false,
             stopped: false,
             last_waiting: None,
             waiting_checked: None,
@@ -466,6 +469,7 @@ impl Peer {
             neighbour.gone = false;
             if is_stranger {
                 self.answer_hello(now);
+                self.linger(now);
             }
         }
         // The term of a message about the first roster is the number of a call.

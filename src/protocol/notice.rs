@@ -35,6 +35,8 @@ pub enum Notice {
         /// Its last round.
         round: Round,
     },
+    /// All is done, but these peers are away without the last model: it is kept ready for them for a while.
+    Staying(Vec<PeerId>),
     /// The federation has its first roster.
     Founded(Roster),
     /// A round has begun.

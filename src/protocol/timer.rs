@@ -22,6 +22,8 @@ pub(super) enum Timer {
     Gather,
     /// The end of lingering after the last round.
     Linger,
+    /// The end of staying for peers that were away after the last round.
+    Stay,
 }
 
 /// When each timer is due.

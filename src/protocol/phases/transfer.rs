@@ -229,6 +229,7 @@ impl Peer {
 
     pub(in crate::protocol) fn on_grant(&mut self, sender: &PeerId, blob: Digest, chunks: &ChunkSet, now: Instant) {
         let Some(manifest) = self.transfers.held.get(&blob).copied() else { return };
+        self.linger(now);
         if let Err(error) = chunks.check(manifest.chunks()) {
             return self.bad_message(Some(sender.clone()), error.to_string());
         }
