@@ -7,10 +7,10 @@ use bytes::Bytes;
 
 use crate::aggregation::{Contribution, Rule};
 use crate::journal::{Blobs, JournalError};
-use crate::protocol::{Done, Job};
+use crate::protocol::{Done, Job, Residual, Trained};
 use crate::training::{Progress, Trainer};
-use crate::transfer::{Codec, Manifest, join_verified};
-use crate::types::{Digest, Metrics, Round};
+use crate::transfer::{Codec, Codecs, Manifest, Tuning, join_verified};
+use crate::types::{Digest, Metrics, PeerId, Round};
 use crate::weights::{Layout, Weights};
 
 /// What all jobs of one peer share.
@@ -20,8 +20,10 @@ pub struct Workshop {
     pub blobs: Blobs,
     /// The model's names and shapes.
     pub layout: Arc<Layout>,
+    /// Whose it is.
+    pub peer: PeerId,
     /// How weights are written.
-    pub codec: Codec,
+    pub codecs: Codecs,
     /// How updates become a model.
     pub rule: Rule,
     /// The length of a chunk, in bytes.
@@ -43,23 +45,30 @@ impl Workshop {
         // A job that panicked is a bug and ends the node; what it left of the trainer is not used again.
         let own = || trainer.lock().unwrap_or_else(PoisonError::into_inner);
         match job {
-            Job::Initial => Done::Initial(self.keep(&own().weights(), on_full)),
-            Job::Evaluate { model } => Done::Evaluated { model, result: self.evaluate(model, own().as_mut()) },
-            Job::Train { round, model } => {
+            Job::Initial => Done::Initial(self.keep_model(Round::GENESIS, &own().weights(), on_full)),
+            Job::Evaluate { model } => {
+                Done::Evaluated { model: model.digest, result: self.evaluate(&model, own().as_mut()) }
+            }
+            Job::Train { round, model, residual } => {
                 let mut on_batch = |progress| on_progress(round, progress);
-                Done::Trained { round, result: self.train(round, model, own().as_mut(), &mut on_batch, on_full) }
+                let trained = self.train(round, &model, own().as_mut(), &mut on_batch);
+                let result = trained.and_then(|(weights, metrics)| {
+                    let (update, unsent) = self.keep_update(round, weights, &model, &residual, on_full)?;
+                    Ok(Trained { update, unsent, metrics })
+                });
+                Done::Trained { round, result }
             }
             Job::Verify { manifest, chunks } => {
                 let result = self.verify(&manifest, chunks, on_full);
                 Done::Verified { manifest, result }
             }
             Job::Aggregate { round, term, parts } => {
-                Done::Aggregated { round, term, result: self.aggregate(&parts, on_full) }
+                Done::Aggregated { round, term, result: self.aggregate(round, &parts, on_full) }
             }
         }
     }
 
-    fn evaluate(&self, model: Digest, trainer: &mut dyn Trainer) -> Result<Metrics, String> {
+    fn evaluate(&self, model: &Manifest, trainer: &mut dyn Trainer) -> Result<Metrics, String> {
         trainer.set_weights(&self.load(model)?).map_err(sentence)?;
         let metrics = trainer.evaluate().map_err(sentence)?;
         if metrics.is_finite() { Ok(metrics) } else { Err("the validation loss is not finite".into()) }
@@ -68,52 +77,117 @@ impl Workshop {
     fn train(
         &self,
         round: Round,
-        model: Digest,
+        model: &Manifest,
         trainer: &mut dyn Trainer,
         on_batch: &mut dyn FnMut(Progress) -> ControlFlow<()>,
-        on_full: OnFull<'_>,
-    ) -> Result<(Manifest, Metrics), String> {
+    ) -> Result<(Weights, Metrics), String> {
         trainer.set_weights(&self.load(model)?).map_err(sentence)?;
         let metrics = trainer.train(round, on_batch).map_err(sentence)?;
         let weights = trainer.weights();
         if let Some(tensor) = weights.first_non_finite() {
             return Err(format!("after training {tensor} holds values that are not finite; lower the learning rate"));
         }
-        Ok((self.keep(&weights, on_full)?, metrics))
+        Ok((weights, metrics))
     }
 
     /// Every value is looked at before a blob counts as held: a NaN would spread to every peer.
     fn verify(&self, manifest: &Manifest, chunks: Vec<Bytes>, on_full: OnFull<'_>) -> Result<(), String> {
         let blob = join_verified(manifest, chunks).map_err(sentence)?;
-        let weights = manifest.codec.decode(&blob, &self.layout).map_err(sentence)?;
+        let weights = self.decode(manifest, &blob, self.base(manifest)?.as_ref())?;
         if let Some(tensor) = weights.first_non_finite() {
             return Err(format!("{tensor} holds values that are not finite"));
         }
         self.store(manifest.digest, &blob, on_full)
     }
 
-    fn aggregate(&self, parts: &[(Digest, u64)], on_full: OnFull<'_>) -> Result<Manifest, String> {
+    fn aggregate(&self, round: Round, parts: &[(Manifest, u64)], on_full: OnFull<'_>) -> Result<Manifest, String> {
+        // All that are differences are so from one model.
+        let base = parts.iter().find_map(|(update, _)| self.base(update).transpose()).transpose()?;
         let updates: Vec<(Weights, u64)> = parts
             .iter()
-            .map(|(update, num_examples)| Ok((self.load(*update)?, *num_examples)))
+            .map(|(update, num_examples)| {
+                Ok((self.decode(update, &self.blob(update.digest)?, base.as_ref())?, *num_examples))
+            })
             .collect::<Result<_, String>>()?;
         let contributions: Vec<Contribution<'_>> = updates
             .iter()
             .map(|(weights, num_examples)| Contribution { num_examples: *num_examples, weights })
             .collect();
-        self.keep(&self.rule.aggregate(&contributions).map_err(sentence)?, on_full)
+        self.keep_model(round, &self.rule.aggregate(&contributions).map_err(sentence)?, on_full)
     }
 
     /// The weights of a blob that is held.
-    pub fn load(&self, blob: Digest) -> Result<Weights, String> {
-        let bytes =
-            self.blobs.get(blob).map_err(sentence)?.ok_or_else(|| format!("blob {} is not here", blob.short()))?;
-        self.codec.decode(&bytes, &self.layout).map_err(sentence)
+    pub fn load(&self, manifest: &Manifest) -> Result<Weights, String> {
+        self.decode(manifest, &self.blob(manifest.digest)?, self.base(manifest)?.as_ref())
     }
 
-    fn keep(&self, weights: &Weights, on_full: OnFull<'_>) -> Result<Manifest, String> {
-        let blob = self.codec.encode(weights);
-        let manifest = Manifest::of(&blob, self.chunk_bytes, self.codec).map_err(sentence)?;
+    fn decode(&self, manifest: &Manifest, blob: &[u8], base: Option<&Weights>) -> Result<Weights, String> {
+        let mut weights = manifest.codec.decode(blob, &self.layout).map_err(sentence)?;
+        if let Some(base) = base.filter(|_| manifest.base.is_some()) {
+            weights.add(base);
+        }
+        Ok(weights)
+    }
+
+    /// The model that a difference is to be added to.
+    fn base(&self, manifest: &Manifest) -> Result<Option<Weights>, String> {
+        let Some(base) = manifest.base else { return Ok(None) };
+        let blob = self.blob(base).map_err(|why| format!("the update is a difference from a model, and {why}"))?;
+        self.codecs.model.decode(&blob, &self.layout).map(Some).map_err(sentence)
+    }
+
+    fn blob(&self, blob: Digest) -> Result<Bytes, String> {
+        self.blobs.get(blob).map_err(sentence)?.ok_or_else(|| format!("blob {} is not here", blob.short()))
+    }
+
+    /// Whatever the codec loses is lost to all alike: also the peer that made the model goes on from its blob.
+    fn keep_model(&self, round: Round, model: &Weights, on_full: OnFull<'_>) -> Result<Manifest, String> {
+        self.keep(model, self.codecs.model, &self.codecs.for_model(round), on_full)
+    }
+
+    /// Keeps an update, and with a codec that sends only a part of it, what it does not send.
+    fn keep_update(
+        &self,
+        round: Round,
+        mut weights: Weights,
+        model: &Manifest,
+        residual: &Residual,
+        on_full: OnFull<'_>,
+    ) -> Result<(Manifest, Option<Digest>), String> {
+        let codec = self.codecs.updates;
+        let tuning = self.codecs.for_update(round, &self.peer);
+        if !codec.writes_difference() {
+            return Ok((self.keep(&weights, codec, &tuning, on_full)?, None));
+        }
+        weights.subtract(&self.load(model)?);
+        if codec == Codec::TopK {
+            self.add_residual(&mut weights, residual)?;
+        }
+        let update = self.keep(&weights, codec, &tuning, on_full)?;
+        let update = Manifest { base: Some(model.digest), ..update };
+        if codec != Codec::TopK {
+            return Ok((update, None));
+        }
+        let sent = codec.decode(&self.blob(update.digest)?, &self.layout).map_err(sentence)?;
+        weights.subtract(&sent);
+        let unsent = self.keep(&weights, Codec::F32, &tuning, on_full)?;
+        Ok((update, Some(unsent.digest)))
+    }
+
+    /// A blob whose damaged file somebody has removed is gone, and with it what it held: training goes on without.
+    fn add_residual(&self, weights: &mut Weights, residual: &Residual) -> Result<(), String> {
+        for (part, codec) in [(residual.unsent, Codec::F32), (residual.returned, Codec::TopK)] {
+            let blob = part.map(|part| self.blobs.get(part)).transpose().map_err(sentence)?.flatten();
+            if let Some(blob) = blob {
+                weights.add(&codec.decode(&blob, &self.layout).map_err(sentence)?);
+            }
+        }
+        Ok(())
+    }
+
+    fn keep(&self, weights: &Weights, codec: Codec, tuning: &Tuning, on_full: OnFull<'_>) -> Result<Manifest, String> {
+        let blob = codec.encode(weights, tuning).map_err(sentence)?;
+        let manifest = Manifest::of(&blob, self.chunk_bytes, codec).map_err(sentence)?;
         self.store(manifest.digest, &blob, on_full)?;
         Ok(manifest)
     }

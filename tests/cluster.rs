@@ -306,7 +306,7 @@ async fn recorded(settings: &Settings, dir: &Path) -> Vec<(PeerId, Outcome)> {
         cluster.peers().iter().map(|peer| (peer.name().clone(), peer.state_dir().to_owned())).collect();
     let layout = cluster.peers()[0].layout();
     let run_dir = RunDir::open(dir).unwrap();
-    let mut recorder = Recorder::new(run_dir, &settings.federation, layout, settings.codec(), state_dirs);
+    let mut recorder = Recorder::new(run_dir, &settings.federation, layout, settings.codecs().model, state_dirs);
     let (sender, mut receiver) = unbounded_channel();
     let (_request, stop) = Stop::new();
     let recording = async {
