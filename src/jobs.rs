@@ -214,3 +214,184 @@ type OnFull<'a> = &'a mut dyn FnMut(JournalError) -> ControlFlow<()>;
 fn sentence(error: impl std::fmt::Display) -> String {
     error.to_string()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::journal::Journal;
+    use crate::training::{OnProgress, TrainError};
+    use crate::weights::TensorSpec;
+
+    const VALUES: usize = 200;
+
+    /// It learns [`learned`], whatever it has.
+    struct Learner(Weights);
+
+    impl Trainer for Learner {
+        fn layout(&self) -> Arc<Layout> {
+            self.0.layout().clone()
+        }
+
+        fn num_examples(&self) -> u64 {
+            1
+        }
+
+        fn weights(&self) -> Weights {
+            self.0.clone()
+        }
+
+        fn set_weights(&mut self, weights: &Weights) -> Result<(), TrainError> {
+            self.0 = weights.clone();
+            Ok(())
+        }
+
+        fn train(&mut self, round: Round, _: &mut OnProgress<'_>) -> Result<Metrics, TrainError> {
+            self.0.add(&learned(round));
+            Ok(Metrics::default())
+        }
+
+        fn evaluate(&mut self) -> Result<Metrics, TrainError> {
+            Ok(Metrics::default())
+        }
+    }
+
+    fn layout() -> Arc<Layout> {
+        Arc::new(Layout { tensors: vec![TensorSpec { name: "w".into(), shape: vec![VALUES] }] })
+    }
+
+    fn learned(round: Round) -> Weights {
+        let step = |i: usize| (round.0 as f32 * 7.0 + i as f32).sin() * 0.01;
+        Weights::new(layout(), (0..VALUES).map(step).collect()).unwrap()
+    }
+
+    /// A peer with its state directory, and a trainer.
+    struct Bench {
+        workshop: Workshop,
+        trainer: Mutex<Box<dyn Trainer>>,
+    }
+
+    impl Bench {
+        fn new(blobs: Blobs, codecs: Codecs) -> Self {
+            let (peer, rule, chunk_bytes) = (PeerId::new("a").unwrap(), Rule::FedAvg, 1024);
+            let workshop = Workshop { blobs, layout: layout(), peer, codecs, rule, chunk_bytes };
+            Self { workshop, trainer: Mutex::new(Box::new(Learner(Weights::zeros(layout())))) }
+        }
+
+        fn perform(&self, job: Job) -> Done {
+            let (mut go_on, mut give_up) = (|_, _| ControlFlow::Continue(()), |_| ControlFlow::Break(()));
+            self.workshop.perform(job, &self.trainer, &mut go_on, &mut give_up)
+        }
+
+        fn initial(&self) -> Manifest {
+            let Done::Initial(Ok(model)) = self.perform(Job::Initial) else { panic!("no model") };
+            model
+        }
+
+        fn train(&self, round: u64, model: Manifest, residual: Residual) -> Trained {
+            let done = self.perform(Job::Train { round: Round(round), model, residual });
+            let Done::Trained { result: Ok(trained), .. } = done else { panic!("{done:?}") };
+            trained
+        }
+
+        fn values(&self, blob: Digest, codec: Codec) -> Weights {
+            codec.decode(&self.workshop.blob(blob).unwrap(), &layout()).unwrap()
+        }
+    }
+
+    fn topk() -> Codecs {
+        Codecs { updates: Codec::TopK, topk_ratio: 0.1, ..Codecs::default() }
+    }
+
+    fn assert_close(left: &Weights, right: &Weights) {
+        let far = left.values().iter().zip(right.values()).find(|(left, right)| (*left - *right).abs() > 1e-7);
+        assert_eq!(far, None);
+    }
+
+    #[test]
+    fn what_was_not_sent_is_sent_later_also_after_a_restart() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = || Journal::open(dir.path(), "ward", None).unwrap().0;
+        let mut journal = open();
+        let bench = Bench::new(journal.blobs(), topk());
+        let model = bench.initial();
+        let first = bench.train(1, model, Residual::default());
+        let sent = bench.values(first.update.digest, Codec::TopK);
+        assert_eq!(sent.values().iter().filter(|value| **value != 0.0).count(), VALUES / 10);
+        let mut due = bench.values(first.unsent.unwrap(), Codec::F32);
+        due.add(&sent);
+        assert_close(&due, &learned(Round(1)));
+
+        let decided = |returned| Residual { unsent: first.unsent, returned };
+        for (residual, counted) in [(decided(None), true), (decided(Some(first.update.digest)), false)] {
+            let before = bench.train(2, model, residual);
+            let mut due = bench.values(before.unsent.unwrap(), Codec::F32);
+            due.add(&bench.values(before.update.digest, Codec::TopK));
+            let mut expected = learned(Round(2));
+            expected.add(&learned(Round(1)));
+            if counted {
+                expected.subtract(&sent);
+            }
+            assert_close(&due, &expected);
+        }
+
+        let again = bench.train(2, model, decided(None));
+        // A directory of blobs without promises is taken for damaged.
+        journal.save_state(b"promises").unwrap();
+        drop((bench, journal));
+        let bench = Bench::new(open().blobs(), topk());
+        assert_eq!(bench.train(2, model, decided(None)), again);
+    }
+
+    #[test]
+    fn every_codec_brings_an_update_close_to_what_was_trained() {
+        for updates in [Codec::F32, Codec::F16, Codec::Bf16, Codec::Int8] {
+            let bench = Bench::new(Blobs::memory(), Codecs { updates, ..topk() });
+            let model = bench.initial();
+            let trained = bench.train(1, model, Residual::default());
+            assert_eq!((trained.unsent, trained.update.base.is_some()), (None, updates.writes_difference()));
+            let (found, expected) = (bench.workshop.load(&trained.update).unwrap(), learned(Round(1)));
+            let far = found.values().iter().zip(expected.values()).map(|(found, value)| (found - value).abs());
+            let far = far.fold(0.0, f32::max);
+            assert!(far < 0.01 / 126.0, "{updates}: {far}");
+        }
+    }
+
+    #[test]
+    fn a_difference_is_refused_where_its_model_is_not_or_where_the_sum_is_not_finite() {
+        let bench = Bench::new(Blobs::memory(), topk());
+        let model = bench.initial();
+        let update = bench.train(1, model, Residual::default()).update;
+        let blob = bench.workshop.blob(update.digest).unwrap();
+        let verify = |manifest: Manifest| {
+            let chunks = (0..manifest.chunks()).filter_map(|index| manifest.chunk(&blob, index)).collect();
+            let Done::Verified { result, .. } = bench.perform(Job::Verify { manifest, chunks }) else { panic!() };
+            result
+        };
+        assert_eq!(verify(update), Ok(()));
+        let base = Digest::of(b"another");
+        let why = format!("the update is a difference from a model, and blob {} is not here", base.short());
+        assert_eq!(verify(Manifest { base: Some(base), ..update }), Err(why));
+
+        let huge = Weights::new(layout(), vec![f32::MAX; VALUES]).unwrap();
+        let tuning = topk().for_model(Round(1));
+        let huge = bench.workshop.keep(&huge, Codec::F32, &tuning, &mut |_| ControlFlow::Break(())).unwrap();
+        let sum = Manifest { base: Some(huge.digest), ..huge };
+        let chunks = vec![bench.workshop.blob(huge.digest).unwrap()];
+        let done = bench.perform(Job::Verify { manifest: sum, chunks });
+        assert!(matches!(&done, Done::Verified { result: Err(why), .. } if why.contains("not finite")), "{done:?}");
+    }
+
+    #[test]
+    fn with_a_lossy_model_codec_its_maker_goes_on_from_the_blob_too() {
+        let bench = Bench::new(Blobs::memory(), Codecs { model: Codec::Int8, updates: Codec::F32, ..topk() });
+        let model = bench.initial();
+        let update = bench.train(1, model, Residual::default()).update;
+        let job = Job::Aggregate { round: Round(1), term: crate::types::Term(0), parts: vec![(update, 1)] };
+        let Done::Aggregated { result: Ok(made), .. } = bench.perform(job) else { panic!("no aggregate") };
+        assert_eq!(made.codec, Codec::Int8);
+        let loaded = bench.workshop.load(&made).unwrap();
+        assert_ne!(loaded, bench.workshop.load(&update).unwrap());
+        bench.perform(Job::Evaluate { model: made });
+        assert_eq!(bench.trainer.lock().unwrap().weights(), loaded);
+    }
+}

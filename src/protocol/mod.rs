@@ -253,6 +253,8 @@ pub(crate) struct Flaws {
     pub(crate) commit_alone: bool,
     /// A leader ignores decrees that members accepted in earlier terms.
     pub(crate) forget_accepted: bool,
+    /// A peer whose update did not count does not keep what it sent.
+    pub(crate) forget_returned: bool,
 }
 
 /// One peer's protocol state.

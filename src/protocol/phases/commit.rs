@@ -82,6 +82,10 @@ impl Peer {
         self.durable.founding = crate::protocol::durable::Founding::default();
         self.note_model_held();
         self.durable.settle_residual(&self.me, &head.decree);
+        #[cfg(test)]
+        if self.flaws.forget_returned {
+            self.durable.residual.returned = None;
+        }
         self.durable.open = Default::default();
         self.durable.open.round = head.decree.round.next();
         self.persist();

@@ -14,6 +14,9 @@ use super::bf16;
 const COUNT_BYTES: usize = size_of::<u64>();
 const VALUE_BYTES: usize = size_of::<u16>();
 
+/// Bits of a magnitude that are not looked at first.
+const LOWER_BITS: u32 = 16;
+
 /// The bits of the largest finite `bf16`.
 const LARGEST: u16 = 0x7f7f;
 
@@ -60,10 +63,7 @@ fn largest(values: &[f32], count: usize) -> Vec<usize> {
     if count == 0 {
         return Vec::new();
     }
-    // Bits of magnitudes are ordered as they are.
-    let magnitude = |value: &f32| value.to_bits() & i32::MAX as u32;
-    let mut magnitudes: Vec<u32> = values.iter().map(magnitude).collect();
-    let (_, &mut least, _) = magnitudes.select_nth_unstable_by_key(count - 1, |&bits| Reverse(bits));
+    let least = least_of(values, count);
     let above = values.iter().filter(|value| magnitude(value) > least).count();
     let mut equals = count - above;
     let chosen = values.iter().enumerate().filter(|(_, value)| {
@@ -73,6 +73,27 @@ fn largest(values: &[f32], count: usize) -> Vec<usize> {
         bits > least || equal
     });
     chosen.map(|(place, _)| place).collect()
+}
+
+/// Bits of a magnitude, which are ordered as magnitudes are.
+fn magnitude(value: &f32) -> u32 {
+    value.to_bits() & i32::MAX as u32
+}
+
+/// The magnitude of which `count` values, at least one, have as much or more, and fewer have more.
+///
+/// Counted by their upper bits first, so that only the few that share them with the one that is sought are sorted.
+fn least_of(values: &[f32], count: usize) -> u32 {
+    let mut counts = vec![0; 1 << (31 - LOWER_BITS)];
+    values.iter().for_each(|value| counts[(magnitude(value) >> LOWER_BITS) as usize] += 1);
+    let (mut upper, mut left) = (counts.len() - 1, count);
+    while counts[upper] < left {
+        left -= counts[upper];
+        upper -= 1;
+    }
+    let mut sharing: Vec<u32> =
+        values.iter().map(magnitude).filter(|bits| (bits >> LOWER_BITS) as usize == upper).collect();
+    *sharing.select_nth_unstable_by_key(left - 1, |&bits| Reverse(bits)).1
 }
 
 /// Fills `values` with what `bytes` hold, and zeros; `None` if they are no blob of so many values.
