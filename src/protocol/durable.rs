@@ -129,3 +129,79 @@ impl Durable {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::protocol::{Contributor, Outcome};
+    use crate::transfer::Codec;
+    use crate::types::Metrics;
+
+    fn peer(name: &str) -> PeerId {
+        PeerId::new(name).unwrap()
+    }
+
+    fn manifest(blob: &[u8]) -> Manifest {
+        Manifest::of(blob, 1024, Codec::F32).unwrap()
+    }
+
+    /// A peer that has sent an update in round 3.
+    fn durable() -> Durable {
+        let (parent, metrics) = (Digest::of(b"parent"), Metrics::default());
+        let update = Update { parent, manifest: manifest(b"update"), num_examples: 1, metrics };
+        let open =
+            Open { round: Round(3), update: Some(update), unsent: Some(Digest::of(b"unsent")), ..Open::default() };
+        let residual = Residual { unsent: Some(Digest::of(b"earlier")), returned: Some(Digest::of(b"in vain")) };
+        Durable { open, residual, ..Durable::default() }
+    }
+
+    fn decree(round: u64, contributor: &str, update: &[u8]) -> Decree {
+        let (update, metrics) = (Digest::of(update), Metrics::default());
+        Decree {
+            round: Round(round),
+            parent: Digest::of(b"parent"),
+            leader: peer("leader"),
+            term: Term(0),
+            outcome: Outcome::Model(manifest(b"model")),
+            contributors: vec![Contributor { peer: peer(contributor), update, num_examples: 1, metrics }],
+            parent_metrics: None,
+            record: Default::default(),
+            next_roster: Roster::of(&[peer("me")].into()),
+            standbys: BTreeMap::new(),
+        }
+    }
+
+    #[test]
+    fn what_was_sent_returns_only_if_no_model_was_made_of_it() {
+        let (sent, unsent) = (Some(Digest::of(b"update")), Some(Digest::of(b"unsent")));
+        let cases = [
+            ("counted", decree(3, "me", b"update"), None),
+            ("of another", decree(3, "another", b"update"), sent),
+            ("another update", decree(3, "me", b"other"), sent),
+            ("unknown", decree(4, "another", b"other"), None),
+        ];
+        for (case, decree, returned) in cases {
+            let mut durable = durable();
+            durable.settle_residual(&peer("me"), &decree);
+            assert_eq!(durable.residual, Residual { unsent, returned }, "{case}");
+        }
+    }
+
+    #[test]
+    fn a_round_without_an_update_changes_nothing() {
+        let mut without = durable();
+        without.open.update = None;
+        without.settle_residual(&peer("me"), &decree(3, "another", b"update"));
+        assert_eq!(without.residual, durable().residual);
+    }
+
+    #[test]
+    fn every_part_of_the_residual_is_kept_and_survives_its_bytes() {
+        let durable = durable();
+        let kept: Vec<Digest> = durable.blobs().collect();
+        for blob in ["update", "earlier", "in vain", "unsent"] {
+            assert!(kept.contains(&Digest::of(blob.as_bytes())), "{blob} is deleted");
+        }
+        assert_eq!(Durable::decode(&durable.encode()), Some(durable));
+    }
+}
