@@ -60,7 +60,8 @@ impl Peer {
 
     /// The members whose verified update is here, in `PeerId` order.
     fn gathered(&self) -> BTreeSet<PeerId> {
-        let held = |update: &Update| self.transfers.holds(&update.manifest.digest);
+        // One that was announced again, to be read in another way, was not verified in that way.
+        let held = |update: &Update| self.transfers.holds_as(&update.manifest);
         self.open.updates.iter().filter(|(_, update)| held(update)).map(|(peer, _)| peer.clone()).collect()
     }
 

@@ -1,12 +1,15 @@
 //! Codecs: weights become the bytes of a blob and back.
 //!
-//! | codec | bytes a value | error of a value | for |
-//! |---|---|---|---|
-//! | `f32` | 4 | none | updates, models |
-//! | `f16` | 2 | 2⁻¹¹ of itself (or 2⁻²⁵); none beyond 65504 | updates, models |
-//! | `bf16` | 2 | 2⁻⁸ of itself | updates, models |
-//! | `int8` | 1.008 | below 1/127 of the largest in its block; right in the mean | updates, models |
-//! | `topk` | about 3.3 × `topk_ratio` | what is not sent is kept, and sent another time | updates |
+//! | codec | bytes a value | error of a value | for | encode, decode (ns a value) |
+//! |---|---|---|---|---|
+//! | `f32` | 4 | none | updates, models | 2.3, 0.4 |
+//! | `f16` | 2 | 2⁻¹¹ of itself (or 2⁻²⁵); none beyond 65504 | updates, models | 1.6, 0.4 |
+//! | `bf16` | 2 | 2⁻⁸ of itself | updates, models | 1.3, 0.3 |
+//! | `int8` | 1.008 | below 1/127 of the largest in its block; right in the mean | updates, models | 1.3, 0.2 |
+//! | `topk` | about 3.3 × `topk_ratio` | what is not sent is kept, and sent another time | updates | 3.5, 0.1 |
+//!
+//! The times are of 26 million values on one core of an AMD EPYC, most of them of memory that is used for the first time. A
+//! difference takes 0.3 ns more, and naming a blob 0.2 ns a byte.
 //!
 //! Updates go through a lossy codec as differences from their parent model ([`Codec::writes_difference`]): errors are
 //! then relative to what was learned in the round, not to the weights. Models are written as they are, so that a newcomer
