@@ -60,8 +60,12 @@ pub struct Settings {
     pub batch_size: usize,
     /// Passes over a peer's own data in a round.
     pub local_epochs: u32,
-    /// How weights are encoded on the wire.
+    /// How updates are encoded.
     pub codec: &'static str,
+    /// How the global model is encoded.
+    pub model_codec: &'static str,
+    /// Share of an update that codec topk sends, above 0 and below 1.
+    pub topk_ratio: f64,
     /// Seed of weights, partition and order.
     pub seed: u64,
     /// The data set.
@@ -272,6 +276,8 @@ impl Layers {
             batch_size: self.count("batch_size"),
             local_epochs: self.count("local_epochs"),
             codec: self.choice("codec"),
+            model_codec: self.choice("model_codec"),
+            topk_ratio: self.set_real("topk_ratio"),
             seed: self.count("seed"),
             data: self.choice("data"),
             partition: self.choice("partition"),
@@ -523,6 +529,8 @@ impl Settings {
             "batch_size" => Value::Count(self.batch_size as u64),
             "local_epochs" => Value::Count(self.local_epochs.into()),
             "codec" => Value::Choice(self.codec),
+            "model_codec" => Value::Choice(self.model_codec),
+            "topk_ratio" => Value::Real(self.topk_ratio),
             "seed" => Value::Count(self.seed),
             "data" => Value::Choice(self.data),
             "partition" => Value::Choice(self.partition),

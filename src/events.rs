@@ -720,6 +720,7 @@ mod tests {
     use crate::protocol::{Reason, Waiting};
     use crate::rundir::{BEST, EVENTS};
     use crate::training::export::from_safetensors;
+    use crate::transfer::Codecs;
     use crate::weights::{TensorSpec, Weights};
 
     fn peer(name: &str) -> PeerId {
@@ -828,7 +829,8 @@ mod tests {
         }
 
         fn hold(&self, value: f32) -> Digest {
-            let blob = Codec::F32.encode(&Weights::new(self.layout.clone(), vec![value]).unwrap());
+            let weights = Weights::new(self.layout.clone(), vec![value]).unwrap();
+            let blob = Codec::F32.encode(&weights, &Codecs::default().for_model(Round(1))).unwrap();
             let digest = Digest::of(&blob);
             self.journal.put_blob(digest, &blob).unwrap();
             digest

@@ -16,9 +16,9 @@
 //! # What is kept
 //!
 //! The one state (it holds promises of the open round alone, and does not grow), and the blobs that it names: the newest
-//! model, the model that was accepted last, the own update. The leader of a round keeps the updates of the others and
+//! model, the model that was accepted last, the own update, and with the codec `topk` what no update has sent. The leader of a round keeps the updates of the others and
 //! what it made of them besides. With each commit every blob is deleted that the state does not name any more, so that
-//! one or two are left, whatever the number of rounds. Files of an interrupted write are deleted at the next opening.
+//! a few are left, whatever the number of rounds. Files of an interrupted write are deleted at the next opening.
 //!
 //! # A disk without room
 //!

@@ -24,8 +24,9 @@
 //!
 //! 1. A burn module's parameters are laid out as [`weights::Weights`]: one flat row of `f32` and a
 //!    [`weights::Layout`] of names and shapes ([`training`]).
-//! 2. [`jobs`] encodes the row ([`transfer::Codec`]); the bytes are a *blob*, named by their blake3 digest, and kept
-//!    by the [`journal`].
+//! 2. [`jobs`] encodes the row ([`transfer::Codec`]), or, with a lossy codec, its difference from the round's model. The
+//!    bytes are a *blob*, named by their blake3 digest, and kept by the [`journal`]; what `topk` does not send is another
+//!    one, kept for the next update.
 //! 3. The trainer announces a [`transfer::Manifest`] to the leader. The leader grants chunks, a window at a time; each
 //!    chunk is a slice of the blob behind a small header, one MQTT message on the bulk connection ([`transport`]).
 //! 4. The leader joins the chunks, checks digest, layout and that every value is finite, and, once all updates are
@@ -46,6 +47,10 @@
 //! - **Newcomers** are admitted only as many at once as leave the members that live a quorum of the next roster.
 //! - **Standby brokers** stand in the decree, beside the next roster: all members share one list, and keep it. The stay at
 //!   the first broker is not three times the others' but grows with each search ([`protocol::roaming`] says why).
+//! - **A manifest names its base**: lossy updates are differences from the parent model, which every leader holds, so that
+//!   a codec's error is relative to what was learned. Models are never differences: a newcomer can read one alone.
+//! - **The residual of `topk` is settled by the decree**: what was sent in vain returns to it. A peer that missed the commit
+//!   of its round and learns of a later one does not know, and takes its update for counted: nothing is sent twice.
 //! - **A finish names the last model**, so that a peer that was away can still pull it.
 
 pub mod aggregation;

@@ -25,7 +25,7 @@ use crate::protocol::{
     Waiting,
 };
 use crate::training::{Progress, Trainer};
-use crate::transfer::Codec;
+use crate::transfer::Codecs;
 use crate::transport::{Class, Found, Outgoing, Transport, TransportEvent, Will};
 use crate::types::{Address, Digest, Metrics, PeerId, Round, Term};
 
@@ -52,7 +52,7 @@ pub struct Node<T> {
     /// The configuration shared with all peers.
     pub config: Config,
     /// How weights are written.
-    pub codec: Codec,
+    pub codecs: Codecs,
     /// The federation's topics.
     pub topics: Topics,
     /// The way to the others.
@@ -265,11 +265,12 @@ impl<T: Transport> Node<T> {
             num_examples: self.trainer.num_examples(),
             broker: self.meeting.hosted.as_ref().and_then(|hosted| hosted.advertised.clone()),
         };
+        let peer = self.peer.clone();
         let roaming = Roaming::new(self.peer, self.config.election_timeout);
         let held = held_blobs(self.durable.as_ref(), &blobs)?;
         let chunk_bytes = u32::try_from(self.config.chunk_bytes).unwrap_or(u32::MAX);
-        let workshop =
-            Workshop { blobs: blobs.clone(), layout, codec: self.codec, rule: self.config.rule, chunk_bytes };
+        let (codecs, rule) = (self.codecs, self.config.rule);
+        let workshop = Workshop { blobs: blobs.clone(), layout, peer, codecs, rule, chunk_bytes };
         let mut peer = Peer::new(self.config, identity, self.durable, &held, Instant::now());
         let (jobs, mut ended) = mpsc::unbounded_channel();
         let mut driver = Driver {

@@ -222,7 +222,7 @@ impl LocalPeer {
         let node = Node {
             peer: self.name,
             config: self.settings.shared(),
-            codec: self.settings.codec(),
+            codecs: self.settings.codecs(),
             topics,
             transport,
             meeting,

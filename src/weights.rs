@@ -82,6 +82,12 @@ impl Weights {
         if expected == found { Ok(Self { layout, values }) } else { Err(LayoutMismatch { expected, found }) }
     }
 
+    /// All zeros.
+    pub fn zeros(layout: Arc<Layout>) -> Self {
+        let values = vec![0.0; layout.len()];
+        Self { layout, values }
+    }
+
     /// Names and shapes.
     pub fn layout(&self) -> &Arc<Layout> {
         &self.layout
@@ -90,6 +96,21 @@ impl Weights {
     /// Every value, in the layout's order.
     pub fn values(&self) -> &[f32] {
         &self.values
+    }
+
+    /// Every value, to be changed.
+    pub fn values_mut(&mut self) -> &mut [f32] {
+        &mut self.values
+    }
+
+    /// Adds the values of `other`, which must be of the same layout, each to its own.
+    pub fn add(&mut self, other: &Weights) {
+        self.values.iter_mut().zip(&other.values).for_each(|(value, other)| *value += other);
+    }
+
+    /// Takes away the values of `other`, which must be of the same layout, each from its own.
+    pub fn subtract(&mut self, other: &Weights) {
+        self.values.iter_mut().zip(&other.values).for_each(|(value, other)| *value -= other);
     }
 
     /// The values alone.
@@ -105,6 +126,16 @@ impl Weights {
             rest = tail;
             (spec, values)
         })
+    }
+
+    /// The name of the tensor that value `index` of the flat row belongs to.
+    pub fn tensor_of(&self, index: usize) -> Option<&str> {
+        let mut end = 0;
+        let holds = |spec: &&TensorSpec| {
+            end += spec.len();
+            index < end
+        };
+        self.layout.tensors.iter().find(holds).map(|spec| spec.name.as_str())
     }
 
     /// The first tensor that holds a NaN or an infinity, if any does.
@@ -139,6 +170,23 @@ mod tests {
         let mut values = vec![0.0; 8];
         values[4] = f32::NAN;
         assert_eq!(Weights::new(layout(), values).unwrap().first_non_finite(), Some("b"));
+    }
+
+    #[test]
+    fn every_value_belongs_to_a_tensor() {
+        let weights = Weights::zeros(layout());
+        let names: Vec<_> = (0..9).map(|index| weights.tensor_of(index).unwrap_or("-")).collect();
+        assert_eq!(names, ["a", "a", "a", "a", "b", "c", "c", "c", "-"]);
+    }
+
+    #[test]
+    fn what_is_taken_away_can_be_added_again() {
+        let weights = Weights::new(layout(), (0..8u8).map(f32::from).collect()).unwrap();
+        let mut difference = weights.clone();
+        difference.subtract(&Weights::new(layout(), vec![0.5; 8]).unwrap());
+        assert_eq!(difference.values()[..3], [-0.5, 0.5, 1.5]);
+        difference.add(&Weights::new(layout(), vec![0.5; 8]).unwrap());
+        assert_eq!(difference, weights);
     }
 
     #[test]

@@ -8,9 +8,10 @@ use rodizio::broker::Broker;
 use rodizio::cluster::{self, Cluster, Stop, reachable_at, start_broker};
 use rodizio::config::{Layers, Part, Settings};
 use rodizio::events::{Entry, Event, Recorder, RoundCommitted};
+use rodizio::journal::Journal;
 use rodizio::node::Outcome;
 use rodizio::peer::{LocalPeer, PeerError};
-use rodizio::protocol::Reason;
+use rodizio::protocol::{Durable, Reason};
 use rodizio::rundir::{BEST, EVENTS, MODEL, RunDir};
 use rodizio::types::{Digest, PeerId, Round};
 use safetensors::SafeTensors;
@@ -197,6 +198,59 @@ async fn one_seed_gives_one_model_to_the_bit() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn whatever_the_codec_all_peers_have_one_model_that_has_learned_and_one_seed_gives_one() {
+    for (codec, model_codec, rounds) in
+        [("f16", "f16", 4), ("bf16", "bf16", 4), ("int8", "int8", 4), ("topk", "f32", 12), ("topk", "int8", 12)]
+    {
+        let mut digests = Vec::new();
+        for _ in 0..2 {
+            let mut place = Place::new().await;
+            let topk_ratio = 0.05;
+            let running = place.start_all(&Settings { codec, model_codec, topk_ratio, ..place.settings(3, rounds) });
+            let outcomes = place.ends(running).await;
+            let (digest, accuracy, _) = result(&outcomes);
+            assert!(accuracy >= 0.93, "{codec}, {model_codec}: {accuracy}\n{}", place.told());
+            assert_eq!(place.rounds().len() as u64, rounds);
+            digests.push(digest);
+        }
+        assert_eq!(digests[0], digests[1], "{codec}, {model_codec}");
+    }
+}
+
+/// What a peer that is down has learned and not sent, as its state directory has it.
+fn unsent(dir: &Path) -> Vec<f32> {
+    let (journal, loaded) = Journal::open(dir, "default", None).unwrap();
+    let durable = Durable::decode(&loaded.state.unwrap()).unwrap();
+    let blob = journal.blob(durable.residual.unsent.expect("it has sent a part")).unwrap();
+    let blob = blob.expect("what was not sent is kept");
+    blob.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_peer_that_sends_a_part_keeps_the_rest_over_a_restart() {
+    let mut place = Place::new().await;
+    let settings = Settings { codec: "topk", topk_ratio: 0.05, local_epochs: 20, ..place.settings(3, 12) };
+    let running = place.start_all(&settings);
+    place.until_committed(3).await;
+    place.request.send(true).unwrap();
+    place.ends(running).await;
+    let stopped_after = place.rounds().len() as u64;
+    assert!((3..12).contains(&stopped_after), "it was stopped too late to tell");
+    for name in ["a", "b", "c"] {
+        let values = unsent(&place.dir.path().join(name));
+        let kept = values.iter().filter(|value| **value != 0.0).count();
+        assert!(kept * 2 > values.len(), "{name} kept {kept} of {}", values.len());
+    }
+
+    place.request.send(false).unwrap();
+    let running = place.start_all(&settings);
+    let outcomes = place.ends(running).await;
+    let (_, accuracy, _) = result(&outcomes);
+    assert!(accuracy >= 0.93, "{accuracy}");
+    assert_eq!(place.rounds().len(), 12, "{}", place.told());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_peer_that_comes_later_contributes() {
     let mut place = Place::new().await;
     let settings = place.settings(2, ENDLESS);
@@ -306,7 +360,7 @@ async fn recorded(settings: &Settings, dir: &Path) -> Vec<(PeerId, Outcome)> {
         cluster.peers().iter().map(|peer| (peer.name().clone(), peer.state_dir().to_owned())).collect();
     let layout = cluster.peers()[0].layout();
     let run_dir = RunDir::open(dir).unwrap();
-    let mut recorder = Recorder::new(run_dir, &settings.federation, layout, settings.codec(), state_dirs);
+    let mut recorder = Recorder::new(run_dir, &settings.federation, layout, settings.codecs().model, state_dirs);
     let (sender, mut receiver) = unbounded_channel();
     let (_request, stop) = Stop::new();
     let recording = async {

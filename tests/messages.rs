@@ -45,12 +45,9 @@ fn metrics() -> impl Strategy<Value = Metrics> {
 fn manifest() -> impl Strategy<Value = Manifest> {
     let bytes = prop_oneof![3 => Just(4000u64), 1 => any::<u64>()];
     let chunk_bytes = prop_oneof![3 => Just(1024u32), 1 => any::<u32>()];
-    (digest(), bytes, chunk_bytes).prop_map(|(digest, bytes, chunk_bytes)| Manifest {
-        digest,
-        bytes,
-        chunk_bytes,
-        codec: Codec::F32,
-    })
+    let codec = prop_oneof![3 => Just(Codec::F32), 1 => prop::sample::select(Codec::ALL.to_vec())];
+    (digest(), bytes, chunk_bytes, codec, prop::option::weighted(0.2, digest()))
+        .prop_map(|(digest, bytes, chunk_bytes, codec, base)| Manifest { digest, bytes, chunk_bytes, codec, base })
 }
 
 fn address() -> impl Strategy<Value = Address> {

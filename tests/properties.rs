@@ -14,7 +14,7 @@ use rand_chacha::ChaCha8Rng;
 
 use rodizio::aggregation::{Contribution, Rule};
 use rodizio::transfer::{
-    Assembly, CHUNK_BYTES_MIN, ChunkSet, Codec, Grants, Inserted, Manifest, Route, Serve, join_verified,
+    Assembly, CHUNK_BYTES_MIN, ChunkSet, Codec, Grants, Inserted, Manifest, Route, Serve, Tuning, join_verified,
 };
 use rodizio::types::{Digest, PeerId};
 use rodizio::weights::{Layout, TensorSpec, Weights};
@@ -137,6 +137,175 @@ proptest! {
 
 // Codecs and wire forms
 
+const TUNING: Tuning = Tuning { seed: 0x51_2f, topk_ratio: 0.05 };
+
+/// A row that every codec can write: of a few blocks, of any magnitude up to `largest`, with zeros.
+fn row(largest: f32) -> impl Strategy<Value = Vec<f32>> {
+    let value = prop_oneof![
+        6 => -1.0f32..1.0,
+        3 => -largest..largest,
+        2 => finite().prop_map(move |value| value % largest),
+        1 => Just(0.0)
+    ];
+    prop::collection::vec(value, 0..2000)
+}
+
+fn weights(values: &[f32]) -> Weights {
+    Weights::new(Arc::new(layout(values.len())), values.to_vec()).unwrap()
+}
+
+fn through(codec: Codec, values: &[f32], tuning: &Tuning) -> Vec<f32> {
+    let weights = weights(values);
+    let blob = codec.encode(&weights, tuning).unwrap();
+    codec.decode(&blob, weights.layout()).unwrap().into_values()
+}
+
+/// How far from `value` a codec may take it, in a block whose largest magnitude is `largest`.
+fn error_bound(codec: Codec, value: f32, largest: f32) -> f64 {
+    let (value, largest) = (f64::from(value.abs()), f64::from(largest));
+    match codec {
+        Codec::F32 => 0.0,
+        Codec::F16 => value * 2f64.powi(-11) + 2f64.powi(-25),
+        // What is below the smallest normal number has fewer bits.
+        Codec::Bf16 => value * 2f64.powi(-8) + 2f64.powi(-134),
+        // One step, and the rounding of the scale and of its multiples.
+        Codec::Int8 => largest / 127.0 * 1.0001 + 2f64.powi(-142),
+        Codec::TopK => largest,
+    }
+}
+
+proptest! {
+    #![proptest_config(cases(256))]
+
+    #[test]
+    fn every_codec_stays_within_its_error_bound(values in row(65_000.0)) {
+        for codec in Codec::ALL {
+            let block = codec.block().unwrap_or(values.len().max(1)).max(512);
+            let decoded = through(codec, &values, &TUNING);
+            prop_assert_eq!(decoded.len(), values.len());
+            for (values, decoded) in values.chunks(block).zip(decoded.chunks(block)) {
+                let largest = values.iter().fold(0.0f32, |largest, value| largest.max(value.abs()));
+                for (&value, &decoded) in values.iter().zip(decoded) {
+                    let error = (f64::from(value) - f64::from(decoded)).abs();
+                    let bound = error_bound(codec, value, largest);
+                    prop_assert!(error <= bound, "{codec}: {value:e} became {decoded:e}, {bound:e} allowed");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_blob_has_the_length_that_its_codec_says(values in row(1.0)) {
+        for codec in Codec::ALL {
+            let blob = codec.encode(&weights(&values), &TUNING).unwrap();
+            prop_assert!(codec.may_have(values.len(), blob.len() as u64), "{codec}: {}", blob.len());
+            prop_assert_eq!(&blob, &codec.encode(&weights(&values), &TUNING).unwrap());
+        }
+    }
+
+    #[test]
+    fn a_range_decodes_to_its_part_of_the_whole(values in row(60_000.0), cuts in any::<[prop::sample::Index; 2]>()) {
+        for (codec, block) in Codec::ALL.into_iter().filter_map(|codec| Some((codec, codec.block()?))) {
+            let len = values.len();
+            let mut cuts = cuts.map(|cut| (cut.index(len + 1).next_multiple_of(block)).min(len));
+            cuts.sort_unstable();
+            let blob = codec.encode(&weights(&values), &TUNING).unwrap();
+            let bytes = codec.byte_range(cuts[0]..cuts[1], len).unwrap();
+            let mut part = vec![f32::NAN; cuts[1] - cuts[0]];
+            codec.decode_into(&blob[bytes.start as usize..bytes.end as usize], &mut part).unwrap();
+            let whole = codec.decode(&blob, weights(&values).layout()).unwrap();
+            prop_assert_eq!(bits(&part), bits(&whole.values()[cuts[0]..cuts[1]]), "{}", codec);
+        }
+    }
+
+    #[test]
+    fn any_bytes_are_weights_or_an_error(
+        bytes in prop::collection::vec(any::<u8>(), 0..3000), values in 0..700usize, entries in 0..40u64,
+    ) {
+        let sparse = [&entries.to_le_bytes(), &bytes[..]].concat();
+        for codec in Codec::ALL {
+            let layout = Arc::new(layout(values));
+            let length = usize::try_from(codec.encoded_bytes(values)).unwrap().min(bytes.len());
+            for blob in [&bytes[..], &bytes[..length], &sparse] {
+                if let Ok(weights) = codec.decode(blob, &layout) {
+                    prop_assert_eq!(weights.values().len(), values);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_sparse_blob_that_lost_a_bit_is_harmless(
+        values in row(10.0), at in any::<prop::sample::Index>(), bit in 0..8u8,
+    ) {
+        let weights = weights(&values);
+        let mut blob = Codec::TopK.encode(&weights, &TUNING).unwrap().to_vec();
+        let at = at.index(blob.len());
+        blob[at] ^= 1 << bit;
+        if let Ok(decoded) = Codec::TopK.decode(&blob, weights.layout()) {
+            prop_assert_eq!(decoded.values().len(), values.len());
+        }
+    }
+
+    #[test]
+    fn what_is_sent_is_the_largest(values in row(1000.0), topk_ratio in 0.001..0.999f64) {
+        let sent = through(Codec::TopK, &values, &Tuning { topk_ratio, ..TUNING });
+        let pairs = || values.iter().zip(&sent).map(|(value, sent)| (value.abs(), *sent != 0.0));
+        let least = pairs().filter(|(_, sent)| *sent).map(|(value, _)| value).fold(f32::INFINITY, f32::min);
+        let most = pairs().filter(|(_, sent)| !*sent).map(|(value, _)| value).fold(0.0, f32::max);
+        prop_assert!(most <= least, "{most:e} was kept and {least:e} sent");
+        let count = pairs().filter(|(_, sent)| *sent).count() as f64;
+        prop_assert!(count <= (values.len() as f64 * topk_ratio).round().max(1.0));
+    }
+
+    #[test]
+    fn what_is_sent_and_what_is_kept_make_up_what_was_learned(
+        rounds in (1..300usize).prop_flat_map(|len| prop::collection::vec(prop::collection::vec(-1.0f32..1.0, len), 1..12)),
+    ) {
+        let len = rounds[0].len();
+        let (mut learned, mut sent, mut unsent) = (vec![0.0f64; len], vec![0.0f64; len], vec![0.0f32; len]);
+        for delta in &rounds {
+            let due: Vec<f32> = delta.iter().zip(&unsent).map(|(delta, unsent)| delta + unsent).collect();
+            let blob = through(Codec::TopK, &due, &TUNING);
+            unsent = due.iter().zip(&blob).map(|(due, blob)| due - blob).collect();
+            sent.iter_mut().zip(&blob).for_each(|(sum, blob)| *sum += f64::from(*blob));
+            learned.iter_mut().zip(delta).for_each(|(sum, delta)| *sum += f64::from(*delta));
+        }
+        for ((learned, sent), unsent) in learned.iter().zip(&sent).zip(&unsent) {
+            let found = sent + f64::from(*unsent);
+            // A sum of a dozen values below 12 is right to as many halves of its last bit.
+            prop_assert!((learned - found).abs() < 12.0 * 12.0 * f64::from(f32::EPSILON), "{learned} became {found}");
+        }
+    }
+}
+
+#[test]
+fn stochastic_rounding_is_right_in_the_mean() {
+    let seeds = 20_000u32;
+    // Steps of 0.01; values at all places between two of them, and the largest.
+    let values: Vec<f32> = (0..200).map(|i| (i as f32 - 100.0) * 0.0023).chain([1.27]).collect();
+    let mut sums = vec![0.0f64; values.len()];
+    for seed in 0..seeds {
+        let decoded = through(Codec::Int8, &values, &Tuning { seed: u64::from(seed), ..TUNING });
+        sums.iter_mut().zip(decoded).for_each(|(sum, value)| *sum += f64::from(value));
+    }
+    // The deviation of one lot is at most half a step: six deviations of the mean, which one of 10^9 exceeds.
+    let tolerance = 6.0 * 0.005 / f64::from(seeds).sqrt();
+    for (value, sum) in values.iter().zip(sums) {
+        let mean = sum / f64::from(seeds);
+        assert!((mean - f64::from(*value)).abs() < tolerance, "{value} became {mean} in the mean");
+    }
+}
+
+#[test]
+fn a_percent_of_the_entries_takes_less_than_3_percent_of_the_bytes() {
+    let mut rng = ChaCha8Rng::seed_from_u64(5);
+    let values: Vec<f32> = (0..200_000).map(|_| rng.random_range(-1.0..1.0f32).powi(3)).collect();
+    let blob = Codec::TopK.encode(&weights(&values), &Tuning { topk_ratio: 0.01, ..TUNING }).unwrap();
+    let share = blob.len() as f64 / Codec::F32.encoded_bytes(values.len()) as f64;
+    assert!(share < 0.03, "{share}");
+}
+
 proptest! {
     #![proptest_config(cases(1024))]
 
@@ -144,18 +313,19 @@ proptest! {
     fn the_f32_codec_keeps_every_bit(words in prop::collection::vec(any::<u32>(), 0..200)) {
         let layout = Arc::new(layout(words.len()));
         let weights = Weights::new(Arc::clone(&layout), words.iter().copied().map(f32::from_bits).collect()).unwrap();
-        let blob = Codec::F32.encode(&weights);
-        prop_assert_eq!(blob.len() as u64, Codec::F32.encoded_bytes(&layout));
+        let blob = Codec::F32.encode(&weights, &TUNING).unwrap();
+        prop_assert_eq!(blob.len() as u64, Codec::F32.encoded_bytes(layout.len()));
         let decoded = Codec::F32.decode(&blob, &layout).unwrap();
         prop_assert_eq!(bits(decoded.values()), words);
     }
 
     #[test]
-    fn a_manifest_from_the_wire_is_harmless(bytes in prop::collection::vec(any::<u8>(), 32..60)) {
+    fn a_manifest_from_the_wire_is_harmless(bytes in prop::collection::vec(any::<u8>(), 32..90)) {
         let Ok(manifest) = postcard::from_bytes::<Manifest>(&bytes) else { return Ok(()) };
         let accepted = manifest.check(&layout(1000)).is_ok();
-        prop_assert_eq!(accepted, manifest.bytes == 4000 && manifest.chunk_bytes >= CHUNK_BYTES_MIN
-            && manifest.chunk_bytes <= 64 << 20);
+        let is_whole = manifest.codec != Codec::TopK || manifest.base.is_some();
+        prop_assert_eq!(accepted, manifest.codec.may_have(1000, manifest.bytes) && is_whole
+            && manifest.chunk_bytes >= CHUNK_BYTES_MIN && manifest.chunk_bytes <= 64 << 20);
         let mut assembly = Assembly::new(manifest);
         for index in [0, 1, u32::MAX] {
             let range = manifest.chunk_range(index);
@@ -168,8 +338,9 @@ proptest! {
     #[test]
     fn a_manifest_survives_the_wire_and_no_part_of_it_does(
         digest in any::<[u8; 32]>(), bytes in any::<u64>(), chunk_bytes in any::<u32>(),
+        codec in prop::sample::select(Codec::ALL.to_vec()), base in any::<Option<[u8; 32]>>(),
     ) {
-        let manifest = Manifest { digest: Digest(digest), bytes, chunk_bytes, codec: Codec::F32 };
+        let manifest = Manifest { digest: Digest(digest), bytes, chunk_bytes, codec, base: base.map(Digest) };
         let wire = postcard::to_stdvec(&manifest).unwrap();
         prop_assert_eq!(postcard::from_bytes(&wire), Ok(manifest));
         for len in 0..wire.len() {

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use rodizio::sim::{self, Detail, Report, Scenario};
+use rodizio::transfer::Codec;
 use rodizio::types::{PeerId, Round};
 
 /// More with `SEEDS=… cargo test --test simulation` (`make sim SEEDS=…`).
@@ -70,6 +71,20 @@ fn a_slow_network_alone_deposes_nobody() {
 fn peers_that_come_late_or_lose_their_state_are_admitted() {
     let reports = sweep("churn", &scenario("churn"), seeds(400));
     assert!(reports.iter().filter(|report| report.quorum_lost).count() < reports.len() / 4);
+}
+
+#[test]
+fn what_a_peer_learned_and_did_not_send_is_never_lost_and_never_sent_twice() {
+    let topk = Scenario { codec: Codec::TopK, ..scenario("storm") };
+    sweep("storm", &topk, seeds(400));
+    sweep("churn", &Scenario { codec: Codec::TopK, model_codec: Codec::Int8, ..scenario("churn") }, seeds(100));
+}
+
+#[test]
+fn with_lossy_codecs_all_peers_have_the_same_model_whoever_leads() {
+    for codec in [Codec::F16, Codec::Bf16, Codec::Int8] {
+        sweep("storm", &Scenario { codec, model_codec: codec, ..scenario("storm") }, seeds(100));
+    }
 }
 
 #[test]

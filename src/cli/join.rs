@@ -103,7 +103,7 @@ async fn take_part(
     let names = BTreeSet::from([peer.name().clone()]);
     let mut narrator = Narrator::new(names, settings.rounds, Duration::ZERO, started);
     recall(&run_dir, &mut narrator)?;
-    let recorder = Recorder::new(run_dir, &settings.federation, peer.layout(), settings.codec(), state_dirs);
+    let recorder = Recorder::new(run_dir, &settings.federation, peer.layout(), settings.codecs().model, state_dirs);
     let mut audience = Audience { recorder, narrator, output };
     let (sender, mut entries) = unbounded_channel();
     let task = cluster::spawn(peer, &stop, &sender);

@@ -170,7 +170,7 @@ fn recorder(settings: &Settings, run_dir: RunDir, peers: &[LocalPeer]) -> Record
     let layout: Arc<Layout> = peers.first().map(LocalPeer::layout).unwrap_or_default();
     let state_dirs = peers.iter().map(|peer| (peer.name().clone(), peer.state_dir().to_owned()));
     let state_dirs: BTreeMap<PeerId, PathBuf> = state_dirs.collect();
-    Recorder::new(run_dir, &settings.federation, layout, settings.codec(), state_dirs)
+    Recorder::new(run_dir, &settings.federation, layout, settings.codecs().model, state_dirs)
 }
 
 /// Why there is no result, as far as the peers can tell.

@@ -4,7 +4,7 @@ use crate::aggregation::Rule;
 use crate::config::Settings;
 use crate::protocol::{Config, Policy};
 use crate::training::{Backend, Model, Optimizer, Partition, TrainingConfig};
-use crate::transfer::Codec;
+use crate::transfer::Codecs;
 
 /// Each word below was read by a key whose kind lists the words that its type takes; a test goes through them all.
 const CHECKED: &str = "the key takes only words that its type knows";
@@ -47,8 +47,13 @@ impl Settings {
     }
 
     /// How weights are written as bytes.
-    pub fn codec(&self) -> Codec {
-        self.codec.parse().expect(CHECKED)
+    pub fn codecs(&self) -> Codecs {
+        Codecs {
+            updates: self.codec.parse().expect(CHECKED),
+            model: self.model_codec.parse().expect(CHECKED),
+            topk_ratio: self.topk_ratio,
+            seed: self.seed,
+        }
     }
 
     /// How the data set is shared out among the parts.
@@ -71,7 +76,7 @@ mod tests {
         let training = defaults().training_entries();
         assert_eq!(defaults().shared(), Config { training, ..Config::default() });
         assert_eq!(defaults().training(), TrainingConfig::default());
-        assert_eq!(defaults().codec(), Codec::default());
+        assert_eq!(defaults().codecs(), Codecs::default());
         assert_eq!(defaults().partition(), Partition::default());
     }
 
@@ -94,7 +99,8 @@ mod tests {
                     ("model", training.model.to_string()),
                     ("optimizer", training.optimizer.to_string()),
                     ("backend", training.backend.to_string()),
-                    ("codec", settings.codec().to_string()),
+                    ("codec", settings.codecs().updates.to_string()),
+                    ("model_codec", settings.codecs().model.to_string()),
                     ("partition", settings.partition().name().to_owned()),
                     ("data", settings.data.to_owned()),
                 ];
@@ -105,10 +111,11 @@ mod tests {
     }
 
     #[test]
-    fn peers_agree_on_what_training_asks_for_and_on_the_codec() {
+    fn peers_agree_on_what_training_asks_for_and_on_the_codecs() {
         let settings = defaults();
         let mut expected = settings.training().shared_entries();
-        expected.insert("codec".into(), "f32".into());
+        let codecs = [("codec", "f32"), ("model_codec", "f32"), ("topk_ratio", "0.01")];
+        expected.extend(codecs.map(|(key, value)| (key.to_owned(), value.to_owned())));
         assert_eq!(settings.shared().training, expected);
         let shared = settings.shared().entries();
         for key in KEYS.iter().filter(|key| matches!(key.group, Group::Stopping | Group::Training)) {

@@ -11,7 +11,7 @@ use crate::transfer::Manifest;
 use crate::types::{Address, Digest, PeerId, Round, Term};
 
 /// The version of the encoding: its first number. An encoding without one begins with 0 or 1.
-const VERSION: u16 = 2;
+const VERSION: u16 = 3;
 
 /// A peer's promises: with them a restarted peer goes on as if it had only been slow.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -24,6 +24,20 @@ pub struct Durable {
     pub founding: Founding,
     /// The round after `head`.
     pub open: Open,
+    /// What the peer has learned and not sent, as far as the rounds before the open one are concerned.
+    pub residual: Residual,
+}
+
+/// What a peer has learned and, with a codec that sends a part of it, not sent: the sum of both parts.
+///
+/// Nothing is lost and nothing counts twice: what a round sends or keeps changes this only when the round is decided.
+/// The next training adds it to what it learns.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Residual {
+    /// A blob as `f32`: what the newest decided update left over.
+    pub unsent: Option<Digest>,
+    /// The blob of that update, if no model was made of it.
+    pub returned: Option<Digest>,
 }
 
 /// A peer's part in founding a federation.
@@ -50,6 +64,8 @@ pub struct Open {
     pub accepted: Option<(Term, Decree)>,
     /// Its own update: nobody trains a round twice.
     pub update: Option<Update>,
+    /// A blob as `f32`: what of its residual and its training the update does not send.
+    pub unsent: Option<Digest>,
 }
 
 impl Durable {
@@ -74,12 +90,30 @@ impl Durable {
         self.head.iter().flat_map(|head| head.decree.standbys.values())
     }
 
-    /// The blobs that these promises rest on, which are to be kept.
+    /// The blobs that these promises rest on.
     pub fn manifests(&self) -> impl Iterator<Item = &Manifest> {
         let head = self.head.as_ref().map(|head| head.decree.model());
         let accepted = self.open.accepted.as_ref().map(|(_, decree)| decree.model());
         let update = self.open.update.as_ref().map(|update| &update.manifest);
         head.into_iter().chain(&self.model).chain(accepted).chain(update)
+    }
+
+    /// The names of all blobs that are to be kept.
+    pub fn blobs(&self) -> impl Iterator<Item = Digest> {
+        let residual = [self.residual.unsent, self.residual.returned, self.open.unsent];
+        self.manifests().map(|manifest| manifest.digest).chain(residual.into_iter().flatten())
+    }
+
+    /// Settles what becomes of the open round's update, now that `decree` is the newest: what was left over goes into the
+    /// residual, and if the update is not among the contributors what it sent does too.
+    pub(super) fn settle_residual(&mut self, me: &PeerId, decree: &Decree) {
+        let (Some(update), Some(unsent)) = (&self.open.update, self.open.unsent) else { return };
+        let sent = update.manifest.digest;
+        let counted = decree.contributors.iter().any(|part| part.peer == *me && part.update == sent);
+        // Who learns of a later round first does not know. What was sent may be in the model: it must not count twice.
+        let unknown = decree.round > self.open.round;
+        let returned = (!counted && !unknown).then_some(sent);
+        self.residual = Residual { unsent: Some(unsent), returned };
     }
 
     /// The bytes to store.
@@ -93,5 +127,81 @@ impl Durable {
             Ok(((VERSION, durable), [])) => Some(durable),
             _ => None,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::protocol::{Contributor, Outcome};
+    use crate::transfer::Codec;
+    use crate::types::Metrics;
+
+    fn peer(name: &str) -> PeerId {
+        PeerId::new(name).unwrap()
+    }
+
+    fn manifest(blob: &[u8]) -> Manifest {
+        Manifest::of(blob, 1024, Codec::F32).unwrap()
+    }
+
+    /// A peer that has sent an update in round 3.
+    fn durable() -> Durable {
+        let (parent, metrics) = (Digest::of(b"parent"), Metrics::default());
+        let update = Update { parent, manifest: manifest(b"update"), num_examples: 1, metrics };
+        let open =
+            Open { round: Round(3), update: Some(update), unsent: Some(Digest::of(b"unsent")), ..Open::default() };
+        let residual = Residual { unsent: Some(Digest::of(b"earlier")), returned: Some(Digest::of(b"in vain")) };
+        Durable { open, residual, ..Durable::default() }
+    }
+
+    fn decree(round: u64, contributor: &str, update: &[u8]) -> Decree {
+        let (update, metrics) = (Digest::of(update), Metrics::default());
+        Decree {
+            round: Round(round),
+            parent: Digest::of(b"parent"),
+            leader: peer("leader"),
+            term: Term(0),
+            outcome: Outcome::Model(manifest(b"model")),
+            contributors: vec![Contributor { peer: peer(contributor), update, num_examples: 1, metrics }],
+            parent_metrics: None,
+            record: Default::default(),
+            next_roster: Roster::of(&[peer("me")].into()),
+            standbys: BTreeMap::new(),
+        }
+    }
+
+    #[test]
+    fn what_was_sent_returns_only_if_no_model_was_made_of_it() {
+        let (sent, unsent) = (Some(Digest::of(b"update")), Some(Digest::of(b"unsent")));
+        let cases = [
+            ("counted", decree(3, "me", b"update"), None),
+            ("of another", decree(3, "another", b"update"), sent),
+            ("another update", decree(3, "me", b"other"), sent),
+            ("unknown", decree(4, "another", b"other"), None),
+        ];
+        for (case, decree, returned) in cases {
+            let mut durable = durable();
+            durable.settle_residual(&peer("me"), &decree);
+            assert_eq!(durable.residual, Residual { unsent, returned }, "{case}");
+        }
+    }
+
+    #[test]
+    fn a_round_without_an_update_changes_nothing() {
+        let mut without = durable();
+        without.open.update = None;
+        without.settle_residual(&peer("me"), &decree(3, "another", b"update"));
+        assert_eq!(without.residual, durable().residual);
+    }
+
+    #[test]
+    fn every_part_of_the_residual_is_kept_and_survives_its_bytes() {
+        let durable = durable();
+        let kept: Vec<Digest> = durable.blobs().collect();
+        for blob in ["update", "earlier", "in vain", "unsent"] {
+            assert!(kept.contains(&Digest::of(blob.as_bytes())), "{blob} is deleted");
+        }
+        assert_eq!(Durable::decode(&durable.encode()), Some(durable));
     }
 }

@@ -39,7 +39,7 @@ use crate::weights::Layout;
 
 pub use config::Config;
 pub use decree::{Contributor, Decree, Outcome, Reason};
-pub use durable::Durable;
+pub use durable::{Durable, Residual};
 pub use election::Policy;
 pub use notice::{Committed, Difference, Notice, Seconds, Waiting};
 pub use roaming::Roaming;
@@ -121,14 +121,16 @@ pub enum Job {
     /// Measure a model on held-out data.
     Evaluate {
         /// The model's blob.
-        model: Digest,
+        model: Manifest,
     },
     /// Train one round from a model.
     Train {
         /// The round.
         round: Round,
         /// The parent model's blob.
-        model: Digest,
+        model: Manifest,
+        /// What was learned before and not sent.
+        residual: Residual,
     },
     /// Join chunks, check digest, layout and that every value is finite, and keep the blob.
     Verify {
@@ -144,7 +146,7 @@ pub enum Job {
         /// The leader's term: each aggregates the updates that it gathered.
         term: Term,
         /// Each update's blob and its number of examples.
-        parts: Vec<(Digest, u64)>,
+        parts: Vec<(Manifest, u64)>,
     },
 }
 
@@ -165,7 +167,7 @@ pub enum Done {
         /// The round.
         round: Round,
         /// The update.
-        result: Result<(Manifest, Metrics), String>,
+        result: Result<Trained, String>,
     },
     /// Whether a pulled blob is what it should be.
     Verified {
@@ -183,6 +185,17 @@ pub enum Done {
         /// The new model.
         result: Result<Manifest, String>,
     },
+}
+
+/// What a training made.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Trained {
+    /// The update.
+    pub update: Manifest,
+    /// A blob as `f32` of what the update does not send, if its codec sends a part.
+    pub unsent: Option<Digest>,
+    /// How training went.
+    pub metrics: Metrics,
 }
 
 /// What only this peer knows when it starts.
@@ -240,6 +253,8 @@ pub(crate) struct Flaws {
     pub(crate) commit_alone: bool,
     /// A leader ignores decrees that members accepted in earlier terms.
     pub(crate) forget_accepted: bool,
+    /// A peer whose update did not count does not keep what it sent.
+    pub(crate) forget_returned: bool,
 }
 
 /// One peer's protocol state.

@@ -5,10 +5,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use bytes::Bytes;
 
 use crate::aggregation::{Contribution, Rule};
+use crate::jobs::Workshop;
 use crate::journal::Blobs;
 use crate::protocol::message::{Body, Envelope, Head};
 use crate::protocol::{Decree, Durable, Outcome, Roster};
-use crate::transfer::Codec;
+use crate::transfer::{Codec, Codecs};
 use crate::types::{Digest, PeerId, Round, Term};
 use crate::weights::Weights;
 
@@ -18,14 +19,16 @@ pub(super) const AGGREGATE: &str = "I2 (a model is the aggregate of its contribu
 pub(super) const TRAINED_ONCE: &str = "I2 (nobody trains a round twice)";
 pub(super) const HEAD_FORWARD: &str = "I3 (a head never goes back)";
 pub(super) const PROMISES: &str = "I4 (no promise is broken)";
+pub(super) const CONSERVED: &str = "I7 (what was learned is sent or kept, once)";
 pub(super) const LIVENESS: &str = "I5 (a quorum that can talk goes on)";
 
 /// An invariant and how it was violated.
 pub(super) type Broken = (&'static str, String);
 
 /// What has been seen of all peers.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Check {
+    codecs: Codecs,
     /// The first committed decree of each round.
     decrees: BTreeMap<Round, Decree>,
     founded: Option<Roster>,
@@ -36,6 +39,18 @@ pub(super) struct Check {
     updates: BTreeMap<(PeerId, Digest), (Round, Digest, Weights)>,
     /// Who has persisted an update in which round.
     trained: BTreeSet<(PeerId, Round)>,
+    /// What each update's training learned, and what of it the update sends: differences from the parent model.
+    differences: BTreeMap<(PeerId, Digest), (Weights, Weights)>,
+    books: BTreeMap<PeerId, Books>,
+}
+
+/// What a peer has learned in all rounds, and what of it has gone into models.
+#[derive(Debug, Default)]
+struct Books {
+    learned: Vec<f64>,
+    counted: Vec<f64>,
+    /// An update that no decree has decided on.
+    open: Option<(Round, Digest)>,
 }
 
 /// What the check may look at of one peer, up or down.
@@ -46,6 +61,21 @@ pub(super) struct Persisted<'a> {
 }
 
 impl Check {
+    pub(super) fn new(codecs: Codecs) -> Self {
+        Self {
+            codecs,
+            decrees: BTreeMap::new(),
+            founded: None,
+            heads: BTreeMap::new(),
+            ballots: BTreeMap::new(),
+            accepts: BTreeMap::new(),
+            updates: BTreeMap::new(),
+            trained: BTreeSet::new(),
+            differences: BTreeMap::new(),
+            books: BTreeMap::new(),
+        }
+    }
+
     /// Whether the federation has its first roster.
     pub(super) fn is_founded(&self) -> bool {
         self.founded.is_some()
@@ -131,7 +161,9 @@ impl Check {
             }
         }
         let expected = Rule::FedAvg.aggregate(&contributions).map_err(|error| (AGGREGATE, error.to_string()))?;
-        let expected = Digest::of(&Codec::F32.encode(&expected));
+        let tuning = self.codecs.for_model(decree.round);
+        let expected = self.codecs.model.encode(&expected, &tuning).map_err(|error| (AGGREGATE, error.to_string()))?;
+        let expected = Digest::of(&expected);
         if expected == manifest.digest {
             Ok(())
         } else {
@@ -153,6 +185,52 @@ impl Check {
             return Err((TRAINED_ONCE, format!("{peer} trained {round:?} again")));
         }
         Ok(())
+    }
+
+    /// A peer has trained with a codec that sends a part: what it learned, and what it sends.
+    pub(super) fn learned(&mut self, peer: &PeerId, update: Digest, learned: Weights, sent: Weights) {
+        self.differences.insert((peer.clone(), update), (learned, sent));
+    }
+
+    /// A peer that sends a part has persisted something: all that it has ever learned went into models, or is sent, or kept.
+    pub(super) fn check_books(&mut self, peer: &PeerId, durable: &Durable, workshop: &Workshop) -> Result<(), Broken> {
+        let books = self.books.entry(peer.clone()).or_default();
+        let difference = |update: Digest| self.differences.get(&(peer.clone(), update));
+        if let (Some((round, update)), Some(head)) = (books.open, &durable.head)
+            && durable.open.round > round
+        {
+            books.open = None;
+            let parts = &head.decree.contributors;
+            // Who learns of a later round first may have lost a part, and must not send it twice.
+            let unknown = head.decree.round > round;
+            if unknown || parts.iter().any(|part| part.peer == *peer && part.update == update) {
+                difference(update).iter().for_each(|(_, sent)| sum(&mut books.counted, sent));
+            }
+        }
+        let open = durable.open.update.as_ref().map(|update| update.manifest.digest);
+        if let Some(update) = open.filter(|_| books.open.is_none()) {
+            books.open = Some((durable.open.round, update));
+            difference(update).iter().for_each(|(learned, _)| sum(&mut books.learned, learned));
+        }
+        let mut found = books.counted.clone();
+        let (unsent, sent) = match open {
+            Some(update) => (durable.open.unsent, Some(update)),
+            None => (durable.residual.unsent, durable.residual.returned),
+        };
+        for (part, codec) in [(unsent, Codec::F32), (sent, Codec::TopK)] {
+            let Some(part) = part else { continue };
+            let blob = workshop.blobs.get(part).ok().flatten();
+            let weights = blob.and_then(|blob| codec.decode(&blob, &workshop.layout).ok());
+            let Some(weights) = weights else { return Err((CONSERVED, format!("{peer} lacks what it kept"))) };
+            sum(&mut found, &weights);
+        }
+        let pairs = books.learned.iter().zip(&found);
+        match pairs.enumerate().find(|(_, (learned, found))| (*learned - *found).abs() > 1e-3) {
+            Some((place, (learned, found))) => {
+                Err((CONSERVED, format!("{peer} learned {learned} at {place}, of which {found} is sent or kept")))
+            }
+            None => Ok(()),
+        }
     }
 
     /// A peer has sent a message.
@@ -185,6 +263,12 @@ impl Check {
         }
         Ok(())
     }
+}
+
+/// Adds `weights` to the sums, which begin empty.
+fn sum(sums: &mut Vec<f64>, weights: &Weights) {
+    sums.resize(weights.values().len(), 0.0);
+    sums.iter_mut().zip(weights.values()).for_each(|(sum, value)| *sum += f64::from(*value));
 }
 
 /// Whether a peer holds a decree and its model, or has gone on from it.

@@ -78,10 +78,11 @@ pub fn run(scenario: &Scenario, seed: u64, detail: Detail, trace: &mut Trace<'_>
 mod tests {
     use super::*;
     use crate::protocol::Flaws;
+    use crate::transfer::Codec;
 
     /// The first violation among some seeds, with the protocol's rules as `flaws` has them.
     fn first_violation(flaws: Flaws, seeds: u64) -> Option<Violation> {
-        let scenario = Scenario { crashes: 6, cuts: 4, loss: 0.1, ..Scenario::default() };
+        let scenario = Scenario { crashes: 6, cuts: 4, loss: 0.1, codec: Codec::TopK, ..Scenario::default() };
         (0..seeds).find_map(|seed| {
             let mut quiet = |_: Duration, _: &PeerId, _: &str| {};
             let mut world = world::World::new(&scenario, seed, Detail::Commits, &mut quiet);
@@ -100,6 +101,12 @@ mod tests {
     fn without_proposing_the_accepted_decree_again_two_decrees_commit() {
         let violation = first_violation(Flaws { forget_accepted: true, ..Flaws::default() }, 3000);
         assert!(violation.is_some_and(|v| v.invariant.starts_with("I1")), "the simulation noticed nothing");
+    }
+
+    #[test]
+    fn without_taking_back_what_did_not_count_something_learned_is_lost() {
+        let violation = first_violation(Flaws { forget_returned: true, ..Flaws::default() }, 300);
+        assert!(violation.is_some_and(|v| v.invariant.starts_with("I7")), "the simulation noticed nothing");
     }
 
     #[test]

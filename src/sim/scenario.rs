@@ -2,6 +2,8 @@
 
 use serde::Deserialize;
 
+use crate::transfer::{Codec, Codecs};
+
 /// Peers, network and faults. All of it can be set in a TOML file; what is not named has its default.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -42,6 +44,10 @@ pub struct Scenario {
     pub data_seed: u64,
     /// How the leader is chosen.
     pub policy: String,
+    /// How updates are encoded.
+    pub codec: Codec,
+    /// How the global model is encoded: not as `topk`.
+    pub model_codec: Codec,
 }
 
 impl Default for Scenario {
@@ -65,6 +71,8 @@ impl Default for Scenario {
             values: 700,
             data_seed: 0,
             policy: "random".into(),
+            codec: Codec::F32,
+            model_codec: Codec::F32,
         }
     }
 }
@@ -125,7 +133,15 @@ impl Scenario {
         if self.policy.parse::<crate::protocol::Policy>().is_err() {
             return value("policy", self.policy.clone(), "random, rotate or fixed:peer-N");
         }
+        if self.model_codec == Codec::TopK {
+            return value("model_codec", self.model_codec.to_string(), "f32, f16, bf16 or int8");
+        }
         Ok(())
+    }
+
+    /// How weights are encoded. A model of the simulator is small: of its entries many are sent, and many not.
+    pub(super) fn codecs(&self) -> Codecs {
+        Codecs { updates: self.codec, model: self.model_codec, topk_ratio: 0.2, ..Codecs::default() }
     }
 
     /// How many peers must be there before training starts.
@@ -149,5 +165,7 @@ mod tests {
         assert!(Scenario::parse("pears = 7").unwrap_err().to_string().contains("pears"));
         assert!(Scenario::parse("loss = 1.0").unwrap_err().to_string().starts_with("loss = 1"));
         assert!(Scenario::parse("policy = 'x'").is_err());
+        assert!(Scenario::parse("codec = 'topk'").is_ok());
+        assert!(Scenario::parse("model_codec = 'topk'").is_err());
     }
 }

@@ -68,7 +68,7 @@ struct SimulatedPeer {
     /// Crash after so many more actions.
     crash_after: Option<usize>,
     lost_for_good: bool,
-    training: Option<(Round, Digest)>,
+    training: Option<(Round, Manifest)>,
     stopped: bool,
 }
 
@@ -109,7 +109,7 @@ impl<'a> World<'a> {
             seed,
             config,
             rng: ChaCha8Rng::seed_from_u64(seed),
-            check: Check::default(),
+            check: Check::new(scenario.codecs()),
             peers: BTreeMap::new(),
             queue: BTreeMap::new(),
             sequence: 0,
@@ -162,7 +162,8 @@ impl<'a> World<'a> {
         let workshop = Workshop {
             blobs: blobs.clone(),
             layout: trainer.layout(),
-            codec: Codec::F32,
+            peer: id.clone(),
+            codecs: self.scenario.codecs(),
             rule: Rule::FedAvg,
             chunk_bytes: CHUNK_BYTES_MIN,
         };
@@ -407,7 +408,7 @@ impl<'a> World<'a> {
             Action::Start(job) => {
                 let longest = if matches!(job, Job::Train { .. }) { self.scenario.train_ms } else { 20 };
                 let span = Duration::from_millis(longest).mul_f64(self.rng.random());
-                if let (Job::Train { round, model }, Some(peer)) = (&job, self.peers.get_mut(id)) {
+                if let (Job::Train { round, model, .. }, Some(peer)) = (&job, self.peers.get_mut(id)) {
                     peer.training = Some((*round, *model));
                 }
                 let start = self.peers[id].start;
@@ -444,7 +445,13 @@ impl<'a> World<'a> {
             persisted.map(|(peer, durable, blobs)| Persisted { peer, durable, blobs }).collect()
         };
         match &peers[id].durable {
-            Some(durable) => self.check.persisted(id, durable, all),
+            Some(durable) => {
+                self.check.persisted(id, durable, all)?;
+                if self.scenario.codec == Codec::TopK {
+                    self.check.check_books(id, durable, &peers[id].workshop)?;
+                }
+                Ok(())
+            }
             None => Ok(()),
         }
     }
@@ -471,9 +478,20 @@ impl<'a> World<'a> {
             // Memory is never full.
             &mut |_| ControlFlow::Break(()),
         );
-        if let (Done::Trained { round, result: Ok((update, _)) }, Some((_, model))) = (&done, peer.training) {
-            let weights = peer.trainer().weights();
-            self.check.trained(id, *round, model, update.digest, weights)?;
+        if let (Done::Trained { round, result: Ok(trained) }, Some((_, model))) = (&done, peer.training) {
+            let update = trained.update;
+            // Memory has what was just put there.
+            let loaded = |manifest: &Manifest| peer.workshop.load(manifest);
+            if let (Codec::TopK, Ok(base), Ok(sent)) =
+                (update.codec, loaded(&model), loaded(&Manifest { base: None, ..update }))
+            {
+                let mut learned = peer.trainer().weights();
+                learned.subtract(&base);
+                self.check.learned(id, update.digest, learned, sent);
+            }
+            if let Ok(weights) = loaded(&update) {
+                self.check.trained(id, *round, model.digest, update.digest, weights)?;
+            }
         }
         self.handle(id, Event::Done(done))
     }
@@ -652,7 +670,7 @@ fn failed(job: &Job) -> Done {
     let why = "the disk is full".to_owned();
     match job {
         Job::Initial => Done::Initial(Err(why)),
-        Job::Evaluate { model } => Done::Evaluated { model: *model, result: Err(why) },
+        Job::Evaluate { model } => Done::Evaluated { model: model.digest, result: Err(why) },
         Job::Train { round, .. } => Done::Trained { round: *round, result: Err(why) },
         Job::Verify { manifest, .. } => Done::Verified { manifest: *manifest, result: Err(why) },
         Job::Aggregate { round, term, .. } => Done::Aggregated { round: *round, term: *term, result: Err(why) },

@@ -28,7 +28,7 @@ use crate::weights::Layout;
 
 pub use assemble::{Assembly, ChunkError, Inserted, VerifyError, join_verified};
 pub use chunk_set::{ChunkSet, ChunkSetError, RANGES_MAX};
-pub use codec::Codec;
+pub use codec::{Codec, Codecs, EncodeError, Tuning};
 pub use grants::{Grants, RETRY_FACTOR_MAX, WINDOW_CHUNKS_MAX};
 pub use serve::{RECEIVERS_MAX, Route, Serve};
 
@@ -55,21 +55,26 @@ pub struct Manifest {
     pub chunk_bytes: u32,
     /// How the weights were written.
     pub codec: Codec,
+    /// The blob of the model to which the weights are to be added, if they are a difference.
+    pub base: Option<Digest>,
 }
 
 /// A manifest that cannot be true or is not worth believing.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ManifestError {
     /// The blob cannot hold the weights of this layout.
-    #[error("weights of this layout take {expected} bytes as {codec}, the manifest says {found}")]
+    #[error("{}, the manifest says {found}", codec.takes(*expected))]
     Bytes {
         /// The manifest's codec.
         codec: Codec,
-        /// What the layout takes.
+        /// What the layout takes, or takes at most.
         expected: u64,
         /// What the manifest says.
         found: u64,
     },
+    /// The weights can only be a difference.
+    #[error("weights as {0} are a difference, and the manifest names no model to add them to")]
+    NoBase(Codec),
     /// The chunk length is out of bounds.
     #[error("a chunk has {CHUNK_BYTES_MIN} to {CHUNK_BYTES_MAX} bytes, not {0}")]
     ChunkBytes(u32),
@@ -103,9 +108,12 @@ impl Manifest {
     ///
     /// After it, everything sized by the manifest is bounded by the layout, which the receiver knows itself.
     pub fn check(&self, layout: &Layout) -> Result<(), ManifestError> {
-        let (codec, expected, found) = (self.codec, self.codec.encoded_bytes(layout), self.bytes);
-        if expected != found {
-            return Err(ManifestError::Bytes { codec, expected, found });
+        let (codec, values, found) = (self.codec, layout.len(), self.bytes);
+        if !codec.may_have(values, found) {
+            return Err(ManifestError::Bytes { codec, expected: codec.encoded_bytes(values), found });
+        }
+        if codec == Codec::TopK && self.base.is_none() {
+            return Err(ManifestError::NoBase(codec));
         }
         self.check_chunks()
     }
@@ -128,7 +136,7 @@ mod tests {
     use crate::weights::TensorSpec;
 
     fn manifest(bytes: u64, chunk_bytes: u32) -> Manifest {
-        Manifest { digest: Digest::of(b""), bytes, chunk_bytes, codec: Codec::F32 }
+        Manifest { digest: Digest::of(b""), bytes, chunk_bytes, codec: Codec::F32, base: None }
     }
 
     fn layout(values: usize) -> Layout {
@@ -148,6 +156,16 @@ mod tests {
         assert_eq!(manifest(4000, 1024).check(&layout(1000)), Ok(()));
         let error = ManifestError::Bytes { codec: Codec::F32, expected: 4000, found: u64::MAX };
         assert_eq!(manifest(u64::MAX, 1024).check(&layout(1000)), Err(error));
+    }
+
+    #[test]
+    fn a_difference_without_a_base_is_refused_and_no_blob_is_longer_than_its_codec_allows() {
+        let sparse = Manifest { codec: Codec::TopK, ..manifest(3000, 1024) };
+        assert_eq!(sparse.check(&layout(1000)), Err(ManifestError::NoBase(Codec::TopK)));
+        let sparse = Manifest { base: Some(Digest::of(b"parent")), ..sparse };
+        assert_eq!(sparse.check(&layout(1000)), Ok(()));
+        let error = Manifest { bytes: 4000, ..sparse }.check(&layout(1000)).unwrap_err().to_string();
+        assert_eq!(error, "weights of this layout take at most 3023 bytes as topk, the manifest says 4000");
     }
 
     #[test]

@@ -10,7 +10,7 @@ impl Manifest {
     ///
     /// An error if no receiver would believe it: the chunk length is out of bounds, or too short for so long a blob.
     pub fn of(blob: &[u8], chunk_bytes: u32, codec: Codec) -> Result<Self, ManifestError> {
-        let unnamed = Self { digest: Digest([0; 32]), bytes: blob.len() as u64, chunk_bytes, codec };
+        let unnamed = Self { digest: Digest([0; 32]), bytes: blob.len() as u64, chunk_bytes, codec, base: None };
         unnamed.check_chunks()?;
         Ok(Self { digest: Digest::of(blob), ..unnamed })
     }

@@ -81,6 +81,11 @@ impl Peer {
         self.durable.head = Some(head.clone());
         self.durable.founding = crate::protocol::durable::Founding::default();
         self.note_model_held();
+        self.durable.settle_residual(&self.me, &head.decree);
+        #[cfg(test)]
+        if self.flaws.forget_returned {
+            self.durable.residual.returned = None;
+        }
         self.durable.open = Default::default();
         self.durable.open.round = head.decree.round.next();
         self.persist();
@@ -111,7 +116,7 @@ impl Peer {
     }
 
     fn forget_old_blobs(&mut self) {
-        let keep: BTreeSet<_> = self.durable.manifests().map(|manifest| manifest.digest).collect();
+        let keep: BTreeSet<_> = self.durable.blobs().collect();
         self.transfers.retain(&keep);
         self.actions.push(Action::Retain(keep));
     }

@@ -9,8 +9,8 @@ use crate::types::{Digest, Metrics, PeerId, Round};
 
 impl Peer {
     pub(in crate::protocol) fn advance_evaluation(&mut self) {
-        let Some(model) = self.parent_model().map(|manifest| manifest.digest) else { return };
-        if self.open.evaluation == Work::Idle && self.transfers.holds(&model) {
+        let Some(model) = self.parent_model().copied() else { return };
+        if self.open.evaluation == Work::Idle && self.transfers.holds(&model.digest) {
             self.open.evaluation = Work::Running;
             self.actions.push(Action::Start(Job::Evaluate { model }));
         }

@@ -18,6 +18,11 @@ impl Peer {
         if let Err(error) = update.manifest.check(&self.layout) {
             return self.leave_out(sender, error.to_string());
         }
+        let parent_model = self.parent_model().map(|model| model.digest);
+        if update.manifest.base.is_some_and(|base| Some(base) != parent_model) {
+            let why = "its update is a difference from another model than the one that this round began with";
+            return self.leave_out(sender, why.into());
+        }
         if update.num_examples == 0 {
             return self.leave_out(sender, "it was trained on no example".into());
         }
@@ -55,7 +60,8 @@ impl Peer {
 
     /// The members whose verified update is here, in `PeerId` order.
     fn gathered(&self) -> BTreeSet<PeerId> {
-        let held = |update: &Update| self.transfers.holds(&update.manifest.digest);
+        // One that was announced again, to be read in another way, was not verified in that way.
+        let held = |update: &Update| self.transfers.holds_as(&update.manifest);
         self.open.updates.iter().filter(|(_, update)| held(update)).map(|(peer, _)| peer.clone()).collect()
     }
 
@@ -66,7 +72,10 @@ impl Peer {
         if !gathering {
             return Vec::new();
         }
-        let missing = self.open.updates.iter().filter(|(_, update)| !self.transfers.holds(&update.manifest.digest));
+        // A difference can be verified only where the model is that it is to be added to.
+        let readable = |manifest: &Manifest| manifest.base.is_none_or(|base| self.transfers.holds(&base));
+        let wanted = |manifest: &Manifest| !self.transfers.holds(&manifest.digest) && readable(manifest);
+        let missing = self.open.updates.iter().filter(|(_, update)| wanted(&update.manifest));
         missing.map(|(peer, update)| (update.manifest, peer.clone())).collect()
     }
 
@@ -110,8 +119,7 @@ impl Peer {
     }
 
     fn aggregate(&mut self, peers: BTreeSet<PeerId>, now: Instant) {
-        let part =
-            |peer: &PeerId| self.open.updates.get(peer).map(|update| (update.manifest.digest, update.num_examples));
+        let part = |peer: &PeerId| self.open.updates.get(peer).map(|update| (update.manifest, update.num_examples));
         let parts = peers.iter().filter_map(part).collect();
         let (round, term) = (self.round(), self.promised());
         self.open.marks.gathered = Some(now);

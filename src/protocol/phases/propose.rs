@@ -163,6 +163,9 @@ impl Peer {
         if let Some(stranger) = decree.standbys.keys().find(|host| !decree.next_roster.contains(host)) {
             return Err(format!("its proposal names a broker of {stranger}, who is not in the next roster"));
         }
+        if decree.model().base.is_some() {
+            return Err("its proposal's model is a difference, which a newcomer could not read".into());
+        }
         decree.model().check(&self.layout).map_err(|error| error.to_string())
     }
 

@@ -4,9 +4,8 @@ use std::time::Instant;
 
 use crate::protocol::message::{Body, Update, clip, has};
 use crate::protocol::phases::round::Work;
-use crate::protocol::{Action, Job, Notice, Peer, Topic};
-use crate::transfer::Manifest;
-use crate::types::{Metrics, Round};
+use crate::protocol::{Action, Job, Notice, Peer, Topic, Trained};
+use crate::types::Round;
 
 impl Peer {
     pub(in crate::protocol) fn advance_member(&mut self, now: Instant) {
@@ -19,7 +18,7 @@ impl Peer {
     }
 
     fn advance_training(&mut self, now: Instant) {
-        let Some(model) = self.parent_model().map(|manifest| manifest.digest) else { return };
+        let Some(model) = self.parent_model().copied() else { return };
         let evaluated = matches!(self.open.evaluation, Work::Done(_));
         if !self.is_training_round() || !evaluated || self.open.training != Work::Idle || !self.trains() {
             return;
@@ -33,7 +32,8 @@ impl Peer {
         self.open.training = Work::Running;
         let round = self.round();
         self.notify(Notice::TrainingStarted { round });
-        self.actions.push(Action::Start(Job::Train { round, model }));
+        let residual = self.durable.residual;
+        self.actions.push(Action::Start(Job::Train { round, model, residual }));
     }
 
     /// The leader does not train, nor does the candidate that is about to lead.
@@ -42,20 +42,16 @@ impl Peer {
         self.config.leader_trains || alone || self.leader_or_candidate() != Some(&self.me)
     }
 
-    pub(in crate::protocol) fn on_trained(
-        &mut self,
-        round: Round,
-        result: Result<(Manifest, Metrics), String>,
-        now: Instant,
-    ) {
+    pub(in crate::protocol) fn on_trained(&mut self, round: Round, result: Result<Trained, String>, now: Instant) {
         if round != self.round() || self.open.training != Work::Running {
             return;
         }
         match (result, self.parent()) {
-            (Ok((manifest, metrics)), Some(parent)) if metrics.is_finite() => {
+            (Ok(Trained { update: manifest, unsent, metrics }), Some(parent)) if metrics.is_finite() => {
                 self.transfers.hold(manifest);
                 let num_examples = self.num_examples;
                 self.durable.open.update = Some(Update { parent, manifest, num_examples, metrics });
+                self.durable.open.unsent = unsent;
                 self.persist();
                 self.open.training = Work::Done(());
                 self.open.marks.trained = Some(now);

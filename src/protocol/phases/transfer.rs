@@ -57,6 +57,12 @@ impl Transfers {
         self.held.contains_key(blob)
     }
 
+    /// Whether the blob is held and was verified as what the manifest says: the same bytes may be read in two ways.
+    pub(in crate::protocol) fn holds_as(&self, manifest: &Manifest) -> bool {
+        let same = |held: &Manifest| (held.codec, held.base) == (manifest.codec, manifest.base);
+        self.held.get(&manifest.digest).is_some_and(same)
+    }
+
     pub(in crate::protocol) fn hold(&mut self, manifest: Manifest) {
         self.held.insert(manifest.digest, manifest);
     }

@@ -5,8 +5,6 @@
 
 use bytes::Bytes;
 
-use crate::weights::Layout;
-
 /// Words that [`Bytes`] can own as they are.
 struct Words(Vec<u32>);
 
@@ -16,24 +14,22 @@ impl AsRef<[u8]> for Words {
     }
 }
 
-pub(super) fn encoded_bytes(layout: &Layout) -> u64 {
-    layout.len() as u64 * size_of::<f32>() as u64
+pub(super) fn encoded_bytes(values: usize) -> u64 {
+    values as u64 * size_of::<f32>() as u64
 }
 
 pub(super) fn encode(values: &[f32]) -> Bytes {
     Bytes::from_owner(Words(values.iter().map(|value| value.to_bits().to_le()).collect()))
 }
 
-/// `blob` must be a whole number of words long; it may lie at any address.
-pub(super) fn decode(blob: &[u8]) -> Vec<f32> {
-    let mut values = vec![0.0f32; blob.len() / size_of::<f32>()];
-    bytemuck::cast_slice_mut(&mut values).copy_from_slice(blob);
+/// `bytes` must be four a value; they may lie at any address.
+pub(super) fn decode_into(bytes: &[u8], values: &mut [f32]) {
+    bytemuck::cast_slice_mut(values).copy_from_slice(bytes);
     if cfg!(target_endian = "big") {
-        for value in &mut values {
+        for value in values {
             *value = f32::from_bits(u32::from_le(value.to_bits()));
         }
     }
-    values
 }
 
 #[cfg(test)]
@@ -53,13 +49,15 @@ mod tests {
         for shift in 0..4 {
             let mut moved = vec![0xff; shift];
             moved.extend_from_slice(&encode(&VALUES));
-            assert_eq!(bits(&decode(&moved[shift..])), bits(&VALUES));
+            let mut decoded = [0.0; VALUES.len()];
+            decode_into(&moved[shift..], &mut decoded);
+            assert_eq!(bits(&decoded), bits(&VALUES));
         }
     }
 
     #[test]
     fn no_values_are_no_bytes() {
         assert!(encode(&[]).is_empty());
-        assert!(decode(&[]).is_empty());
+        decode_into(&[], &mut []);
     }
 }

@@ -1,0 +1,200 @@
+//! The entries of largest magnitude, and nothing for the others: for differences, whose sender keeps what it did not send.
+//!
+//! A blob is the number of entries (a little-endian `u64`), their values (little-endian `bf16`) and their places,
+//! ascending, each as a LEB128 of the number of places skipped since the one before. Half the bytes of an `f32` cost
+//! nothing here: what rounding takes from a value is not sent either, and stays with the sender
+//! (Stich et al. 2018, arXiv 1809.07599).
+
+use std::cmp::Reverse;
+
+use bytes::Bytes;
+
+use super::bf16;
+
+const COUNT_BYTES: usize = size_of::<u64>();
+const VALUE_BYTES: usize = size_of::<u16>();
+
+/// Bits of a magnitude that are not looked at first.
+const LOWER_BITS: u32 = 16;
+
+/// The bits of the largest finite `bf16`.
+const LARGEST: u16 = 0x7f7f;
+
+/// How many bytes a blob of so many values has at most: all of them as entries, and seven bits of places in a byte.
+pub(super) fn bytes_max(values: usize) -> u64 {
+    let values = values as u64;
+    COUNT_BYTES as u64 + values * (VALUE_BYTES as u64 + 1) + values / 64
+}
+
+/// How many entries are sent of so many values: the share `ratio`, rounded, and at least one if there is any.
+pub(super) fn entries(values: usize, ratio: f64) -> usize {
+    ((values as f64 * ratio).round() as usize).clamp(1, values.max(1)).min(values)
+}
+
+/// The `count` entries of largest magnitude; of equal ones the first. The error is the index of a value that is not
+/// finite.
+pub(super) fn encode(values: &[f32], count: usize) -> Result<Bytes, usize> {
+    if let Some(index) = values.iter().position(|value| !value.is_finite()) {
+        return Err(index);
+    }
+    let count = count.min(values.len());
+    let mut bytes = Vec::with_capacity(COUNT_BYTES + count * (VALUE_BYTES + 2));
+    bytes.extend((count as u64).to_le_bytes());
+    let places = largest(values, count);
+    for &place in &places {
+        bytes.extend(saturated(values[place]).to_le_bytes());
+    }
+    let mut next = 0;
+    for &place in &places {
+        put_leb128(&mut bytes, (place - next) as u64);
+        next = place + 1;
+    }
+    Ok(bytes.into())
+}
+
+/// The nearest finite `bf16`: what it falls short of the value is sent another time.
+fn saturated(value: f32) -> u16 {
+    let bits = (bf16::rounded(value) >> 16) as u16;
+    if bits & 0x7fff > LARGEST { bits & 0x8000 | LARGEST } else { bits }
+}
+
+/// The places of the `count` largest magnitudes, ascending.
+fn largest(values: &[f32], count: usize) -> Vec<usize> {
+    if count == 0 {
+        return Vec::new();
+    }
+    let least = least_of(values, count);
+    let above = values.iter().filter(|value| magnitude(value) > least).count();
+    let mut equals = count - above;
+    let chosen = values.iter().enumerate().filter(|(_, value)| {
+        let bits = magnitude(value);
+        let equal = bits == least && equals > 0;
+        equals -= usize::from(equal);
+        bits > least || equal
+    });
+    chosen.map(|(place, _)| place).collect()
+}
+
+/// Bits of a magnitude, which are ordered as magnitudes are.
+fn magnitude(value: &f32) -> u32 {
+    value.to_bits() & i32::MAX as u32
+}
+
+/// The magnitude of which `count` values, at least one, have as much or more, and fewer have more.
+///
+/// Counted by their upper bits first, so that only the few that share them with the one that is sought are sorted.
+fn least_of(values: &[f32], count: usize) -> u32 {
+    let mut counts = vec![0; 1 << (31 - LOWER_BITS)];
+    values.iter().for_each(|value| counts[(magnitude(value) >> LOWER_BITS) as usize] += 1);
+    let (mut upper, mut left) = (counts.len() - 1, count);
+    while counts[upper] < left {
+        left -= counts[upper];
+        upper -= 1;
+    }
+    let mut sharing: Vec<u32> =
+        values.iter().map(magnitude).filter(|bits| (bits >> LOWER_BITS) as usize == upper).collect();
+    *sharing.select_nth_unstable_by_key(left - 1, |&bits| Reverse(bits)).1
+}
+
+/// Fills `values` with what `bytes` hold, and zeros; `None` if they are no blob of so many values.
+pub(super) fn decode_into(bytes: &[u8], values: &mut [f32]) -> Option<()> {
+    values.fill(0.0);
+    let (count, rest) = bytes.split_first_chunk()?;
+    let count = usize::try_from(u64::from_le_bytes(*count)).ok().filter(|count| *count <= values.len())?;
+    let (entries, mut places) = rest.split_at_checked(count * VALUE_BYTES)?;
+    let mut next = 0usize;
+    for entry in entries.as_chunks().0 {
+        let skipped = usize::try_from(take_leb128(&mut places)?).ok()?;
+        let place = next.checked_add(skipped)?;
+        *values.get_mut(place)? = f32::from_bits(u32::from(u16::from_le_bytes(*entry)) << 16);
+        next = place + 1;
+    }
+    places.is_empty().then_some(())
+}
+
+fn put_leb128(bytes: &mut Vec<u8>, mut number: u64) {
+    while number >= 0x80 {
+        bytes.push(number as u8 | 0x80);
+        number >>= 7;
+    }
+    bytes.push(number as u8);
+}
+
+fn take_leb128(bytes: &mut &[u8]) -> Option<u64> {
+    let mut number = 0;
+    for shift in (0..u64::BITS).step_by(7) {
+        let (&byte, rest) = bytes.split_first()?;
+        *bytes = rest;
+        let part = u64::from(byte & 0x7f);
+        // The last byte has room for one bit more.
+        number |= (part << shift >> shift == part).then_some(part << shift)?;
+        if byte < 0x80 {
+            return Some(number);
+        }
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn decoded(values: &[f32], count: usize) -> Vec<f32> {
+        let mut decoded = vec![f32::NAN; values.len()];
+        decode_into(&encode(values, count).unwrap(), &mut decoded).unwrap();
+        decoded
+    }
+
+    #[test]
+    fn the_largest_are_sent_and_of_equal_ones_the_first() {
+        assert_eq!(decoded(&[1.0, -4.0, 2.0, -2.0, 2.0, 0.0], 3), [0.0, -4.0, 2.0, -2.0, 0.0, 0.0]);
+        assert_eq!(decoded(&[1.0, 2.0], 5), [1.0, 2.0]);
+        assert_eq!(decoded(&[0.0, 0.0], 1), [0.0, 0.0]);
+    }
+
+    #[test]
+    fn a_share_is_at_least_one_entry() {
+        assert_eq!([entries(0, 0.5), entries(1, 0.01), entries(250, 0.01), entries(3, 0.99)], [0, 1, 3, 3]);
+    }
+
+    #[test]
+    fn what_is_beyond_the_range_is_sent_as_the_largest() {
+        let largest = f32::from_bits(u32::from(LARGEST) << 16);
+        assert_eq!(decoded(&[f32::MAX, f32::MIN], 2), [largest, -largest]);
+        assert_eq!(encode(&[0.0, f32::NAN], 1), Err(1));
+    }
+
+    #[test]
+    fn far_places_take_more_bytes_and_come_back() {
+        let mut values = vec![0.0; 70_000];
+        for (place, value) in [(0, 1.0), (127, 2.0), (256, 3.0), (69_999, 4.0)] {
+            values[place] = value;
+        }
+        assert_eq!(decoded(&values, 4), values);
+        assert_eq!(encode(&values, 4).unwrap().len(), 8 + 4 * 2 + 1 + 1 + 2 + 3);
+    }
+
+    #[test]
+    fn a_blob_that_lies_is_none() {
+        let blob = |count: u64, rest: &[u8]| [&count.to_le_bytes(), rest].concat();
+        let mut row = [0.0; 2];
+        let one = [0x80, 0x3f];
+        assert_eq!(decode_into(&blob(1, &[&one[..], &[1]].concat()), &mut row), Some(()));
+        assert_eq!(row, [0.0, 1.0]);
+        let overlong = [0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x02];
+        let lies = [
+            vec![],
+            blob(u64::MAX, &[]),
+            blob(3, &[0; 9]),
+            blob(1, &one),
+            blob(1, &[&one[..], &[2]].concat()),
+            blob(1, &[&one[..], &[0x81]].concat()),
+            blob(1, &[&one[..], &[0, 0]].concat()),
+            blob(1, &[&one[..], &overlong].concat()),
+            blob(2, &[one, one, [1, 0]].concat()),
+        ];
+        for lie in lies {
+            assert_eq!(decode_into(&lie, &mut row), None, "{lie:?}");
+        }
+    }
+}
