@@ -139,7 +139,7 @@ fn rounds_are_measured_with_a_process_for_each_peer_and_leave_nothing_behind() {
 
 #[test]
 fn rounds_are_measured_in_one_process_and_in_memory() {
-    let result = assert_round("--peers 2 --memory --processes=false", 2.0);
+    let result = assert_round("--peers 3 --memory --processes=false", 3.0);
     assert_eq!((&result["processes"], &result["disk"]), (&Value::Bool(false), &Value::Bool(false)));
     assert_roles(&result, &[("process", 1)]);
 }
@@ -165,7 +165,7 @@ fn what_cannot_be_measured_is_refused_with_a_hint() {
         assert!(output.stdout.is_empty());
     };
     refused("transfer --bytes 0", 2, "a size from 1 to");
-    refused("round --peers 1", 2, "--peers");
+    refused("round --peers 2", 2, "--peers");
     if cfg!(target_os = "linux") {
         refused("round --bytes 900GB", 2, "4 peers take about");
     }

@@ -15,7 +15,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::time::{MissedTickBehavior, interval};
 
 use super::role::{Order, Report, Tally};
-use super::trainer::ConstantTrainer;
+use super::trainer::{ConstantTrainer, initial_weights, layout};
 use super::usage::Usage;
 use super::{Failure, Site};
 use crate::aggregation::Rule;
@@ -87,12 +87,11 @@ pub(super) async fn run(
 ) -> Result<(), Failure> {
     let topics = config.site.topics();
     let transport = config.site.connect(&config.peer, &topics).await?;
-    let trainer = ConstantTrainer::new(config.values, config.holds.unwrap_or_default());
+    let layout = layout(config.values);
     let chunk_bytes = config.site.chunk_bytes;
-    let (layout, blobs) = (trainer.layout(), Blobs::memory());
-    let workshop = Workshop { blobs, layout, codec: Codec::F32, rule: Rule::FedAvg, chunk_bytes };
+    let workshop = Workshop { blobs: Blobs::memory(), layout, codec: Codec::F32, rule: Rule::FedAvg, chunk_bytes };
     let held = match config.holds {
-        Some(_) => Some(hold(&workshop, trainer.weights())?),
+        Some(number) => Some(hold(&workshop, initial_weights(config.values, number))?),
         None => None,
     };
     let (jobs, mut ended) = unbounded_channel();
@@ -117,7 +116,6 @@ pub(super) async fn run(
         tell,
         config,
     };
-    drop(trainer);
     party.enter().await?;
     let mut beat = interval(HEARTBEAT);
     beat.set_missed_tick_behavior(MissedTickBehavior::Skip);
@@ -166,7 +164,7 @@ impl Party<'_> {
             match self.transport.next().await {
                 TransportEvent::Connected { found, .. } => {
                     self.config.site.accept(found.as_ref())?;
-                    self.publish(own.clone(), Body::Hello(hello.clone()), Bytes::new());
+                    self.publish(&own, Body::Hello(hello.clone()), Bytes::new());
                 }
                 TransportEvent::Message { topic, .. } if topic == self.topics.name(&own) => break,
                 TransportEvent::Message { .. } => {}
@@ -218,7 +216,7 @@ impl Party<'_> {
             }
         }
         for (holder, blob, chunks) in granted {
-            self.publish(Topic::Grant(self.round, holder), Body::Grant { blob, chunks }, Bytes::new());
+            self.publish(&Topic::Grant(self.round, holder), Body::Grant { blob, chunks }, Bytes::new());
         }
     }
 
@@ -259,7 +257,7 @@ impl Party<'_> {
             Route::All => Topic::WeightsAll(self.round),
             Route::One(receiver) => Topic::Weights(self.round, receiver),
         };
-        self.publish(topic, Body::Chunk { blob: manifest.digest, index }, chunk);
+        self.publish(&topic, Body::Chunk { blob: manifest.digest, index }, chunk);
         Ok(())
     }
 
@@ -314,15 +312,15 @@ impl Party<'_> {
         let leading = Leading { ballots: Vec::new(), has: Vec::new(), parent_metrics: None };
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let stamp = Bytes::copy_from_slice(&now.as_nanos().to_le_bytes());
-        self.publish(Topic::Leader(Round::GENESIS), Body::Leader(leading), stamp);
+        self.publish(&Topic::Leader(Round::GENESIS), Body::Leader(leading), stamp);
     }
 
-    fn publish(&mut self, topic: Topic, body: Body, tail: Bytes) {
+    fn publish(&mut self, topic: &Topic, body: Body, tail: Bytes) {
         let class = if matches!(body, Body::Chunk { .. }) { Class::Bulk } else { Class::Control };
         let (sender, round, signature) = (self.config.peer.clone(), self.round, Vec::new());
         let head = Envelope { version: VERSION, sender, signature, round, term: Term(0), body }.encode();
         self.traffic.sent += (head.len() + tail.len()) as u64;
-        self.transport.send(Outgoing { topic: self.topics.name(&topic), retain: false, class, head, tail });
+        self.transport.send(Outgoing { topic: self.topics.name(topic), retain: false, class, head, tail });
     }
 }
 

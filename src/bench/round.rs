@@ -27,7 +27,8 @@ const GAUGES: usize = 3;
 pub struct RoundOptions {
     /// What every measurement is told.
     pub setting: Setting,
-    /// How many peers take part, from 2 on; the first one leads every round.
+    /// How many peers take part; the first one leads every round. From 3 on: the aggregate of one trainer's update is that
+    /// update, which the trainer has.
     pub peers: usize,
     /// How many rounds to measure.
     pub rounds: u64,

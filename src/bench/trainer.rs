@@ -16,17 +16,28 @@ pub struct ConstantTrainer {
 impl ConstantTrainer {
     /// For so many values. Trainers with different numbers begin with different values and add different constants.
     pub fn new(values: usize, number: u64) -> Self {
-        let layout = Arc::new(Layout { tensors: vec![TensorSpec { name: "w".into(), shape: vec![values] }] });
-        let step = 1.0 + number as f32;
-        // No two alike, as in a model: nothing on the way could be spared.
-        let initial = (0..values).map(|i| step + (i % 65_521) as f32 / 65_521.0).collect();
-        let weights = Weights::new(layout, initial).expect("as many values as the layout has");
-        Self { weights, step }
+        Self { weights: initial_weights(values, number), step: step(number) }
     }
 
     fn metrics() -> Metrics {
         Metrics { num_examples: 1, loss: 0.0, accuracy: 0.0 }
     }
+}
+
+/// One tensor of so many values.
+pub fn layout(values: usize) -> Arc<Layout> {
+    Arc::new(Layout { tensors: vec![TensorSpec { name: "w".into(), shape: vec![values] }] })
+}
+
+/// What the trainer with this number begins with.
+pub fn initial_weights(values: usize, number: u64) -> Weights {
+    let first = step(number);
+    let row = (0..values).map(|i| first + (i % 65_521) as f32 / 65_521.0).collect();
+    Weights::new(layout(values), row).expect("as many values as the layout has")
+}
+
+fn step(number: u64) -> f32 {
+    1.0 + number as f32
 }
 
 impl Trainer for ConstantTrainer {

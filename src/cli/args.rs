@@ -148,8 +148,8 @@ pub struct RoundArgs {
     #[command(flatten)]
     #[allow(missing_docs)] // likewise
     pub common: MeasureArgs,
-    /// How many peers take part
-    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u16).range(2..=200))]
+    /// How many peers take part, 3 or more: with two the new model is the one update, and need not travel
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u16).range(3..=200))]
     pub peers: u16,
     /// How many rounds to measure; medians are reported
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=1000))]
@@ -444,7 +444,7 @@ mod tests {
             "bench transfer --receivers 2 --senders 2",
             "bench transfer --broker lab",
             "bench transfer --chunk-bytes 1GB",
-            "bench round --peers 1",
+            "bench round --peers 2",
             "bench round --rounds 3 --memory --dir x",
             "bench round --seed 3",
         ] {
