@@ -37,8 +37,11 @@ use usage::Usage;
 /// The first level of every topic.
 const PREFIX: &str = "rodizio";
 
-/// How long a broker may take to answer.
-const BROKER_PATIENCE: Duration = Duration::from_secs(10);
+/// How long a broker that is not there yet is waited for.
+const BROKER_PATIENCE: Duration = Duration::from_secs(3);
+
+/// How long a broker may keep silent when it is tried.
+const PROBE_PATIENCE: Duration = Duration::from_secs(10);
 
 /// The shortest time that a measurement is waited for, and the speed below which it is given up, in bytes a second.
 const PATIENCE_MIN: Duration = Duration::from_secs(60);
@@ -150,7 +153,7 @@ impl Site {
             probe: (!self.is_embedded).then(|| Probe {
                 topic: topics.probe(peer),
                 chunk_bytes: self.chunk_bytes as usize,
-                patience: BROKER_PATIENCE,
+                patience: PROBE_PATIENCE,
             }),
         };
         MqttTransport::connect(config, BROKER_PATIENCE).await.map_err(Failure::broker)

@@ -85,15 +85,18 @@ pub(super) async fn run(
     mut orders: UnboundedReceiver<Order>,
     tell: &(dyn Fn(Report) + Sync),
 ) -> Result<(), Failure> {
+    let chunk_bytes = config.site.chunk_bytes;
+    let blobs = Blobs::memory();
+    let workshop =
+        Workshop { blobs, layout: layout(config.values), codec: Codec::F32, rule: Rule::FedAvg, chunk_bytes };
+    // Before it connects, and on another thread: the connection must not wait for it.
+    let (values, holds, holder) = (config.values, config.holds, workshop.clone());
+    let held = tokio::task::spawn_blocking(move || {
+        holds.map(|number| hold(&holder, initial_weights(values, number))).transpose()
+    });
+    let held = held.await.map_err(Failure::of)??;
     let topics = config.site.topics();
     let transport = config.site.connect(&config.peer, &topics).await?;
-    let layout = layout(config.values);
-    let chunk_bytes = config.site.chunk_bytes;
-    let workshop = Workshop { blobs: Blobs::memory(), layout, codec: Codec::F32, rule: Rule::FedAvg, chunk_bytes };
-    let held = match config.holds {
-        Some(number) => Some(hold(&workshop, initial_weights(config.values, number))?),
-        None => None,
-    };
     let (jobs, mut ended) = unbounded_channel();
     let mut party = Party {
         topics,

@@ -109,9 +109,9 @@ pub(super) async fn send(
     mut orders: UnboundedReceiver<Order>,
     tell: &(dyn Fn(Report) + Sync),
 ) -> Result<(), Failure> {
+    let blob = Bytes::from(vec![1u8; usize::try_from(config.bytes).map_err(Failure::of)?]);
     let mut pipe = config.connect(&config.topic("credit", config.peer.as_str())).await?;
     let topic = config.topic("pipe", config.peer.as_str());
-    let blob = Bytes::from(vec![1u8; usize::try_from(config.bytes).map_err(Failure::of)?]);
     tell(Report::Ready(None));
     while let Some(order) = orders.recv().await {
         let Order::Go { round, .. } = order else { continue };

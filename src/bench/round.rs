@@ -107,12 +107,15 @@ pub(super) async fn take_part(
         Some(dir) => (Storage::Disk(Journal::open(dir, &config.federation, Some(&peer)).map_err(Failure::of)?.0), None),
         None => (Storage::Memory, None),
     };
+    // Before it connects, and on another thread: the connection must not wait for it.
+    let trainer =
+        tokio::task::spawn_blocking(move || ConstantTrainer::new(values, number)).await.map_err(Failure::of)?;
     let topics = site.topics();
     let node = Node {
         transport: site.connect(&peer, &topics).await?,
         codec: Codec::F32,
         meeting: node::Meeting { brokers: vec![site.broker.clone()], hosted: None },
-        trainer: Box::new(ConstantTrainer::new(values, number)),
+        trainer: Box::new(trainer),
         wait_timeout: None,
         peer,
         config,
