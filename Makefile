@@ -7,10 +7,13 @@ SEEDS ?= 20000
 TRIALS ?= 10
 FAULT ?=
 
+# The longest blob that `make bench` measures with.
+BYTES ?= 100MB
+
 # How the source is formatted: wide lines, since names are words.
 STYLE := --config max_width=120,use_small_heuristics=Max
 
-.PHONY: demo test format fmt lint docs sim chaos clean
+.PHONY: demo test format fmt lint docs sim chaos bench clean
 
 demo: ## Train on this machine: a broker and five peers, until the target is reached
 	cargo run --release --quiet -- run --config configs/quickstart.toml
@@ -36,6 +39,15 @@ sim: ## The protocol under faults, by many more seeds
 chaos: ## Real processes killed, frozen and cut off, many times; prints a table of how long recovery takes
 	TRIALS=$(TRIALS) FAULT="$(FAULT)" cargo test --release --test chaos -- \
 		--ignored --nocapture --exact every_scenario_holds_for_many_seeds
+
+bench: ## The kernels, then transfers and rounds: how fast this machine is
+	cargo bench --quiet --bench kernels
+	for of in "--receivers 1" "--receivers 4" "--receivers 16" "--senders 4" "--senders 16"; do \
+		cargo run --release --quiet -- bench transfer --quiet --bytes $(BYTES) $$of && echo || exit 1; \
+	done
+	for bytes in 1MB 10MB $(BYTES); do \
+		cargo run --release --quiet -- bench round --quiet --bytes $$bytes && echo || exit 1; \
+	done
 
 clean:
 	cargo clean

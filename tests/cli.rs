@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use rodizio::config::KEYS;
 
-const SUBCOMMANDS: [&str; 5] = ["run", "broker", "join", "sim", "config"];
+const SUBCOMMANDS: [&str; 6] = ["run", "broker", "join", "bench", "sim", "config"];
 
 /// Runs the program with these arguments and variables, and no others.
 fn rodizio(args: &[&str], env: &[(&str, &str)]) -> Output {
@@ -67,7 +67,7 @@ fn the_main_help_lists_the_subcommands_and_the_exit_codes() {
 
 #[test]
 fn the_help_of_a_subcommand_mentions_what_it_takes() {
-    let expected: [(&str, &[&str]); 5] = [
+    let expected: [(&str, &[&str]); 6] = [
         (
             "run",
             &[
@@ -84,6 +84,7 @@ fn the_help_of_a_subcommand_mentions_what_it_takes() {
         ),
         ("broker", &["--listen", "--config", "--chunk-bytes", "Examples:"]),
         ("join", &["--broker", "--peer", "--host-broker", "--state-dir", "--run-dir", "--json", "Examples:"]),
+        ("bench", &["transfer", "round", "Examples:"]),
         ("sim", &["--seed ", "--seeds", "--scenario", "--peers", "--verbose", "Examples:"]),
         ("config", &["--check", "--json", "--config", "Examples:"]),
     ];

@@ -20,6 +20,7 @@ const FLOORS: &[(&str, u32)] = &[
     ("sim", 4),
     ("peer", 5),
     ("cluster", 5),
+    ("bench", 5),
     ("events", 5),
     ("rundir", 5),
     ("config", 5),
@@ -45,9 +46,9 @@ const EFFECTS: &[(&str, &str)] = &[
     ("rand_chacha::", "randomness"),
 ];
 
-/// Crates that one module wraps for all others.
+/// Crates that one module wraps for all others; `bench` measures that module against the bare crate.
 const WRAPPED: &[(&str, &[&str])] =
-    &[("burn::", &["training"]), ("rumqttd::", &["broker"]), ("rumqttc::", &["transport"])];
+    &[("burn::", &["training"]), ("rumqttd::", &["broker"]), ("rumqttc::", &["transport", "bench"])];
 
 fn floor(module: &str) -> Option<u32> {
     FLOORS.iter().find(|(name, _)| *name == module).map(|(_, floor)| *floor)

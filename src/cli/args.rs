@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 
 use clap::{Arg, ArgAction, ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
-use crate::config::{KEYS, Key, Kind, UsedBy};
+use crate::config::{KEYS, Key, Kind, UsedBy, Value};
+use crate::transfer::{CHUNK_BYTES_MAX, CHUNK_BYTES_MIN};
 
 /// What the user asked for.
 #[derive(Debug)]
@@ -25,6 +26,8 @@ pub enum Command {
     Broker(BrokerArgs),
     /// Take part in a federation as one peer
     Join(JoinArgs),
+    /// Measure a broker and this machine
+    Bench(BenchArgs),
     /// Replay the protocol with faults, by seed
     Sim(SimArgs),
     /// Print the effective configuration, or check a file
@@ -95,6 +98,117 @@ pub struct SimArgs {
     /// Print every event; twice: every message
     #[arg(long, short, action = ArgAction::Count)]
     pub verbose: u8,
+}
+
+/// Arguments of `bench`.
+#[derive(Debug, Args)]
+#[command(after_help = BENCH_EXAMPLES)]
+pub struct BenchArgs {
+    /// What to measure.
+    #[command(subcommand)]
+    pub measure: Measure,
+}
+
+/// The measurements of `bench`.
+#[derive(Debug, Subcommand)]
+pub enum Measure {
+    /// One blob through the broker, as in the broadcast or the gather of a round
+    Transfer(TransferArgs),
+    /// Whole rounds without training: what rodizio itself costs
+    Round(RoundArgs),
+    /// Play a role in a measurement, with orders from stdin: for `bench` itself
+    #[command(hide = true)]
+    Role {
+        /// The role, as JSON
+        role: String,
+    },
+}
+
+/// Arguments of `bench transfer`.
+#[derive(Debug, Args)]
+pub struct TransferArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)] // a doc comment would become the help text of the group
+    pub common: MeasureArgs,
+    /// How many receive the blob, all at a time: a broadcast
+    #[arg(long, value_name = "K", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=200))]
+    pub receivers: u16,
+    /// How many send a blob of their own, all to one receiver: a gather
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=200))]
+    #[arg(conflicts_with = "receivers")]
+    pub senders: u16,
+    /// How often to measure; medians are reported
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    pub repeat: u16,
+}
+
+/// Arguments of `bench round`.
+#[derive(Debug, Args)]
+pub struct RoundArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)] // likewise
+    pub common: MeasureArgs,
+    /// How many peers take part, 3 or more: with two the new model is the one update, and need not travel
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u16).range(3..=200))]
+    pub peers: u16,
+    /// How many rounds to measure; medians are reported
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    pub rounds: u16,
+    /// Keep the state in memory and leave the disk out
+    #[arg(long, conflicts_with = "dir")]
+    pub memory: bool,
+    /// Keep the state in a new directory in this one, and remove it afterwards [default: the one for temporary files]
+    #[arg(long, value_name = "DIR")]
+    pub dir: Option<PathBuf>,
+}
+
+/// What all measurements are told.
+#[derive(Debug, Args)]
+pub struct MeasureArgs {
+    /// The length of a blob, like 100MB, 1GB or 512KiB
+    #[arg(long, value_name = "SIZE", default_value = "100MB", value_parser = blob_bytes)]
+    pub bytes: u64,
+    /// The length of a chunk
+    #[arg(long, value_name = "SIZE", default_value = "512KiB", value_parser = chunk_bytes)]
+    pub chunk_bytes: u32,
+    /// The broker to measure [default: the embedded one]
+    #[arg(long, value_name = "HOST:PORT", value_parser = broker_address)]
+    pub broker: Option<String>,
+    /// A process for each peer and for the embedded broker; false: all in one [default: true]
+    #[arg(long, num_args = 0..=1, require_equals = true, default_value_t = true, default_missing_value = "true")]
+    #[arg(value_name = "BOOL", action = ArgAction::Set, hide_default_value = true)]
+    pub processes: bool,
+    /// Print the result as one JSON document
+    #[arg(long)]
+    pub json: bool,
+    /// Print no progress
+    #[arg(long, short)]
+    pub quiet: bool,
+}
+
+/// The longest blob that a measurement takes, in bytes.
+const BLOB_BYTES_MAX: u64 = 1 << 40;
+
+fn blob_bytes(text: &str) -> Result<u64, String> {
+    size(text, 1, BLOB_BYTES_MAX)
+}
+
+fn chunk_bytes(text: &str) -> Result<u32, String> {
+    let bytes = size(text, CHUNK_BYTES_MIN.into(), CHUNK_BYTES_MAX.into())?;
+    u32::try_from(bytes).map_err(|error| error.to_string())
+}
+
+fn size(text: &str, min: u64, max: u64) -> Result<u64, String> {
+    let kind = Kind::Size { min, max };
+    match kind.parse(text) {
+        Some(Value::Size(bytes)) => Ok(bytes),
+        _ => Err(format!("it takes {kind}")),
+    }
+}
+
+fn broker_address(text: &str) -> Result<String, String> {
+    let kind = Kind::Address;
+    kind.parse(text).map(|value| value.to_string()).ok_or_else(|| format!("it takes {kind}"))
 }
 
 /// Arguments of `config`.
@@ -175,7 +289,7 @@ impl Command {
             Command::Broker(args) => Some(&args.file),
             Command::Join(args) => Some(&args.file),
             Command::Config(args) => Some(&args.file),
-            Command::Sim(_) => None,
+            Command::Sim(_) | Command::Bench(_) => None,
         }
     }
 }
@@ -256,6 +370,14 @@ Examples:
   rodizio join --broker lab:1883 --state-dir /var/lib/rodizio
       Run again with the same state directory, the peer goes on where it stopped";
 
+const BENCH_EXAMPLES: &str = "\
+Examples:
+  rodizio bench transfer                            100 MB to one receiver, through the embedded broker
+  rodizio bench transfer --receivers 16             broadcast it to 16
+  rodizio bench transfer --senders 16 --json        gather 16 of them; the result as JSON
+  rodizio bench transfer --broker lab:1883          how fast is that broker?
+  rodizio bench round --bytes 10MB --peers 8        whole rounds without training";
+
 const SIM_EXAMPLES: &str = "\
 Examples:
   rodizio sim --seeds 1000                        a thousand schedules
@@ -316,6 +438,15 @@ mod tests {
             "sim --seeds 0",
             "sim --peers 0",
             "config --check a --json",
+            "bench",
+            "bench transfer --bytes 0",
+            "bench transfer --bytes many",
+            "bench transfer --receivers 2 --senders 2",
+            "bench transfer --broker lab",
+            "bench transfer --chunk-bytes 1GB",
+            "bench round --peers 2",
+            "bench round --rounds 3 --memory --dir x",
+            "bench round --seed 3",
         ] {
             assert!(parsed(&format!("rodizio {line}")).is_err(), "{line}");
         }

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use anyhow::anyhow;
 use console::Style;
 
+use crate::bench::BenchError;
 use crate::broker::BrokerError;
 use crate::cli::Stream;
 use crate::cluster::ClusterError;
@@ -190,6 +191,23 @@ impl From<ClusterError> for Failure {
                 .hint("another broker runs there: join it with --broker, or choose another port with --listen"),
             ClusterError::Broker(_) | ClusterError::Address { .. } => Failure::new(Exit::NoBroker, error)
                 .hint("--listen takes an address of this machine and a port, like 127.0.0.1:1883"),
+        }
+    }
+}
+
+impl From<BenchError> for Failure {
+    fn from(error: BenchError) -> Self {
+        match error {
+            BenchError::Memory { .. } => {
+                Failure::new(Exit::Usage, error).hint("measure shorter blobs (--bytes), or fewer peers")
+            }
+            BenchError::Role { ref failure, .. } if failure.is_broker => Failure::new(Exit::NoBroker, error)
+                .hint("--broker takes HOST:PORT; without it the embedded broker is measured"),
+            BenchError::Stuck { .. } => Failure::new(Exit::GaveUp, error)
+                .hint("the broker may drop messages: try shorter chunks (--chunk-bytes)"),
+            BenchError::Role { .. } | BenchError::Start { .. } | BenchError::Machine(_) => {
+                Failure::new(Exit::Internal, error)
+            }
         }
     }
 }

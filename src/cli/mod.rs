@@ -12,6 +12,7 @@ use console::Style;
 use crate::config::{Key, Layers};
 
 pub mod args;
+pub mod bench;
 pub mod broker;
 pub mod config;
 pub mod error;
@@ -113,6 +114,7 @@ fn dispatch(invocation: Invocation, shell: &mut Shell) -> Result<Exit, Failure> 
         Command::Broker(args) => broker::run(&args, &layers, shell),
         Command::Join(args) => join::run(&args, layers, shell),
         Command::Config(args) => config::run(&args, &layers, shell),
+        Command::Bench(args) => bench::run(&args, shell),
         Command::Sim(args) => sim::run(&args, shell),
     }
 }

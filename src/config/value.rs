@@ -325,8 +325,10 @@ fn size(text: &str) -> Option<u64> {
         "" | "b" => 1,
         "kb" => 1_000,
         "mb" => 1_000_000,
+        "gb" => 1_000_000_000,
         "kib" => 1 << 10,
         "mib" => 1 << 20,
+        "gib" => 1 << 30,
         _ => return None,
     };
     number.parse::<u64>().ok()?.checked_mul(factor)
@@ -414,7 +416,14 @@ mod tests {
 
     #[test]
     fn sizes_know_both_units() {
-        for (text, bytes) in [("65536", 65536), ("512KiB", 512 << 10), ("1 MB", 1_000_000), ("2mib", 2 << 20)] {
+        for (text, bytes) in [
+            ("65536", 65536),
+            ("512KiB", 512 << 10),
+            ("1 MB", 1_000_000),
+            ("2mib", 2 << 20),
+            ("1GB", 1_000_000_000),
+            ("1GiB", 1 << 30),
+        ] {
             assert_eq!(size(text), Some(bytes), "{text}");
         }
         takes(&Kind::Size { min: 1024, max: 16 << 20 }, &["1024", "1KiB", "16MiB", "1500"], &["1023", "17MiB", "1GiB"]);

@@ -42,6 +42,7 @@ pub use decree::{Contributor, Decree, Outcome, Reason};
 pub use durable::{Durable, Residual};
 pub use election::Policy;
 pub use notice::{Committed, Difference, Notice, Seconds, Waiting};
+pub use phases::transfer::{GATHER_BYTES, WINDOW_BYTES};
 pub use roaming::Roaming;
 pub use roster::Roster;
 pub use topic::{Topic, Topics};

@@ -13,11 +13,11 @@ use crate::transfer::{Assembly, ChunkSet, Grants, Inserted, Manifest, Route, Ser
 use crate::types::{Digest, PeerId};
 
 /// How many bytes of one blob a receiver has in flight: enough to keep a link busy.
-const WINDOW_BYTES: u32 = 2 * 1024 * 1024;
+pub const WINDOW_BYTES: u32 = 2 * 1024 * 1024;
 
 /// How many bytes of updates a leader has in flight at once: the other updates wait with their owners. What all of
 /// one peer's pulls have in flight must fit half of the broker's log of its topic.
-const GATHER_BYTES: u64 = 4 * WINDOW_BYTES as u64;
+pub const GATHER_BYTES: u64 = 4 * WINDOW_BYTES as u64;
 
 /// Chunks that came before the word of what they belong to.
 const EARLY_CHUNKS_MAX: usize = 8;

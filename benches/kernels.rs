@@ -1,0 +1,79 @@
+//! The arithmetic of a round, one kernel at a time: what `make bench` prints as MB/s of weights.
+//!
+//! `cargo bench --bench kernels -- mean` runs those whose name has `mean` in it.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use divan::counter::BytesCount;
+use divan::{Bencher, black_box};
+use rodizio::aggregation::{Contribution, Rule};
+use rodizio::transfer::{Codec, Manifest, join_verified};
+use rodizio::types::Digest;
+use rodizio::weights::{Layout, TensorSpec, Weights};
+
+/// A model that fits a cache, and one that does not: 1 MB and 64 MB of values.
+const VALUES: [usize; 2] = [250_000, 16_000_000];
+
+const CHUNK_BYTES: u32 = 512 * 1024;
+
+fn main() {
+    divan::main();
+}
+
+fn weights(values: usize, seed: usize) -> Weights {
+    let layout = Layout { tensors: vec![TensorSpec { name: "w".into(), shape: vec![values] }] };
+    let row = (0..values).map(|i| ((i * 7919 + seed) % 65_521) as f32 / 65_521.0 - 0.5).collect();
+    Weights::new(Arc::new(layout), row).expect("as many values as the layout has")
+}
+
+fn bytes(values: usize) -> BytesCount {
+    BytesCount::new(values * size_of::<f32>())
+}
+
+/// The rules that exist, over four updates. A median would stand here too, once there is one.
+#[divan::bench(args = VALUES)]
+fn mean_of_4(bencher: Bencher<'_, '_>, values: usize) {
+    let updates: Vec<Weights> = (0..4).map(|seed| weights(values, seed)).collect();
+    let contributions: Vec<_> = updates.iter().map(|weights| Contribution { num_examples: 100, weights }).collect();
+    bencher.counter(bytes(4 * values)).bench_local(|| Rule::FedAvg.aggregate(black_box(&contributions)));
+}
+
+#[divan::bench(args = VALUES)]
+fn encode_f32(bencher: Bencher<'_, '_>, values: usize) {
+    let weights = weights(values, 0);
+    bencher.counter(bytes(values)).bench_local(|| Codec::F32.encode(black_box(&weights)));
+}
+
+#[divan::bench(args = VALUES)]
+fn decode_f32(bencher: Bencher<'_, '_>, values: usize) {
+    let weights = weights(values, 0);
+    let (blob, layout) = (Codec::F32.encode(&weights), weights.layout());
+    bencher.counter(bytes(values)).bench_local(|| Codec::F32.decode(black_box(&blob), layout));
+}
+
+#[divan::bench(args = VALUES)]
+fn hash(bencher: Bencher<'_, '_>, values: usize) {
+    let blob = Codec::F32.encode(&weights(values, 0));
+    bencher.counter(bytes(values)).bench_local(|| Digest::of(black_box(&blob)));
+}
+
+/// Chunks become a blob whose digest is checked.
+#[divan::bench(args = VALUES)]
+fn join(bencher: Bencher<'_, '_>, values: usize) {
+    let blob = Codec::F32.encode(&weights(values, 0));
+    let manifest = Manifest::of(&blob, CHUNK_BYTES, Codec::F32).expect("chunks within bounds");
+    // Each a message of its own, as they arrive.
+    let chunks = || (0..manifest.chunks()).filter_map(|i| manifest.chunk(&blob, i)).map(|c| Bytes::from(c.to_vec()));
+    bencher
+        .counter(bytes(values))
+        .with_inputs(|| chunks().collect::<Vec<_>>())
+        .bench_local_values(|chunks| join_verified(&manifest, chunks));
+}
+
+/// Looks at every value.
+#[divan::bench(args = VALUES)]
+fn first_non_finite(bencher: Bencher<'_, '_>, values: usize) {
+    let weights = weights(values, 0);
+    bencher.counter(bytes(values)).bench_local(|| black_box(&weights).first_non_finite().is_some());
+}

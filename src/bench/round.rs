@@ -1,0 +1,302 @@
+//! Whole rounds of real nodes, whose trainers do next to nothing: what a round costs beside training.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc::UnboundedReceiver;
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+
+use super::machine::{Gauge, Machine};
+use super::role::{Actor, Committed, Order, Report, Role};
+use super::trainer::ConstantTrainer;
+use super::usage::Usage;
+use super::{BenchError, Failure, RoleUsage, Setting, Site, Wire, mb_per_s, median};
+use crate::events::PhaseSeconds;
+use crate::journal::Journal;
+use crate::node::{self, Node, Observation, Outcome, Storage};
+use crate::protocol::{Config, Notice, Policy};
+use crate::transfer::Codec;
+use crate::types::{PeerId, Round};
+
+/// How often this machine is measured before the rounds, and again after them.
+const GAUGES: usize = 3;
+
+/// Which rounds to measure.
+#[derive(Clone, Debug)]
+pub struct RoundOptions {
+    /// What every measurement is told.
+    pub setting: Setting,
+    /// How many peers take part; the first one leads every round. From 3 on: the aggregate of one trainer's update is that
+    /// update, which the trainer has.
+    pub peers: usize,
+    /// How many rounds to measure.
+    pub rounds: u64,
+    /// Where peers keep their state, each in a directory of its own; nowhere: in memory alone.
+    pub state_dir: Option<PathBuf>,
+}
+
+/// What was measured: medians of all rounds, as the leader saw them.
+#[derive(Clone, Debug, Serialize)]
+pub struct RoundResult {
+    /// `round`.
+    pub bench: &'static str,
+    /// The length of the model, in bytes.
+    pub bytes: u64,
+    /// The length of a chunk, in bytes.
+    pub chunk_bytes: u32,
+    /// How many peers took part.
+    pub peers: usize,
+    /// How many rounds were measured.
+    pub rounds: u64,
+    /// `embedded`, or the broker's address.
+    pub broker: String,
+    /// Whether each role had a process of its own.
+    pub processes: bool,
+    /// Whether peers kept their state on disk, as they do when it matters.
+    pub disk: bool,
+    /// How long each phase took.
+    pub seconds: PhaseSeconds,
+    /// The fastest round, in seconds.
+    pub fastest: f64,
+    /// The slowest round, in seconds.
+    pub slowest: f64,
+    /// What the leader received and the trainers received, over the whole round, in MB/s.
+    pub mb_per_s: f64,
+    /// This machine.
+    pub machine: Machine,
+    /// The speed as a share of others.
+    pub ratio: RoundRatio,
+    /// What crossed the wire in one round.
+    pub wire: Wire,
+    /// What each role used.
+    pub roles: Vec<RoleUsage>,
+}
+
+/// The speed of rounds as a share of others; 1: as fast.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct RoundRatio {
+    /// Of a TCP connection's over loopback.
+    pub to_tcp: f64,
+    /// Of a copy's in memory.
+    pub to_memory_copy: f64,
+}
+
+/// What a peer is to do.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PeerConfig {
+    /// Where it meets the others.
+    site: Site,
+    peer: PeerId,
+    /// How many values the model has.
+    values: usize,
+    /// What it adds to each, as a number.
+    number: u64,
+    config: Config,
+    state_dir: Option<PathBuf>,
+}
+
+/// Takes part in a federation until that has finished, or `orders` end.
+pub(super) async fn take_part(
+    config: PeerConfig,
+    mut orders: UnboundedReceiver<Order>,
+    tell: &(dyn Fn(Report) + Sync),
+) -> Result<(), Failure> {
+    let PeerConfig { site, peer, values, number, config, state_dir } = config;
+    let (storage, durable) = match &state_dir {
+        Some(dir) => (Storage::Disk(Journal::open(dir, &config.federation, Some(&peer)).map_err(Failure::of)?.0), None),
+        None => (Storage::Memory, None),
+    };
+    // Before it connects, and on another thread: the connection must not wait for it.
+    let trainer =
+        tokio::task::spawn_blocking(move || ConstantTrainer::new(values, number)).await.map_err(Failure::of)?;
+    let topics = site.topics();
+    let node = Node {
+        transport: site.connect(&peer, &topics).await?,
+        codec: Codec::F32,
+        meeting: node::Meeting { brokers: vec![site.broker.clone()], hosted: None },
+        trainer: Box::new(trainer),
+        wait_timeout: None,
+        peer,
+        config,
+        topics,
+        storage,
+        durable,
+    };
+    let mut observe = |observation: Observation<'_>| {
+        if let Observation::Notice(Notice::Committed(committed), traffic) = observation {
+            tell(Report::Committed(Committed {
+                round: committed.decree.round,
+                led: committed.led,
+                seconds: committed.seconds.into(),
+                traffic,
+                usage: Usage::now(),
+            }));
+        }
+    };
+    let stop = async { while orders.recv().await.is_some() {} };
+    let outcome = node.run(stop, &mut observe).await.map_err(Failure::of)?;
+    match outcome {
+        Outcome::Finished { .. } | Outcome::FinishedWithoutModel | Outcome::Interrupted => Ok(()),
+        Outcome::LostBroker(why) => Err(Failure::broker(why)),
+        other => Err(Failure::of(format!("its run ended with {other:?}"))),
+    }
+}
+
+/// Measures rounds. `progress` hears what is being done.
+///
+/// # Errors
+/// When there is too little memory, no broker, or a role fails.
+pub async fn run(options: &RoundOptions, progress: &mut (dyn FnMut(&str) + Send)) -> Result<RoundResult, BenchError> {
+    let RoundOptions { peers, rounds, .. } = *options;
+    let setting = Setting { bytes: 4 * options.setting.bytes.div_ceil(4), ..options.setting.clone() };
+    // A peer has its model, the parent's blob, its update's and the next model's, and one decoded; the leader has every
+    // update twice while it aggregates.
+    let blobs = 6 * peers + 2 * (peers - 1);
+    setting.check_memory(format!("{peers} peers"), blobs as u64)?;
+    let mut gauge = Gauge::new(setting.bytes);
+    progress("this machine");
+    for _ in 0..GAUGES {
+        gauge.measure().await?;
+    }
+    let (site, broker) = setting.meet("the broker", peers).await?;
+    progress(&format!("{rounds} rounds of {peers} peers"));
+    let mut seen = vec![Vec::new(); peers];
+    let after = setting.patience(2 * peers * rounds as usize);
+    let stuck = |_| BenchError::Stuck { what: "the rounds", after };
+    let mut running = start(options, &setting, &site)?;
+    while let Some(ended) = timeout(after, running.join_next()).await.map_err(stuck)? {
+        let lost = |error| BenchError::Machine(std::io::Error::other(error));
+        let (index, commits) = ended.map_err(lost)??;
+        seen[index] = commits;
+    }
+    let broker_usage = match broker {
+        Some(mut actor) => {
+            let usage = actor.tally().await?.usage;
+            actor.end().await;
+            Some(usage)
+        }
+        None => None,
+    };
+    progress("this machine");
+    for _ in 0..GAUGES {
+        gauge.measure().await?;
+    }
+    result(options, &setting, &seen, broker_usage, gauge.result())
+}
+
+/// Starts all peers; each task collects what one tells until it ends.
+#[expect(clippy::type_complexity, reason = "it is used once")]
+fn start(
+    options: &RoundOptions,
+    setting: &Setting,
+    site: &Site,
+) -> Result<JoinSet<Result<(usize, Vec<Committed>), BenchError>>, BenchError> {
+    let mut running = JoinSet::new();
+    for index in 0..options.peers {
+        let peer = name(options, index);
+        let config = Config {
+            federation: site.federation.clone(),
+            min_peers: options.peers,
+            min_updates: options.peers - 1,
+            rounds: options.rounds,
+            policy: Policy::Fixed(name(options, 0)),
+            chunk_bytes: setting.chunk_bytes as usize,
+            ..Config::default()
+        };
+        let config = PeerConfig {
+            site: site.clone(),
+            values: setting.values(),
+            number: index as u64,
+            state_dir: options.state_dir.as_ref().map(|dir| dir.join(peer.as_str())),
+            peer: peer.clone(),
+            config,
+        };
+        let mut actor = Actor::start(&setting.stage, peer.as_str(), Role::Peer(Box::new(config)))?;
+        running.spawn(async move {
+            let mut commits = Vec::new();
+            while let Some(report) = actor.next().await? {
+                if let Report::Committed(committed) = report {
+                    commits.push(committed);
+                }
+            }
+            actor.end().await;
+            Ok((index, commits))
+        });
+    }
+    Ok(running)
+}
+
+fn name(options: &RoundOptions, index: usize) -> PeerId {
+    let width = options.peers.to_string().len();
+    PeerId::new(&format!("peer-{:0width$}", index + 1)).expect("letters, digits and a dash are a name")
+}
+
+fn result(
+    options: &RoundOptions,
+    setting: &Setting,
+    seen: &[Vec<Committed>],
+    broker: Option<Usage>,
+    machine: Machine,
+) -> Result<RoundResult, BenchError> {
+    let RoundOptions { peers, rounds, .. } = *options;
+    let is_measured = |committed: &&Committed| committed.round != Round::GENESIS && committed.round.0 <= rounds;
+    let led: Vec<_> = seen.iter().flatten().filter(is_measured).filter(|committed| committed.led).collect();
+    if led.is_empty() {
+        let failure = Failure::of("committed no round");
+        return Err(BenchError::Role { role: name(options, 0).to_string(), failure });
+    }
+    let phase =
+        |of: fn(&PhaseSeconds) -> f64| median(&led.iter().map(|committed| of(&committed.seconds)).collect::<Vec<_>>());
+    let total = phase(|seconds| seconds.total);
+    let totals = || led.iter().map(|committed| committed.seconds.total);
+    let (sent, received) = seen.iter().flatten().filter(is_measured).fold((0, 0), |(sent, received), committed| {
+        (sent + committed.traffic.sent, received + committed.traffic.received)
+    });
+    let delivered = 2 * (peers - 1) as u64 * setting.bytes;
+    let speed = mb_per_s(delivered, total);
+    Ok(RoundResult {
+        bench: "round",
+        bytes: setting.bytes,
+        chunk_bytes: setting.chunk_bytes,
+        peers,
+        rounds,
+        broker: setting.broker_name(),
+        processes: setting.has_processes(),
+        disk: options.state_dir.is_some(),
+        seconds: PhaseSeconds {
+            evaluate: phase(|seconds| seconds.evaluate),
+            elect: phase(|seconds| seconds.elect),
+            train: phase(|seconds| seconds.train),
+            gather: phase(|seconds| seconds.gather),
+            aggregate: phase(|seconds| seconds.aggregate),
+            broadcast: phase(|seconds| seconds.broadcast),
+            commit: phase(|seconds| seconds.commit),
+            total,
+        },
+        fastest: totals().fold(f64::INFINITY, f64::min),
+        slowest: totals().fold(0.0, f64::max),
+        mb_per_s: speed,
+        machine,
+        ratio: RoundRatio {
+            to_tcp: speed / machine.tcp_mb_per_s,
+            to_memory_copy: speed / machine.memory_copy_mb_per_s,
+        },
+        wire: Wire::new(sent / led.len() as u64, received / led.len() as u64, setting.bytes),
+        roles: roles(setting, seen, broker, led.len()),
+    })
+}
+
+/// CPU time is counted from the commit of the genesis to that of the last round; the broker's from its start.
+fn roles(setting: &Setting, seen: &[Vec<Committed>], broker: Option<Usage>, rounds: usize) -> Vec<RoleUsage> {
+    let used = |commits: &Vec<Committed>| Some((commits.first()?.usage, commits.last()?.usage));
+    let used: Vec<_> = seen.iter().filter_map(used).collect();
+    if !setting.has_processes() {
+        return vec![RoleUsage::of("process", &used[..used.len().min(1)], rounds)];
+    }
+    let (leader, trainers) = used.split_at(1.min(used.len()));
+    let mut roles = vec![RoleUsage::of("leader", leader, rounds), RoleUsage::of("trainer", trainers, rounds)];
+    let start = Usage { cpu_seconds: Some(0.0), peak_rss_bytes: None };
+    roles.extend(broker.map(|usage| RoleUsage::of("broker", &[(start, usage)], rounds)));
+    roles
+}

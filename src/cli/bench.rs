@@ -1,0 +1,280 @@
+//! `rodizio bench`: measures a broker and this machine.
+
+use std::future::Future;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use serde::Serialize;
+
+use crate::bench::machine::Machine;
+use crate::bench::role::{self, Stage};
+use crate::bench::round::{self, RoundOptions, RoundResult};
+use crate::bench::transfer::{self, TransferOptions, TransferResult};
+use crate::bench::{BenchError, RoleUsage, Setting, Wire};
+use crate::cli::args::{BenchArgs, Measure, MeasureArgs, RoundArgs, TransferArgs};
+use crate::cli::{Exit, Failure, Shell, Stream, interrupt, log, runtime};
+
+/// Runs the measurement and prints what was measured.
+pub fn run(args: &BenchArgs, shell: &mut Shell) -> Result<Exit, Failure> {
+    log::start(0, &shell.env, shell.stderr.colour, &indicatif::ProgressBar::hidden())?;
+    match &args.measure {
+        Measure::Transfer(args) => measure_transfer(args, shell),
+        Measure::Round(args) => measure_round(args, shell),
+        Measure::Role { role } => {
+            runtime()?.block_on(role::play_here(role, &mut *shell.stdout.out))?;
+            Ok(Exit::Finished)
+        }
+    }
+}
+
+fn measure_transfer(args: &TransferArgs, shell: &mut Shell) -> Result<Exit, Failure> {
+    let options = TransferOptions {
+        setting: setting(&args.common)?,
+        senders: args.senders.into(),
+        receivers: args.receivers.into(),
+        repeat: args.repeat.into(),
+    };
+    let measured = until_interrupted(transfer::run(&options, &mut progress(&mut shell.stderr, args.common.quiet)))?;
+    let Some(result) = measured else { return Ok(Exit::Interrupted) };
+    print(&result, args.common.json, transfer_table, shell)
+}
+
+fn measure_round(args: &RoundArgs, shell: &mut Shell) -> Result<Exit, Failure> {
+    let dir = if args.memory { None } else { Some(StateDir::new(args.dir.as_deref())?) };
+    let options = RoundOptions {
+        setting: setting(&args.common)?,
+        peers: args.peers.into(),
+        rounds: args.rounds.into(),
+        state_dir: dir.as_ref().map(|dir| dir.0.clone()),
+    };
+    let measured = until_interrupted(round::run(&options, &mut progress(&mut shell.stderr, args.common.quiet)))?;
+    let Some(result) = measured else { return Ok(Exit::Interrupted) };
+    print(&result, args.common.json, round_table, shell)
+}
+
+fn setting(args: &MeasureArgs) -> Result<Setting, Failure> {
+    let stage = if args.processes {
+        Stage::Processes(std::env::current_exe().context("the file of this program is not known")?)
+    } else {
+        Stage::Here
+    };
+    let (bytes, chunk_bytes, broker) = (args.bytes, args.chunk_bytes, args.broker.clone());
+    Ok(Setting { bytes, chunk_bytes, broker, stage })
+}
+
+/// What a measurement is doing, a line each.
+fn progress(stderr: &mut Stream, quiet: bool) -> impl FnMut(&str) + Send {
+    move |text| {
+        if !quiet {
+            // If stderr is gone there is nobody to tell.
+            let _ = writeln!(stderr.out, "measuring {text}");
+        }
+    }
+}
+
+/// `None`: Ctrl-C came first. What was started has ended, too, when this returns.
+fn until_interrupted<T>(measuring: impl Future<Output = Result<T, BenchError>>) -> Result<Option<T>, Failure> {
+    runtime()?.block_on(async {
+        let (_request, stop) = interrupt::listen();
+        tokio::select! {
+            measured = measuring => Ok(Some(measured?)),
+            () = stop.requested() => Ok(None),
+        }
+    })
+}
+
+/// A new directory for the state of all peers, which is removed when this is dropped.
+struct StateDir(PathBuf);
+
+impl StateDir {
+    fn new(parent: Option<&Path>) -> Result<Self, Failure> {
+        let parent = parent.map_or_else(std::env::temp_dir, Path::to_owned);
+        let dir = parent.join(format!("rodizio-bench-{}", std::process::id()));
+        let created = std::fs::create_dir(&dir).with_context(|| format!("cannot create {}", dir.display()));
+        created.map_err(|error| {
+            Failure::new(Exit::Usage, error).hint("--dir names a directory for the peers' state, --memory does without")
+        })?;
+        Ok(Self(dir))
+    }
+}
+
+impl Drop for StateDir {
+    fn drop(&mut self) {
+        // It is among temporary files, which the system removes in time.
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+fn print<T: Serialize>(
+    result: &T,
+    json: bool,
+    table: impl Fn(&T) -> Vec<[String; 2]>,
+    shell: &mut Shell,
+) -> Result<Exit, Failure> {
+    let out = &mut shell.stdout.out;
+    if json {
+        serde_json::to_writer_pretty(&mut *out, result).map_err(io::Error::from)?;
+        writeln!(out)?;
+    } else {
+        let rows = table(result);
+        let width = rows.iter().map(|[name, _]| name.chars().count()).max().unwrap_or(0);
+        for [name, value] in rows {
+            writeln!(out, "{name:<width$}  {value}")?;
+        }
+    }
+    out.flush()?;
+    Ok(Exit::Finished)
+}
+
+fn transfer_table(result: &TransferResult) -> Vec<[String; 2]> {
+    let TransferResult { seconds, ratio, heartbeat, .. } = result;
+    let mut rows = vec![
+        row(
+            "transfer",
+            format!(
+                "{} from {} to {}, chunks of {} KiB, broker {}, {}",
+                megabytes(result.bytes),
+                counted(result.senders, "sender"),
+                counted(result.receivers, "receiver"),
+                result.chunk_bytes / 1024,
+                result.broker,
+                place(result.processes)
+            ),
+        ),
+        row(
+            "seconds",
+            format!(
+                "{:.3} (pull {:.3}, verify {:.3}), {:.3} to {:.3} in {} repeats",
+                seconds.total, seconds.pull, seconds.verify, seconds.fastest, seconds.slowest, result.repeat
+            ),
+        ),
+        row("speed", format!("{:.0} MB/s", result.mb_per_s)),
+        row(
+            "bare pipe",
+            format!(
+                "{:.0} MB/s in {:.3} s: the transfer has {} of its speed, {} until the last chunk",
+                result.pipe.mb_per_s,
+                result.pipe.seconds,
+                percent(ratio.to_pipe),
+                percent(ratio.pull_to_pipe)
+            ),
+        ),
+    ];
+    rows.extend(machine_rows(&result.machine, ratio.to_tcp, ratio.to_memory_copy));
+    rows.push(wire_row(&result.wire));
+    rows.push(row(
+        "heartbeat",
+        format!(
+            "median {:.1} ms, p99 {:.1} ms, longest {:.1} ms ({} while weights moved)",
+            heartbeat.median_ms, heartbeat.p99_ms, heartbeat.max_ms, heartbeat.count
+        ),
+    ));
+    rows.extend(result.roles.iter().map(role_row));
+    rows
+}
+
+fn round_table(result: &RoundResult) -> Vec<[String; 2]> {
+    let RoundResult { seconds, ratio, .. } = result;
+    let mut rows = vec![
+        row(
+            "round",
+            format!(
+                "{} among {}, chunks of {} KiB, broker {}, {}, state {}",
+                megabytes(result.bytes),
+                counted(result.peers, "peer"),
+                result.chunk_bytes / 1024,
+                result.broker,
+                place(result.processes),
+                if result.disk { "on disk" } else { "in memory" }
+            ),
+        ),
+        row(
+            "seconds",
+            format!("{:.3}, {:.3} to {:.3} in {} rounds", seconds.total, result.fastest, result.slowest, result.rounds),
+        ),
+        row(
+            "phases",
+            format!(
+                "evaluate {:.3}, elect {:.3}, train {:.3}, gather {:.3}, aggregate {:.3}, broadcast {:.3}, commit {:.3}",
+                seconds.evaluate,
+                seconds.elect,
+                seconds.train,
+                seconds.gather,
+                seconds.aggregate,
+                seconds.broadcast,
+                seconds.commit
+            ),
+        ),
+        row("speed", format!("{:.0} MB/s", result.mb_per_s)),
+    ];
+    rows.extend(machine_rows(&result.machine, ratio.to_tcp, ratio.to_memory_copy));
+    rows.push(wire_row(&result.wire));
+    rows.extend(result.roles.iter().map(role_row));
+    rows
+}
+
+fn row(name: &str, value: String) -> [String; 2] {
+    [name.to_owned(), value]
+}
+
+fn machine_rows(machine: &Machine, to_tcp: f64, to_memory_copy: f64) -> [[String; 2]; 2] {
+    let share = |speed: f64, ratio: f64| format!("{speed:.0} MB/s: {} of it", percent(ratio));
+    [
+        row("TCP over loopback", share(machine.tcp_mb_per_s, to_tcp)),
+        row("copy in memory", share(machine.memory_copy_mb_per_s, to_memory_copy)),
+    ]
+}
+
+fn wire_row(wire: &Wire) -> [String; 2] {
+    row("wire", format!("{:.3} models sent, {:.3} received", wire.sent_per_model, wire.received_per_model))
+}
+
+fn role_row(role: &RoleUsage) -> [String; 2] {
+    let unknown = || "-".to_owned();
+    let cpu = role.cpu_seconds.map_or_else(unknown, |seconds| format!("{seconds:.2} s"));
+    let memory = role.peak_rss_bytes.map_or_else(unknown, megabytes);
+    let count = if role.count > 1 { format!(" (each of {})", role.count) } else { String::new() };
+    row(role.role, format!("{cpu} of CPU time, {memory} of memory at most{count}"))
+}
+
+fn counted(count: usize, noun: &str) -> String {
+    format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
+}
+
+fn megabytes(bytes: u64) -> String {
+    if bytes < 10_000_000 { format!("{:.1} MB", bytes as f64 / 1e6) } else { format!("{:.0} MB", bytes as f64 / 1e6) }
+}
+
+fn place(processes: bool) -> &'static str {
+    if processes { "a process each" } else { "all in one process" }
+}
+
+fn percent(share: f64) -> String {
+    format!("{:.0} %", 100.0 * share)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_known_is_a_dash() {
+        let role = RoleUsage { role: "broker", count: 1, cpu_seconds: None, peak_rss_bytes: Some(12_000_000) };
+        assert_eq!(role_row(&role)[1], "- of CPU time, 12 MB of memory at most");
+        let many = RoleUsage { role: "trainer", count: 3, cpu_seconds: Some(0.5), peak_rss_bytes: None };
+        assert_eq!(role_row(&many)[1], "0.50 s of CPU time, - of memory at most (each of 3)");
+    }
+
+    #[test]
+    fn the_state_of_all_peers_is_removed() {
+        let parent = tempfile::tempdir().unwrap();
+        let state = StateDir::new(Some(parent.path())).unwrap();
+        std::fs::write(state.0.join("file"), "x").unwrap();
+        let dir = state.0.clone();
+        drop(state);
+        assert!(!dir.exists());
+        let failure = StateDir::new(Some(&parent.path().join("missing"))).err().unwrap();
+        assert_eq!(failure.exit, Exit::Usage);
+    }
+}
