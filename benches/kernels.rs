@@ -8,7 +8,7 @@ use bytes::Bytes;
 use divan::counter::BytesCount;
 use divan::{Bencher, black_box};
 use rodizio::aggregation::{Contribution, Rule};
-use rodizio::transfer::{Codec, Manifest, join_verified};
+use rodizio::transfer::{Codec, Manifest, Tuning, join_verified};
 use rodizio::types::Digest;
 use rodizio::weights::{Layout, TensorSpec, Weights};
 
@@ -16,6 +16,8 @@ use rodizio::weights::{Layout, TensorSpec, Weights};
 const VALUES: [usize; 2] = [250_000, 16_000_000];
 
 const CHUNK_BYTES: u32 = 512 * 1024;
+
+const TUNING: Tuning = Tuning { seed: 0, topk_ratio: 0.01 };
 
 fn main() {
     divan::main();
@@ -25,6 +27,10 @@ fn weights(values: usize, seed: usize) -> Weights {
     let layout = Layout { tensors: vec![TensorSpec { name: "w".into(), shape: vec![values] }] };
     let row = (0..values).map(|i| ((i * 7919 + seed) % 65_521) as f32 / 65_521.0 - 0.5).collect();
     Weights::new(Arc::new(layout), row).expect("as many values as the layout has")
+}
+
+fn blob(values: usize) -> Bytes {
+    Codec::F32.encode(&weights(values, 0), &TUNING).expect("every codec writes finite values")
 }
 
 fn bytes(values: usize) -> BytesCount {
@@ -39,29 +45,30 @@ fn mean_of_4(bencher: Bencher<'_, '_>, values: usize) {
     bencher.counter(bytes(4 * values)).bench_local(|| Rule::FedAvg.aggregate(black_box(&contributions)));
 }
 
-#[divan::bench(args = VALUES)]
-fn encode_f32(bencher: Bencher<'_, '_>, values: usize) {
-    let weights = weights(values, 0);
-    bencher.counter(bytes(values)).bench_local(|| Codec::F32.encode(black_box(&weights)));
+/// What each codec makes of 64 MB of values, and back.
+#[divan::bench(args = Codec::ALL)]
+fn encode(bencher: Bencher<'_, '_>, codec: Codec) {
+    let weights = weights(VALUES[1], 0);
+    bencher.counter(bytes(VALUES[1])).bench_local(|| codec.encode(black_box(&weights), &TUNING));
 }
 
-#[divan::bench(args = VALUES)]
-fn decode_f32(bencher: Bencher<'_, '_>, values: usize) {
-    let weights = weights(values, 0);
-    let (blob, layout) = (Codec::F32.encode(&weights), weights.layout());
-    bencher.counter(bytes(values)).bench_local(|| Codec::F32.decode(black_box(&blob), layout));
+#[divan::bench(args = Codec::ALL)]
+fn decode(bencher: Bencher<'_, '_>, codec: Codec) {
+    let weights = weights(VALUES[1], 0);
+    let blob = codec.encode(&weights, &TUNING).expect("every codec writes finite values");
+    bencher.counter(bytes(VALUES[1])).bench_local(|| codec.decode(black_box(&blob), weights.layout()));
 }
 
 #[divan::bench(args = VALUES)]
 fn hash(bencher: Bencher<'_, '_>, values: usize) {
-    let blob = Codec::F32.encode(&weights(values, 0));
+    let blob = blob(values);
     bencher.counter(bytes(values)).bench_local(|| Digest::of(black_box(&blob)));
 }
 
 /// Chunks become a blob whose digest is checked.
 #[divan::bench(args = VALUES)]
 fn join(bencher: Bencher<'_, '_>, values: usize) {
-    let blob = Codec::F32.encode(&weights(values, 0));
+    let blob = blob(values);
     let manifest = Manifest::of(&blob, CHUNK_BYTES, Codec::F32).expect("chunks within bounds");
     // Each a message of its own, as they arrive.
     let chunks = || (0..manifest.chunks()).filter_map(|i| manifest.chunk(&blob, i)).map(|c| Bytes::from(c.to_vec()));

@@ -25,7 +25,7 @@ use crate::node::Traffic;
 use crate::protocol::message::{Body, Envelope, Hello, Leading, VERSION};
 use crate::protocol::{Config, Done, GATHER_BYTES, Job, Topic, Topics, WINDOW_BYTES};
 use crate::training::Trainer;
-use crate::transfer::{Assembly, Codec, Grants, Manifest, Route, Serve};
+use crate::transfer::{Assembly, Codecs, Grants, Manifest, Route, Serve};
 use crate::transport::mqtt::MqttTransport;
 use crate::transport::{Class, Outgoing, Transport, TransportEvent};
 use crate::types::{Digest, PeerId, Round, Term};
@@ -87,8 +87,8 @@ pub(super) async fn run(
 ) -> Result<(), Failure> {
     let chunk_bytes = config.site.chunk_bytes;
     let blobs = Blobs::memory();
-    let workshop =
-        Workshop { blobs, layout: layout(config.values), codec: Codec::F32, rule: Rule::FedAvg, chunk_bytes };
+    let (layout, peer, codecs) = (layout(config.values), config.peer.clone(), Codecs::default());
+    let workshop = Workshop { blobs, layout, peer, codecs, rule: Rule::FedAvg, chunk_bytes };
     // Before it connects, and on another thread: the connection must not wait for it.
     let (values, holds, holder) = (config.values, config.holds, workshop.clone());
     let held = tokio::task::spawn_blocking(move || {
@@ -141,9 +141,10 @@ pub(super) async fn run(
 
 /// Encodes and names the weights, as a job of a peer does.
 fn hold(workshop: &Workshop, weights: Weights) -> Result<Manifest, Failure> {
-    let blob = workshop.codec.encode(&weights);
+    let (codec, tuning) = (workshop.codecs.model, workshop.codecs.for_model(Round::GENESIS));
+    let blob = codec.encode(&weights, &tuning).map_err(Failure::of)?;
     drop(weights);
-    let manifest = Manifest::of(&blob, workshop.chunk_bytes, workshop.codec).map_err(Failure::of)?;
+    let manifest = Manifest::of(&blob, workshop.chunk_bytes, codec).map_err(Failure::of)?;
     workshop.blobs.put(manifest.digest, &blob).map_err(Failure::of)?;
     Ok(manifest)
 }

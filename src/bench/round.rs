@@ -16,7 +16,7 @@ use crate::events::PhaseSeconds;
 use crate::journal::Journal;
 use crate::node::{self, Node, Observation, Outcome, Storage};
 use crate::protocol::{Config, Notice, Policy};
-use crate::transfer::Codec;
+use crate::transfer::Codecs;
 use crate::types::{PeerId, Round};
 
 /// How often this machine is measured before the rounds, and again after them.
@@ -113,7 +113,7 @@ pub(super) async fn take_part(
     let topics = site.topics();
     let node = Node {
         transport: site.connect(&peer, &topics).await?,
-        codec: Codec::F32,
+        codecs: Codecs::default(),
         meeting: node::Meeting { brokers: vec![site.broker.clone()], hosted: None },
         trainer: Box::new(trainer),
         wait_timeout: None,
