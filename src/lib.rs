@@ -10,7 +10,7 @@
 //!
 //! | floor | what | modules |
 //! |---|---|---|
-//! | 5 people | one peer from its settings, the local cluster, measurements, what people and scripts see | [`peer`], [`cluster`], [`bench`], [`events`], [`rundir`], [`config`], [`cli`] |
+//! | 5 people | one peer from its settings, the local cluster, measurements, what people and scripts see | [`peer`], [`cluster`], [`bench`](mod@bench), [`events`], [`rundir`], [`config`], [`cli`] |
 //! | 4 meeting | the one loop, with a real clock or in virtual time | [`node`], [`sim`], [`jobs`] |
 //! | 3 effects | models and data (burn), messages (rumqttc), the broker (rumqttd), durable state | [`training`], [`transport`], [`broker`], [`journal`] |
 //! | 2 decisions | the protocol: pure, (event, now) → actions | [`protocol`] |
