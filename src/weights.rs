@@ -48,6 +48,16 @@ impl Layout {
         self.len() == 0
     }
 
+    /// The name of the tensor that value `index` of the flat row belongs to.
+    pub fn tensor_of(&self, index: usize) -> Option<&str> {
+        let mut end = 0;
+        let holds = |spec: &&TensorSpec| {
+            end += spec.len();
+            index < end
+        };
+        self.tensors.iter().find(holds).map(|spec| spec.name.as_str())
+    }
+
     /// What names this layout among peers.
     pub fn digest(&self) -> Digest {
         let mut text = String::new();
@@ -128,16 +138,6 @@ impl Weights {
         })
     }
 
-    /// The name of the tensor that value `index` of the flat row belongs to.
-    pub fn tensor_of(&self, index: usize) -> Option<&str> {
-        let mut end = 0;
-        let holds = |spec: &&TensorSpec| {
-            end += spec.len();
-            index < end
-        };
-        self.layout.tensors.iter().find(holds).map(|spec| spec.name.as_str())
-    }
-
     /// The first tensor that holds a NaN or an infinity, if any does.
     pub fn first_non_finite(&self) -> Option<&str> {
         self.tensors().find(|(_, values)| !values.iter().all(|v| v.is_finite())).map(|(spec, _)| spec.name.as_str())
@@ -175,7 +175,7 @@ mod tests {
     #[test]
     fn every_value_belongs_to_a_tensor() {
         let weights = Weights::zeros(layout());
-        let names: Vec<_> = (0..9).map(|index| weights.tensor_of(index).unwrap_or("-")).collect();
+        let names: Vec<_> = (0..9).map(|index| weights.layout().tensor_of(index).unwrap_or("-")).collect();
         assert_eq!(names, ["a", "a", "a", "a", "b", "c", "c", "c", "-"]);
     }
 

@@ -1,36 +1,34 @@
 //! FedAvg: `w = Σ n_k · w_k / Σ n_k` (McMahan et al. 2017, arXiv 1602.05629, Algorithm 1).
 
-use super::Contribution;
+use super::Part;
 
 /// Values summed at a time: the sums (4 KiB) and one input (2 KiB) stay in the innermost cache, which made it half as
 /// fast again as blocks of 2048 and more on an AMD EPYC.
 const BLOCK: usize = 512;
 
-/// The mean of the contributions' values, each weighted by its examples, of which there must be at least one.
+/// Fills `mean` with the mean of the parts' values, each weighted by its examples, of which there must be at least one.
+/// All are as long.
 ///
 /// Sums run in `f64`, in the order given. A value never leaves the range of its inputs, without clamping: each step
 /// below is monotone in the inputs, rounding included, so the mean is at most what it would be if all inputs equalled
-/// the largest; and that is the largest times `1 ± (k + 4) · 2⁻⁵³` for `k` contributions, which rounds to the largest
+/// the largest; and that is the largest times `1 ± (k + 4) · 2⁻⁵³` for `k` parts, which rounds to the largest
 /// as an `f32` while `k < 2²⁷`. The same holds for the smallest.
-pub(super) fn weighted_mean(contributions: &[Contribution<'_>]) -> Vec<f32> {
-    let len = contributions.first().map_or(0, |c| c.weights.values().len());
+pub(super) fn weighted_mean(parts: &[Part<'_>], mean: &mut [f32]) {
     // As u128, because counts come from the network and their sum may not fit their type.
-    let total: u128 = contributions.iter().map(|c| u128::from(c.num_examples)).sum();
-    let parts: Vec<_> =
-        contributions.iter().map(|c| (c.num_examples as f64 / total as f64, c.weights.values())).collect();
+    let total: u128 = parts.iter().map(|part| u128::from(part.num_examples)).sum();
+    let parts: Vec<_> = parts.iter().map(|part| (part.num_examples as f64 / total as f64, part.values)).collect();
 
-    let mut mean = Vec::with_capacity(len);
     let mut sums = [0.0f64; BLOCK];
-    for start in (0..len).step_by(BLOCK) {
-        let end = len.min(start + BLOCK);
-        let sums = &mut sums[..end - start];
+    for (block, mean) in mean.chunks_mut(BLOCK).enumerate() {
+        let (start, sums) = (block * BLOCK, &mut sums[..mean.len()]);
         sums.fill(0.0);
         for (share, values) in &parts {
-            add_scaled(sums, *share, &values[start..end]);
+            add_scaled(sums, *share, &values[start..start + mean.len()]);
         }
-        mean.extend(sums.iter().map(|&sum| sum as f32));
+        for (mean, sum) in mean.iter_mut().zip(sums) {
+            *mean = *sum as f32;
+        }
     }
-    mean
 }
 
 fn add_scaled(sums: &mut [f64], share: f64, values: &[f32]) {
@@ -41,22 +39,14 @@ fn add_scaled(sums: &mut [f64], share: f64, values: &[f32]) {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use super::*;
-    use crate::weights::{Layout, TensorSpec, Weights};
 
     fn mean(parts: &[(u64, Vec<f32>)]) -> Vec<f32> {
-        let tensor = TensorSpec { name: "a".into(), shape: vec![parts[0].1.len()] };
-        let layout = Arc::new(Layout { tensors: vec![tensor] });
-        let weights: Vec<_> =
-            parts.iter().map(|(_, values)| Weights::new(Arc::clone(&layout), values.clone()).unwrap()).collect();
-        let contributions: Vec<_> = parts
-            .iter()
-            .zip(&weights)
-            .map(|(&(num_examples, _), weights)| Contribution { num_examples, weights })
-            .collect();
-        weighted_mean(&contributions)
+        let mut mean = vec![f32::NAN; parts[0].1.len()];
+        let parts: Vec<_> =
+            parts.iter().map(|(num_examples, values)| Part { num_examples: *num_examples, values }).collect();
+        weighted_mean(&parts, &mut mean);
+        mean
     }
 
     #[test]

@@ -31,6 +31,15 @@ pub struct Contribution<'a> {
     pub weights: &'a Weights,
 }
 
+/// A range of one trainer's values: what a rule works on.
+#[derive(Clone, Copy, Debug)]
+pub struct Part<'a> {
+    /// As in [`Contribution`].
+    pub num_examples: u64,
+    /// The values of the range, after local training.
+    pub values: &'a [f32],
+}
+
 /// Why contributions have no aggregate.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum AggregateError {
@@ -68,23 +77,37 @@ impl Rule {
     ///
     /// A pure function of the contributions *in their order*: floating-point sums depend on it in the last bit.
     /// Give them in [`PeerId`](crate::types::PeerId) order and every peer computes the same bits.
-    pub fn aggregate(self, contributions: &[Contribution<'_>]) -> Result<Weights, AggregateError> {
+    pub fn aggregate<'a>(self, contributions: &[Contribution<'a>]) -> Result<Weights, AggregateError> {
         let layout = contributions.first().ok_or(AggregateError::NoContribution)?.weights.layout();
-        let differs = |c: &Contribution<'_>| !Arc::ptr_eq(c.weights.layout(), layout) && c.weights.layout() != layout;
+        let differs = |c: &Contribution<'a>| !Arc::ptr_eq(c.weights.layout(), layout) && c.weights.layout() != layout;
         if let Some(index) = contributions.iter().position(differs) {
             return Err(AggregateError::LayoutsDiffer(index));
         }
-        if contributions.iter().all(|c| c.num_examples == 0) {
+        let mut model = Weights::zeros(Arc::clone(layout));
+        let part = |c: &Contribution<'a>| Part { num_examples: c.num_examples, values: c.weights.values() };
+        self.aggregate_range(&contributions.iter().map(part).collect::<Vec<_>>(), model.values_mut())?;
+        match model.first_non_finite() {
+            Some(tensor) => Err(AggregateError::NotFinite(tensor.to_owned())),
+            None => Ok(model),
+        }
+    }
+
+    /// The same for one range of values, of which every part has as many as `model`: whoever goes through a model by
+    /// ranges need not have all of every update in memory. Whether the result is finite is for the caller to see.
+    ///
+    /// # Panics
+    /// If a part is shorter than `model`.
+    pub fn aggregate_range(self, parts: &[Part<'_>], model: &mut [f32]) -> Result<(), AggregateError> {
+        if parts.is_empty() {
+            return Err(AggregateError::NoContribution);
+        }
+        if parts.iter().all(|part| part.num_examples == 0) {
             return Err(AggregateError::NoExamples);
         }
-        let values = match self {
-            Rule::FedAvg => fedavg::weighted_mean(contributions),
-        };
-        let mean = Weights::new(Arc::clone(layout), values).expect("every contribution has the layout's length");
-        match mean.first_non_finite() {
-            Some(tensor) => Err(AggregateError::NotFinite(tensor.to_owned())),
-            None => Ok(mean),
+        match self {
+            Rule::FedAvg => fedavg::weighted_mean(parts, model),
         }
+        Ok(())
     }
 }
 

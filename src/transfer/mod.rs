@@ -16,6 +16,7 @@ mod assemble;
 mod chunk_set;
 pub mod codec;
 mod grants;
+mod reader;
 mod serve;
 mod split;
 
@@ -30,6 +31,7 @@ pub use assemble::{Assembly, ChunkError, Inserted, VerifyError, join_verified};
 pub use chunk_set::{ChunkSet, ChunkSetError, RANGES_MAX};
 pub use codec::{Codec, Codecs, EncodeError, Tuning};
 pub use grants::{Grants, RETRY_FACTOR_MAX, WINDOW_CHUNKS_MAX};
+pub use reader::{RANGE_VALUES, Reader, ranges};
 pub use serve::{RECEIVERS_MAX, Route, Serve};
 
 /// The shortest chunk length: below it headers outweigh what they carry.

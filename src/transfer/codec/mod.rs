@@ -185,7 +185,7 @@ impl Codec {
         };
         encoded.map_err(|index| EncodeError {
             codec: self,
-            tensor: weights.tensor_of(index).unwrap_or_default().to_owned(),
+            tensor: weights.layout().tensor_of(index).unwrap_or_default().to_owned(),
             value: values.get(index).copied().unwrap_or_default(),
         })
     }
