@@ -75,7 +75,8 @@ fn progress(stderr: &mut Stream, quiet: bool) -> impl FnMut(&str) + Send {
 
 /// `None`: Ctrl-C came first. What was started has ended, too, when this returns.
 fn until_interrupted<T>(measuring: impl Future<Output = Result<T, BenchError>>) -> Result<Option<T>, Failure> {
-    runtime()?.block_on(async {
+    // Each process that it starts is listened to by a thread, however many they are.
+    tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(async {
         let (_request, stop) = interrupt::listen();
         tokio::select! {
             measured = measuring => Ok(Some(measured?)),
