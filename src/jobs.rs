@@ -1,6 +1,6 @@
 //! Slow work: what a [`Job`] does, with a trainer and a store of blobs. The node and the simulator run the same.
 
-use std::ops::{ControlFlow, Range};
+use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
@@ -93,11 +93,12 @@ impl Workshop {
     /// Every value is looked at before a blob counts as held: a NaN would spread to every peer.
     fn verify(&self, manifest: &Manifest, chunks: Vec<Bytes>, on_full: OnFull<'_>) -> Result<(), String> {
         let blob = join_verified(manifest, chunks).map_err(sentence)?;
-        let (update, base) = (self.reader(manifest, blob.clone())?, self.base_reader(manifest)?);
-        let mut read = RangeReader::new(base.as_ref());
+        let mut reader = self.reader(manifest, blob.clone())?;
+        let mut values = Vec::new();
         for range in ranges(self.layout.len()) {
             let start = range.start;
-            let values = read.read(&update, range)?;
+            values.resize(range.len(), 0.0);
+            reader.read(range, &mut values).map_err(sentence)?;
             if let Some(place) = values.iter().position(|value| !value.is_finite()) {
                 let tensor = self.layout.tensor_of(start + place).unwrap_or_default();
                 return Err(format!("{tensor} holds values that are not finite"));
@@ -108,22 +109,18 @@ impl Workshop {
 
     /// Goes through all updates at once, range by range, so that none of them is decoded as a whole.
     fn aggregate(&self, round: Round, parts: &[(Manifest, u64)], on_full: OnFull<'_>) -> Result<Manifest, String> {
-        // All that are differences are so from one model.
-        let base = parts.iter().find_map(|(update, _)| self.base_reader(update).transpose()).transpose()?;
-        let updates: Vec<Reader> = parts
-            .iter()
-            .map(|(update, _)| self.reader(update, self.blob(update.digest)?))
-            .collect::<Result<_, String>>()?;
-        let mut reads: Vec<RangeReader<'_>> = parts.iter().map(|_| RangeReader::new(base.as_ref())).collect();
+        let reader = |(update, num_examples): &(Manifest, u64)| {
+            Ok((self.reader(update, self.blob(update.digest)?)?, *num_examples, Vec::new()))
+        };
+        let mut updates: Vec<(Reader, u64, Vec<f32>)> = parts.iter().map(reader).collect::<Result<_, String>>()?;
         let mut model = Weights::zeros(self.layout.clone());
         for range in ranges(self.layout.len()) {
-            let read = |((read, update), (_, num_examples)): ((&'_ mut RangeReader<'_>, &Reader), &(Manifest, u64))| {
-                read.read(update, range.clone()).map(|_| *num_examples)
-            };
-            let counts: Vec<u64> = reads.iter_mut().zip(&updates).zip(parts).map(read).collect::<Result<_, _>>()?;
-            let values = reads.iter().zip(counts);
+            for (reader, _, values) in &mut updates {
+                values.resize(range.len(), 0.0);
+                reader.read(range.clone(), values).map_err(sentence)?;
+            }
             let parts: Vec<Part<'_>> =
-                values.map(|(read, num_examples)| Part { num_examples, values: &read.values }).collect();
+                updates.iter().map(|(_, num_examples, values)| Part { num_examples: *num_examples, values }).collect();
             self.rule.aggregate_range(&parts, &mut model.values_mut()[range]).map_err(sentence)?;
         }
         drop(updates);
@@ -133,41 +130,25 @@ impl Workshop {
         self.keep_model(round, &model, on_full)
     }
 
-    fn reader(&self, manifest: &Manifest, blob: Bytes) -> Result<Reader, String> {
-        let zeros = || Weights::zeros(self.layout.clone());
-        Reader::new(*manifest, self.layout.len(), blob, zeros).map_err(sentence)
-    }
-
-    /// Reads the model that a difference is to be added to.
-    fn base_reader(&self, manifest: &Manifest) -> Result<Option<Reader>, String> {
-        let Some(base) = manifest.base else { return Ok(None) };
-        let blob = self.base_blob(base)?;
-        let model =
-            Manifest { digest: base, bytes: blob.len() as u64, codec: self.codecs.model, base: None, ..*manifest };
-        self.reader(&model, blob).map(Some)
-    }
-
-    fn base_blob(&self, base: Digest) -> Result<Bytes, String> {
-        self.blob(base).map_err(|why| format!("the update is a difference from a model, and {why}"))
-    }
-
     /// The weights of a blob that is held.
     pub fn load(&self, manifest: &Manifest) -> Result<Weights, String> {
-        self.decode(manifest, &self.blob(manifest.digest)?, self.base(manifest)?.as_ref())
-    }
-
-    fn decode(&self, manifest: &Manifest, blob: &[u8], base: Option<&Weights>) -> Result<Weights, String> {
-        let mut weights = manifest.codec.decode(blob, &self.layout).map_err(sentence)?;
-        if let Some(base) = base.filter(|_| manifest.base.is_some()) {
-            weights.add(base);
+        let mut reader = self.reader(manifest, self.blob(manifest.digest)?)?;
+        let mut weights = Weights::zeros(self.layout.clone());
+        for range in ranges(self.layout.len()) {
+            reader.read(range.clone(), &mut weights.values_mut()[range]).map_err(sentence)?;
         }
         Ok(weights)
     }
 
-    /// The model that a difference is to be added to.
-    fn base(&self, manifest: &Manifest) -> Result<Option<Weights>, String> {
-        let Some(base) = manifest.base else { return Ok(None) };
-        self.codecs.model.decode(&self.base_blob(base)?, &self.layout).map(Some).map_err(sentence)
+    /// Reads a blob, and adds the model that it is a difference from, if it is one.
+    fn reader(&self, manifest: &Manifest, blob: Bytes) -> Result<Reader, String> {
+        let base = manifest.base.map(|base| self.base(base)).transpose()?;
+        Reader::new(manifest.codec, &self.layout, blob, base).map_err(sentence)
+    }
+
+    fn base(&self, model: Digest) -> Result<Reader, String> {
+        let blob = self.blob(model).map_err(|why| format!("the update is a difference from a model, and {why}"))?;
+        Reader::new(self.codecs.model, &self.layout, blob, None).map_err(sentence)
     }
 
     fn blob(&self, blob: Digest) -> Result<Bytes, String> {
@@ -239,32 +220,6 @@ impl Workshop {
                 put => return put.map_err(sentence),
             }
         }
-    }
-}
-
-/// Reads ranges of updates, those that are differences with the model added.
-struct RangeReader<'a> {
-    base: Option<&'a Reader>,
-    values: Vec<f32>,
-    of_base: Vec<f32>,
-}
-
-impl<'a> RangeReader<'a> {
-    fn new(base: Option<&'a Reader>) -> Self {
-        Self { base, values: Vec::new(), of_base: Vec::new() }
-    }
-
-    fn read(&mut self, update: &Reader, range: Range<usize>) -> Result<&[f32], String> {
-        self.values.resize(range.len(), 0.0);
-        update.read(range.clone(), &mut self.values).map_err(sentence)?;
-        if let Some(base) = self.base.filter(|_| update.is_difference()) {
-            self.of_base.resize(range.len(), 0.0);
-            base.read(range, &mut self.of_base).map_err(sentence)?;
-            for (value, base) in self.values.iter_mut().zip(&self.of_base) {
-                *value += base;
-            }
-        }
-        Ok(&self.values)
     }
 }
 

@@ -1,12 +1,13 @@
 //! The values of a blob, a range at a time: whoever goes through a model need not decode the whole of it first.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::Manifest;
+use super::Codec;
 use super::codec::CodecError;
-use crate::weights::Weights;
+use crate::weights::{Layout, Weights};
 
 /// How many values are read at a time: enough to be quick, few enough to stay in a cache for several models.
 pub const RANGE_VALUES: usize = 1 << 16;
@@ -17,55 +18,50 @@ pub fn ranges(values: usize) -> impl Iterator<Item = Range<usize>> {
 }
 
 /// Reads the weights of a blob by [`ranges`].
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Reader {
-    manifest: Manifest,
+    codec: Codec,
     values: usize,
     blob: Bytes,
     /// All values, where the codec knows no ranges.
     whole: Option<Weights>,
+    /// What the blob's values are added to, if they are a difference, and room for a range of it.
+    base: Option<(Box<Reader>, Vec<f32>)>,
 }
 
 impl Reader {
-    /// Reads `blob`, which is that of `manifest`, as weights of the layout of `zeros`: those are called for, and filled,
-    /// only if the codec knows no ranges.
-    pub fn new(
-        manifest: Manifest,
-        values: usize,
-        blob: Bytes,
-        zeros: impl FnOnce() -> Weights,
-    ) -> Result<Self, CodecError> {
-        let mut whole = None;
-        if manifest.codec.block().is_none() {
-            let mut weights = zeros();
-            manifest.codec.decode_into(&blob, weights.values_mut())?;
-            whole = Some(weights);
-        } else if manifest.codec.encoded_bytes(values) != blob.len() as u64 {
-            let (codec, expected, found) = (manifest.codec, manifest.codec.encoded_bytes(values), blob.len() as u64);
-            return Err(CodecError::Length { codec, expected, found });
-        }
-        Ok(Self { manifest, values, blob, whole })
-    }
-
-    /// Whether the values are differences, from those of the model that the manifest names.
-    pub fn is_difference(&self) -> bool {
-        self.manifest.base.is_some()
+    /// Reads `blob`, which `codec` wrote, as weights of `layout`: as they stand, or added to those of `base`.
+    pub fn new(codec: Codec, layout: &Arc<Layout>, blob: Bytes, base: Option<Reader>) -> Result<Self, CodecError> {
+        let values = layout.len();
+        codec.check_length(values, blob.len() as u64)?;
+        let whole = codec.block().is_none().then(|| codec.decode(&blob, layout)).transpose()?;
+        Ok(Self { codec, values, blob, whole, base: base.map(|base| (Box::new(base), Vec::new())) })
     }
 
     /// Fills `out` with the values of one of the [`ranges`], which is as long.
     ///
     /// # Errors
     /// If it is none of them.
-    pub fn read(&self, range: Range<usize>, out: &mut [f32]) -> Result<(), CodecError> {
-        let codec = self.manifest.codec;
-        if let Some(whole) = &self.whole {
-            out.copy_from_slice(&whole.values()[range]);
-            return Ok(());
+    pub fn read(&mut self, range: Range<usize>, out: &mut [f32]) -> Result<(), CodecError> {
+        match &self.whole {
+            Some(whole) => out.copy_from_slice(&whole.values()[range.clone()]),
+            None => self.decode(range.clone(), out)?,
         }
-        let malformed = CodecError::Malformed(codec);
-        let bytes = codec.byte_range(range, self.values).ok_or_else(|| malformed.clone())?;
-        let place = |at: u64| usize::try_from(at).map_err(|_| malformed.clone());
-        codec.decode_into(&self.blob[place(bytes.start)?..place(bytes.end)?], out)
+        if let Some((base, values)) = &mut self.base {
+            values.resize(range.len(), 0.0);
+            base.read(range, values)?;
+            for (value, base) in out.iter_mut().zip(values) {
+                *value += *base;
+            }
+        }
+        Ok(())
+    }
+
+    fn decode(&self, range: Range<usize>, out: &mut [f32]) -> Result<(), CodecError> {
+        let malformed = || CodecError::Malformed(self.codec);
+        let bytes = self.codec.byte_range(range, self.values).ok_or_else(malformed)?;
+        let place = |at: u64| usize::try_from(at).map_err(|_| malformed());
+        self.codec.decode_into(&self.blob[place(bytes.start)?..place(bytes.end)?], out)
     }
 }
 
@@ -99,9 +95,8 @@ mod tests {
                 let row = (0..values).map(|i| (i as f32 * 0.37).sin()).collect();
                 let weights = Weights::new(layout.clone(), row).unwrap();
                 let blob = codec.encode(&weights, &TUNING).unwrap();
-                let manifest = Manifest::of(&blob, 1024, codec).unwrap();
                 let whole = codec.decode(&blob, &layout).unwrap();
-                let reader = Reader::new(manifest, values, blob, || Weights::zeros(layout.clone())).unwrap();
+                let mut reader = Reader::new(codec, &layout, blob, None).unwrap();
                 for range in ranges(values) {
                     let mut out = vec![f32::NAN; range.len()];
                     reader.read(range.clone(), &mut out).unwrap();
@@ -112,12 +107,25 @@ mod tests {
     }
 
     #[test]
+    fn a_difference_is_added_to_its_base() {
+        let (layout, row) =
+            (layout(RANGE_VALUES + 9), |step: f32| (0..RANGE_VALUES + 9).map(|i| i as f32 * step).collect());
+        let blob = |step| Codec::F32.encode(&Weights::new(layout.clone(), row(step)).unwrap(), &TUNING).unwrap();
+        let base = Reader::new(Codec::F32, &layout, blob(2.0), None).unwrap();
+        let mut reader = Reader::new(Codec::F32, &layout, blob(0.5), Some(base)).unwrap();
+        let expected: Vec<f32> = row(2.5);
+        for range in ranges(layout.len()) {
+            let mut out = vec![f32::NAN; range.len()];
+            reader.read(range.clone(), &mut out).unwrap();
+            assert_eq!(out, expected[range]);
+        }
+    }
+
+    #[test]
     fn a_blob_of_another_length_is_refused() {
         for codec in Codec::ALL {
             let blob = Bytes::from_static(&[9; 3]);
-            let manifest = Manifest::of(&blob, 1024, codec).unwrap();
-            let zeros = || Weights::zeros(layout(1000));
-            assert!(Reader::new(manifest, 1000, blob, zeros).is_err(), "{codec}");
+            assert!(Reader::new(codec, &layout(1000), blob, None).is_err(), "{codec}");
         }
     }
 }

@@ -198,13 +198,18 @@ impl Codec {
         Ok(weights)
     }
 
+    /// Refuses a length in bytes that so many values cannot have.
+    pub fn check_length(self, values: usize, found: u64) -> Result<(), CodecError> {
+        if self.may_have(values, found) {
+            return Ok(());
+        }
+        Err(CodecError::Length { codec: self, expected: self.encoded_bytes(values), found })
+    }
+
     /// Fills `values` with what `bytes` hold, which stand in the blob at the values' [`byte_range`](Self::byte_range), or
     /// are the whole blob.
     pub fn decode_into(self, bytes: &[u8], values: &mut [f32]) -> Result<(), CodecError> {
-        let found = bytes.len() as u64;
-        if !self.may_have(values.len(), found) {
-            return Err(CodecError::Length { codec: self, expected: self.encoded_bytes(values.len()), found });
-        }
+        self.check_length(values.len(), bytes.len() as u64)?;
         match self {
             Codec::F32 => f32::decode_into(bytes, values),
             Codec::F16 => f16::decode_into(bytes, values),
