@@ -2,6 +2,10 @@
 //! this machine, with the example in `configs/`, and with some settings changed to see that peers notice. Where the
 //! program is not installed, the test says so and passes.
 
+mod common {
+    pub(crate) mod log;
+}
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -11,6 +15,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use common::log;
 use rodizio::events::{Entry, Event, RoundCommitted};
 use rodizio::types::{Digest, PeerId, Round};
 use serde_json::Value;
@@ -254,10 +259,7 @@ impl Run {
 
     /// What the peers have told so far.
     fn entries(&self) -> Vec<Entry> {
-        let text = self.text("run/events.jsonl");
-        // The last line may be half written.
-        let whole = text.rfind('\n').map_or("", |end| &text[..end]);
-        whole.lines().map(|line| Entry::from_line(line).unwrap()).collect()
+        log::entries(&self.text("run/events.jsonl")).0
     }
 
     fn until<T>(&self, what: &str, wanted: impl Fn(&[Entry]) -> Option<T>) -> T {

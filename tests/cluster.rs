@@ -1,24 +1,27 @@
 //! Federations over the embedded broker: real peers, real messages, small rounds.
 
+mod common {
+    pub(crate) mod peers;
+}
+
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::{Deref, DerefMut};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use common::peers::{Peers, Running, commit, peer};
 use rodizio::broker::Broker;
 use rodizio::cluster::{self, Cluster, Stop, reachable_at, start_broker};
 use rodizio::config::{Layers, Part, Settings};
 use rodizio::events::{Entry, Event, Recorder, RoundCommitted};
 use rodizio::journal::Journal;
 use rodizio::node::Outcome;
-use rodizio::peer::{LocalPeer, PeerError};
+use rodizio::peer::LocalPeer;
 use rodizio::protocol::{Durable, Reason};
 use rodizio::rundir::{BEST, EVENTS, MODEL, RunDir};
 use rodizio::types::{Digest, PeerId, Round};
 use safetensors::SafeTensors;
-use tempfile::TempDir;
-use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
-use tokio::sync::watch;
-use tokio::task::JoinHandle;
+use tokio::sync::mpsc::unbounded_channel;
 use tokio::time::timeout;
 
 /// What is waited for comes within this, or never.
@@ -27,25 +30,29 @@ const LIMIT: Duration = Duration::from_secs(60);
 /// More rounds than any test lasts.
 const ENDLESS: u64 = 1_000_000;
 
-type Running = JoinHandle<Result<Outcome, PeerError>>;
-
-/// A broker, a directory, and what all peers tell.
+/// A broker, and the peers that meet there.
 struct Place {
     broker: Broker,
-    dir: TempDir,
-    sender: UnboundedSender<Entry>,
-    receiver: UnboundedReceiver<Entry>,
-    heard: Vec<Entry>,
-    request: watch::Sender<bool>,
-    stop: Stop,
+    peers: Peers,
+}
+
+impl Deref for Place {
+    type Target = Peers;
+
+    fn deref(&self) -> &Peers {
+        &self.peers
+    }
+}
+
+impl DerefMut for Place {
+    fn deref_mut(&mut self) -> &mut Peers {
+        &mut self.peers
+    }
 }
 
 impl Place {
     async fn new() -> Self {
-        let (sender, receiver) = unbounded_channel();
-        let (request, stop) = Stop::new();
-        let broker = start_broker("127.0.0.1:0", 8, 512 << 10).await.unwrap();
-        Self { broker, dir: tempfile::tempdir().unwrap(), sender, receiver, heard: Vec::new(), request, stop }
+        Self { broker: start_broker("127.0.0.1:0", 8, 512 << 10).await.unwrap(), peers: Peers::new(LIMIT) }
     }
 
     /// The settings of a federation of `peers` here. A busy machine is not to make its leaders seem silent.
@@ -77,74 +84,10 @@ impl Place {
         (1..=of).map(|index| self.start(["a", "b", "c", "d"][index - 1], Part { index, of }, settings)).collect()
     }
 
-    /// Waits until something is told.
-    async fn until<T>(&mut self, what: &str, mut wanted: impl FnMut(&Entry) -> Option<T>) -> T {
-        let waiting = async {
-            loop {
-                let entry = self.receiver.recv().await.expect("the sender is here");
-                let found = wanted(&entry);
-                self.heard.push(entry);
-                if let Some(found) = found {
-                    return found;
-                }
-            }
-        };
-        match timeout(LIMIT, waiting).await {
-            Ok(found) => found,
-            Err(_) => panic!("{what} did not come; what was told:\n{}", self.told()),
-        }
-    }
-
     async fn until_committed(&mut self, round: u64) -> RoundCommitted {
         let committed = |entry: &Entry| commit(entry).filter(|commit| commit.round.0 >= round).cloned();
         self.until(&format!("round {round}"), committed).await
     }
-
-    /// Waits for the ends of peers.
-    async fn ends(&mut self, running: Vec<Running>) -> Vec<Outcome> {
-        let mut outcomes = Vec::new();
-        for task in running {
-            match timeout(LIMIT, task).await {
-                Ok(ended) => outcomes.push(ended.unwrap().unwrap()),
-                Err(_) => {
-                    self.drain();
-                    panic!("a peer does not end; what was told:\n{}", self.told());
-                }
-            }
-        }
-        self.drain();
-        outcomes
-    }
-
-    fn drain(&mut self) {
-        while let Ok(entry) = self.receiver.try_recv() {
-            self.heard.push(entry);
-        }
-    }
-
-    fn told(&self) -> String {
-        let lines = self.heard.iter().filter(|entry| !entry.event.is_passing()).map(|entry| entry.to_line() + "\n");
-        lines.collect()
-    }
-
-    /// Every round's commit; the peers that told of it agree on it.
-    fn rounds(&self) -> BTreeMap<Round, RoundCommitted> {
-        let mut rounds: BTreeMap<Round, RoundCommitted> = BTreeMap::new();
-        for commit in self.heard.iter().filter_map(commit) {
-            let first = rounds.entry(commit.round).or_insert_with(|| commit.clone());
-            assert_eq!(first.decree, commit.decree, "two decrees for round {}:\n{}", commit.round, self.told());
-            assert_eq!(first.digest, commit.digest);
-        }
-        rounds
-    }
-}
-
-fn commit(entry: &Entry) -> Option<&RoundCommitted> {
-    if let Event::RoundCommitted(commit) = &entry.event { Some(commit) } else { None }
-}
-
-fn peer(name: &str) -> PeerId {
-    PeerId::new(name).unwrap()
 }
 
 /// The last model's digest and accuracy, on which all must agree, and why they finished.

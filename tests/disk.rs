@@ -4,6 +4,10 @@
 
 #![cfg(target_os = "linux")]
 
+mod common {
+    pub(crate) mod log;
+}
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{ErrorKind, Write};
@@ -13,6 +17,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use common::log;
 use rodizio::events::{Entry, Event};
 use rodizio::rundir::RunDir;
 use rodizio::training::export::from_safetensors;
@@ -112,8 +117,7 @@ impl Run {
     /// What the log of events holds, up to its last whole line.
     fn entries(&self) -> Vec<Entry> {
         let text = fs::read_to_string(self.path("run/events.jsonl")).unwrap_or_default();
-        let whole = text.rfind('\n').map_or("", |end| &text[..=end]);
-        whole.lines().map(|line| Entry::from_line(line).unwrap_or_else(|e| panic!("{e}: {line}"))).collect()
+        log::entries(&text).0
     }
 
     /// Waits until this gives something.

@@ -1,22 +1,25 @@
 //! Brokers that die, freeze, come back or cannot be reached by all: the federation goes on, and stays one.
 
+mod common {
+    pub(crate) mod peers;
+}
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use common::peers::{Peers, Running, commit, peer};
 use rodizio::broker::{Broker, BrokerConfig};
-use rodizio::cluster::{self, Stop, start_broker};
+use rodizio::cluster::{self, start_broker};
 use rodizio::config::{Layers, Part, Settings};
-use rodizio::events::{Entry, Event, RoundCommitted};
+use rodizio::events::{Entry, Event};
 use rodizio::node::{Hosted, Outcome};
 use rodizio::peer::{LocalPeer, PeerError};
 use rodizio::types::{Address, Digest, PeerId, Round};
-use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::watch;
-use tokio::task::{JoinHandle, JoinSet};
+use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
 /// What is waited for comes within this, or never.
@@ -26,8 +29,6 @@ const LIMIT: Duration = Duration::from_secs(120);
 const ENDLESS: u64 = 1_000_000;
 
 const CHUNK_BYTES: usize = 16 << 10;
-
-type Running = JoinHandle<Result<Outcome, PeerError>>;
 
 /// What a gate does with the connections through it.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -115,23 +116,7 @@ async fn pass(peer: TcpStream, broker: SocketAddr, mut state: watch::Receiver<Tr
     }
 }
 
-/// A directory, and what all peers tell.
-struct Place {
-    dir: TempDir,
-    sender: UnboundedSender<Entry>,
-    receiver: UnboundedReceiver<Entry>,
-    heard: Vec<Entry>,
-    request: watch::Sender<bool>,
-    stop: Stop,
-}
-
-impl Place {
-    fn new() -> Self {
-        let (sender, receiver) = unbounded_channel();
-        let (request, stop) = Stop::new();
-        Self { dir: tempfile::tempdir().unwrap(), sender, receiver, heard: Vec::new(), request, stop }
-    }
-
+impl Peers {
     /// Starts one of `of` peers, which may host a broker.
     fn start(&self, name: &str, index: usize, settings: &Settings, hosted: Option<&Broker>) -> Running {
         let state_dir = Some(self.dir.path().join(name));
@@ -146,24 +131,6 @@ impl Place {
             None => peer,
         };
         cluster::spawn(peer, &self.stop, &self.sender)
-    }
-
-    /// Waits until something is told.
-    async fn until<T>(&mut self, what: &str, mut wanted: impl FnMut(&Entry) -> Option<T>) -> T {
-        let waiting = async {
-            loop {
-                let entry = self.receiver.recv().await.expect("the sender is here");
-                let found = wanted(&entry);
-                self.heard.push(entry);
-                if let Some(found) = found {
-                    return found;
-                }
-            }
-        };
-        match timeout(LIMIT, waiting).await {
-            Ok(found) => found,
-            Err(_) => panic!("{what} did not come; what was told:\n{}", self.told()),
-        }
     }
 
     /// Waits until each of `names` has told something.
@@ -183,48 +150,11 @@ impl Place {
         self.until_all(&format!("round {round}"), names, committed).await;
     }
 
-    /// Waits for the ends of peers.
-    async fn ends(&mut self, running: Vec<Running>) -> Vec<Outcome> {
-        let mut outcomes = Vec::new();
-        for task in running {
-            match timeout(LIMIT, task).await {
-                Ok(ended) => outcomes.push(ended.unwrap().unwrap()),
-                Err(_) => {
-                    self.drain();
-                    panic!("a peer does not end; what was told:\n{}", self.told());
-                }
-            }
-        }
-        self.drain();
-        outcomes
-    }
-
     /// Stops all peers.
     async fn interrupt(&mut self, running: Vec<Running>) {
         self.request.send(true).unwrap();
         let outcomes = self.ends(running).await;
         assert!(outcomes.iter().all(|outcome| *outcome == Outcome::Interrupted), "{outcomes:?}\n{}", self.told());
-    }
-
-    fn drain(&mut self) {
-        while let Ok(entry) = self.receiver.try_recv() {
-            self.heard.push(entry);
-        }
-    }
-
-    fn told(&self) -> String {
-        let lines = self.heard.iter().filter(|entry| !entry.event.is_passing()).map(|entry| entry.to_line() + "\n");
-        lines.collect()
-    }
-
-    /// Every round's commit; the peers that told of it agree on it.
-    fn rounds(&self) -> BTreeMap<Round, RoundCommitted> {
-        let mut rounds: BTreeMap<Round, RoundCommitted> = BTreeMap::new();
-        for commit in self.heard.iter().filter_map(commit) {
-            let first = rounds.entry(commit.round).or_insert_with(|| commit.clone());
-            assert_eq!(first.decree, commit.decree, "two decrees for round {}:\n{}", commit.round, self.told());
-        }
-        rounds
     }
 
     /// Nobody trained a round twice.
@@ -245,14 +175,6 @@ impl Place {
         });
         connected.collect()
     }
-}
-
-fn peer(name: &str) -> PeerId {
-    PeerId::new(name).unwrap()
-}
-
-fn commit(entry: &Entry) -> Option<&RoundCommitted> {
-    if let Event::RoundCommitted(commit) = &entry.event { Some(commit) } else { None }
 }
 
 fn is_at(broker: &Broker) -> impl Fn(&Event) -> bool + use<> {
@@ -303,7 +225,7 @@ fn impatient(settings: Settings) -> Settings {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_broker_that_dies_while_updates_are_gathered_costs_no_training_and_no_chunk() {
     const NAMES: [&str; 4] = ["a", "b", "c", "d"];
-    let mut place = Place::new();
+    let mut place = Peers::new(LIMIT);
     let (first, standby) = (broker().await, broker().await);
     let mut gates = Vec::new();
     let mut running = Vec::new();
@@ -351,7 +273,7 @@ async fn a_broker_that_dies_while_updates_are_gathered_costs_no_training_and_no_
 #[tokio::test(flavor = "multi_thread")]
 async fn a_broker_that_comes_back_draws_nobody_away_and_who_restarts_knows_the_standby() {
     const NAMES: [&str; 3] = ["a", "b", "c"];
-    let mut place = Place::new();
+    let mut place = Peers::new(LIMIT);
     let (first, standby) = (broker().await, broker().await);
     let settings = impatient(settings(3, ENDLESS, &[first.addr()]));
     let mut running: Vec<_> = NAMES
@@ -401,7 +323,7 @@ async fn a_broker_that_comes_back_draws_nobody_away_and_who_restarts_knows_the_s
 #[tokio::test(flavor = "multi_thread")]
 async fn two_groups_on_two_brokers_decide_nothing_and_find_each_other() {
     const NAMES: [&str; 4] = ["a", "b", "c", "d"];
-    let mut place = Place::new();
+    let mut place = Peers::new(LIMIT);
     let (first, second) = (broker().await, broker().await);
     let mut gates = Vec::new();
     let mut running = Vec::new();
@@ -432,7 +354,7 @@ async fn two_groups_on_two_brokers_decide_nothing_and_find_each_other() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn before_there_is_a_federation_peers_at_different_brokers_find_each_other() {
-    let mut place = Place::new();
+    let mut place = Peers::new(LIMIT);
     let (first, second) = (broker().await, broker().await);
     let mut running = Vec::new();
     for (name, index) in ["a", "b", "c"].iter().zip(1..) {
@@ -447,7 +369,7 @@ async fn before_there_is_a_federation_peers_at_different_brokers_find_each_other
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_host_that_returns_alone_to_its_own_broker_joins_the_others_at_the_standby() {
-    let mut place = Place::new();
+    let mut place = Peers::new(LIMIT);
     let (first, standby) = (broker().await, broker().await);
     let addr = first.addr();
     let of_host = impatient(settings(3, ENDLESS, &[]));
@@ -476,7 +398,7 @@ async fn a_host_that_returns_alone_to_its_own_broker_joins_the_others_at_the_sta
 #[tokio::test(flavor = "multi_thread")]
 async fn a_broker_that_freezes_is_left_for_the_standby() {
     const NAMES: [&str; 3] = ["a", "b", "c"];
-    let mut place = Place::new();
+    let mut place = Peers::new(LIMIT);
     let (first, standby) = (broker().await, broker().await);
     let mut gates = Vec::new();
     let mut running = Vec::new();

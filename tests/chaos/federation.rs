@@ -9,6 +9,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
+use crate::log;
 use rodizio::events::{Entry, Event, RoundCommitted};
 use rodizio::journal::{Journal, JournalError};
 use rodizio::protocol::Durable;
@@ -55,9 +56,9 @@ impl Log {
         let mut text = String::new();
         file.seek(SeekFrom::Start(self.read)).unwrap();
         file.read_to_string(&mut text).unwrap();
-        let whole = text.rfind('\n').map_or(0, |end| end + 1);
+        let (entries, whole) = log::entries(&text);
         self.read += whole as u64;
-        text[..whole].lines().map(|line| Entry::from_line(line).unwrap_or_else(|e| panic!("{e}: {line}"))).collect()
+        entries
     }
 }
 

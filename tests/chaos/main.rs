@@ -15,6 +15,8 @@ mod clocks;
 mod federation;
 mod leaders;
 mod links;
+#[path = "../common/log.rs"]
+mod log;
 mod network;
 mod peers;
 mod processes;
