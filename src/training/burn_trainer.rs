@@ -221,7 +221,7 @@ fn higher(best: (usize, f32), next: (usize, f32)) -> (usize, f32) {
     if next.1 > best.1 { next } else { best }
 }
 
-fn check_layout(here: &Layout, given: &Layout) -> Result<(), TrainError> {
+pub(super) fn check_layout(here: &Layout, given: &Layout) -> Result<(), TrainError> {
     if here == given {
         return Ok(());
     }

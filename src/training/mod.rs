@@ -14,6 +14,7 @@ mod burn_trainer;
 mod config;
 mod dataset;
 pub mod export;
+pub mod external;
 mod models;
 mod named;
 mod partition;
