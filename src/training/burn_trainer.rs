@@ -10,7 +10,7 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use rand::seq::SliceRandom;
 
 use super::config::{Backend, Optimizer, TrainingConfig};
-use super::dataset::Dataset;
+use super::dataset::{Dataset, Task};
 use super::models::{Network, initial_weights, into_weights};
 use super::random::generator;
 use super::{OnProgress, Progress, TrainError, Trainer};
@@ -49,10 +49,12 @@ impl BurnTrainer {
         if train.is_empty() {
             return Err(TrainError::Failed(format!("{peer} has no example to train on")));
         }
-        let sizes = |data: &Dataset| (data.num_features(), data.num_classes());
-        if sizes(&train) != sizes(&held_out) {
+        if (train.shape(), train.task()) != (held_out.shape(), held_out.task()) {
             let text = "the training and the held-out examples differ in their features or classes";
             return Err(TrainError::Failed(text.into()));
+        }
+        if !matches!(train.task(), Task::Classes(_)) {
+            return Err(TrainError::Failed(format!("{} cannot learn numbers or texts", config.model)));
         }
         let weights = initial_weights(&config, train.num_features(), train.num_classes());
         Ok(Self { layout: weights.layout().clone(), weights, config, peer, train, held_out })

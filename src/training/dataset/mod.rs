@@ -1,24 +1,61 @@
-//! Labelled examples in memory.
+//! Labelled examples in memory, and where they come from: one file a format.
 
-use std::io::Read;
 use std::sync::Arc;
 
-use flate2::read::GzDecoder;
 use rand::seq::SliceRandom;
 
 use super::random::generator;
 
-static DIGITS: &[u8] = include_bytes!("data/digits.csv.gz");
-const DIGITS_FEATURES: usize = 64;
-const DIGITS_PIXEL_MAX: f32 = 16.0;
+mod digits;
 
-/// Examples with a label each.
+/// Examples, and what is to be told of each.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Dataset {
     features: Vec<f32>,
-    labels: Vec<u32>,
-    num_features: usize,
-    class_names: Arc<[String]>, // shared by all subsets, of which every batch is one
+    shape: Arc<[usize]>, // this and the names are shared by all subsets, of which every batch is one
+    targets: Targets,
+}
+
+/// What a model is to tell of each example.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Targets {
+    /// A class of each example.
+    Classes {
+        /// Which: indices into `names`, one an example.
+        labels: Vec<u32>,
+        /// What each class is called.
+        names: Arc<[String]>,
+    },
+    /// A number of each example.
+    Numbers(Vec<f32>),
+    /// A class of each of the steps of an example, such as the next character at each place of a text.
+    Steps {
+        /// Which: indices into `names`, row-major `[len, steps]`.
+        labels: Vec<u32>,
+        /// What each class is called: the vocabulary.
+        names: Arc<[String]>,
+    },
+}
+
+/// What a model for a data set has to tell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Task {
+    /// One of so many classes for each example.
+    Classes(usize),
+    /// A number for each example.
+    Numbers,
+    /// One of so many classes for each step of each example.
+    Steps(usize),
+}
+
+impl Task {
+    /// How many values a model yields: for each step of [`Steps`](Self::Steps), else for each example.
+    pub fn outputs(self) -> usize {
+        match self {
+            Self::Classes(classes) | Self::Steps(classes) => classes,
+            Self::Numbers => 1,
+        }
+    }
 }
 
 /// Why data cannot be used.
@@ -29,7 +66,7 @@ pub enum DataError {
     Shape {
         /// How many values there were.
         values: usize,
-        /// How many labels there were.
+        /// How many examples there were, by their targets.
         examples: usize,
         /// How many values an example should have.
         num_features: usize,
@@ -64,57 +101,78 @@ impl Dataset {
         num_features: usize,
         class_names: Vec<String>,
     ) -> Result<Self, DataError> {
-        let (values, examples, num_classes) = (features.len(), labels.len(), class_names.len());
-        if num_features == 0 || examples.checked_mul(num_features) != Some(values) {
+        Self::of(features, &[num_features], Targets::Classes { labels, names: class_names.into() })
+    }
+
+    /// Takes row-major `features` (`[len, shape…]`) and what is to be told of each example. `shape` is that of one
+    /// example: `[features]`, `[channels, height, width]` of an image, or `[steps]` of a text, whose features are
+    /// token numbers.
+    pub fn of(features: Vec<f32>, shape: &[usize], targets: Targets) -> Result<Self, DataError> {
+        let num_features = shape.iter().try_fold(1, |product: usize, &len| product.checked_mul(len)).unwrap_or(0);
+        let (values, per_example) = (features.len(), targets.per_example(num_features));
+        let examples = targets.count() / per_example.max(1);
+        let whole = targets.count().is_multiple_of(per_example.max(1));
+        if num_features == 0 || !whole || examples.checked_mul(num_features) != Some(values) {
             return Err(DataError::Shape { values, examples, num_features });
         }
-        if let Some(example) = labels.iter().position(|&label| label as usize >= num_classes) {
-            return Err(DataError::Label { example, label: labels[example], num_classes });
-        }
+        targets.check(per_example)?;
         if let Some(at) = features.iter().position(|value| !value.is_finite()) {
             return Err(DataError::NotFinite { example: at / num_features });
         }
-        Ok(Self { features, labels, num_features, class_names: class_names.into() })
+        Ok(Self { features, shape: shape.into(), targets })
     }
 
-    /// 1,797 handwritten digits of 8×8 pixels, scaled to 0..1: the test part of UCI's *Optical Recognition of
-    /// Handwritten Digits* (E. Alpaydin and C. Kaynak, 1998, CC BY 4.0). It is compiled into the binary.
+    /// 1,797 handwritten digits of 8×8 pixels, scaled to 0..1, as images of one channel: the test part of UCI's *Optical
+    /// Recognition of Handwritten Digits* (E. Alpaydin and C. Kaynak, 1998, CC BY 4.0). It is compiled into the binary.
     pub fn digits() -> Self {
-        let mut text = String::new();
-        GzDecoder::new(DIGITS).read_to_string(&mut text).expect("the data compiled in is gzipped text");
-        let (mut features, mut labels) = (Vec::new(), Vec::new());
-        for line in text.lines() {
-            let mut numbers = line.split(',').map(|n| n.parse::<u8>().expect("the data compiled in is numbers"));
-            features.extend(numbers.by_ref().take(DIGITS_FEATURES).map(|pixel| f32::from(pixel) / DIGITS_PIXEL_MAX));
-            labels.extend(numbers.map(u32::from));
-        }
-        let class_names = (0..10).map(|digit| digit.to_string()).collect();
-        Self::new(features, labels, DIGITS_FEATURES, class_names).expect("the data compiled in is whole")
+        digits::digits()
     }
 
     /// How many examples there are.
     pub fn len(&self) -> usize {
-        self.labels.len()
+        self.features.len() / self.num_features()
     }
 
     /// Whether there is no example.
     pub fn is_empty(&self) -> bool {
-        self.labels.is_empty()
+        self.features.is_empty()
     }
 
-    /// How many values an example has.
+    /// The shape of one example.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// How many values an example has: the product of its shape.
     pub fn num_features(&self) -> usize {
-        self.num_features
+        self.shape.iter().product()
     }
 
-    /// How many classes a label may name.
+    /// What is to be told of each example.
+    pub fn targets(&self) -> &Targets {
+        &self.targets
+    }
+
+    /// What a model for these data has to tell.
+    pub fn task(&self) -> Task {
+        match &self.targets {
+            Targets::Classes { names, .. } => Task::Classes(names.len()),
+            Targets::Numbers(_) => Task::Numbers,
+            Targets::Steps { names, .. } => Task::Steps(names.len()),
+        }
+    }
+
+    /// How many classes a label may name; 0 where the targets are numbers.
     pub fn num_classes(&self) -> usize {
-        self.class_names.len()
+        self.class_names().len()
     }
 
-    /// What each label stands for.
+    /// What each label stands for; empty where the targets are numbers.
     pub fn class_names(&self) -> &[String] {
-        &self.class_names
+        match &self.targets {
+            Targets::Classes { names, .. } | Targets::Steps { names, .. } => names,
+            Targets::Numbers(_) => &[],
+        }
     }
 
     /// Every value, row-major: `[len, num_features]`.
@@ -122,9 +180,12 @@ impl Dataset {
         &self.features
     }
 
-    /// The label of every example.
+    /// The class of every example; empty where an example has none of its own.
     pub fn labels(&self) -> &[u32] {
-        &self.labels
+        match &self.targets {
+            Targets::Classes { labels, .. } => labels,
+            Targets::Numbers(_) | Targets::Steps { .. } => &[],
+        }
     }
 
     /// The values of one example.
@@ -133,7 +194,7 @@ impl Dataset {
     ///
     /// If there is no such example.
     pub fn example(&self, index: usize) -> &[f32] {
-        &self.features[index * self.num_features..][..self.num_features]
+        row(&self.features, self.num_features(), index)
     }
 
     /// The examples at `indices`, in that order.
@@ -143,34 +204,88 @@ impl Dataset {
     /// If an index is not below [`len`](Self::len).
     #[must_use]
     pub fn subset(&self, indices: &[usize]) -> Self {
-        Self {
-            features: indices.iter().flat_map(|&index| self.example(index)).copied().collect(),
-            labels: indices.iter().map(|&index| self.labels[index]).collect(),
-            num_features: self.num_features,
-            class_names: self.class_names.clone(),
-        }
+        let num_features = self.num_features();
+        let mut features = Vec::with_capacity(indices.len() * num_features);
+        indices.iter().for_each(|&index| features.extend_from_slice(row(&self.features, num_features, index)));
+        let targets = self.targets.subset(indices, num_features);
+        Self { features, shape: self.shape.clone(), targets }
     }
 
     /// Splits into examples to train on and examples held out to measure with, drawn by `seed`.
     ///
-    /// The share held out is `val_fraction`, and the same of every label as nearly as whole examples allow. At
-    /// least one example is left to train on if there is any; at least one is held out if there are two and
-    /// `val_fraction` is above 0.
+    /// The share held out is `val_fraction`, and the same of every label as nearly as whole examples allow; examples
+    /// without a class of their own are drawn alike. At least one example is left to train on if there is any; at least
+    /// one is held out if there are two and `val_fraction` is above 0.
     pub fn split(&self, val_fraction: f64, seed: u64) -> Result<(Self, Self), DataError> {
         if !(0.0..1.0).contains(&val_fraction) {
             return Err(DataError::Fraction(val_fraction));
         }
         let mut rng = generator(&format!("held-out examples, seed {seed}"));
-        let mut by_label = by_label(&self.labels, self.num_classes());
-        let quotas = quotas(&by_label.iter().map(Vec::len).collect::<Vec<_>>(), val_fraction);
+        let mut groups = match &self.targets {
+            Targets::Classes { labels, names } => by_label(labels, names.len()),
+            Targets::Numbers(_) | Targets::Steps { .. } => vec![(0..self.len()).collect()],
+        };
+        let quotas = quotas(&groups.iter().map(Vec::len).collect::<Vec<_>>(), val_fraction);
         let (mut train, mut held_out) = (Vec::new(), Vec::new());
-        for (indices, quota) in by_label.iter_mut().zip(quotas) {
+        for (indices, quota) in groups.iter_mut().zip(quotas) {
             indices.shuffle(&mut rng);
             held_out.extend_from_slice(&indices[..quota]);
             train.extend_from_slice(&indices[quota..]);
         }
         Ok((self.subset(&train), self.subset(&held_out)))
     }
+}
+
+impl Targets {
+    /// How many labels or numbers an example of so many features has.
+    fn per_example(&self, num_features: usize) -> usize {
+        match self {
+            Self::Classes { .. } | Self::Numbers(_) => 1,
+            Self::Steps { .. } => num_features,
+        }
+    }
+
+    fn count(&self) -> usize {
+        match self {
+            Self::Classes { labels, .. } | Self::Steps { labels, .. } => labels.len(),
+            Self::Numbers(numbers) => numbers.len(),
+        }
+    }
+
+    fn check(&self, per_example: usize) -> Result<(), DataError> {
+        match self {
+            Self::Classes { labels, names } | Self::Steps { labels, names } => {
+                let num_classes = names.len();
+                match labels.iter().position(|&label| label as usize >= num_classes) {
+                    Some(at) => Err(DataError::Label { example: at / per_example, label: labels[at], num_classes }),
+                    None => Ok(()),
+                }
+            }
+            Self::Numbers(numbers) => match numbers.iter().position(|number| !number.is_finite()) {
+                Some(example) => Err(DataError::NotFinite { example }),
+                None => Ok(()),
+            },
+        }
+    }
+
+    fn subset(&self, indices: &[usize], num_features: usize) -> Self {
+        match self {
+            Self::Classes { labels, names } => {
+                let labels = indices.iter().map(|&index| labels[index]).collect();
+                Self::Classes { labels, names: names.clone() }
+            }
+            Self::Numbers(numbers) => Self::Numbers(indices.iter().map(|&index| numbers[index]).collect()),
+            Self::Steps { labels, names } => {
+                let labels = indices.iter().flat_map(|&index| row(labels, num_features, index)).copied().collect();
+                Self::Steps { labels, names: names.clone() }
+            }
+        }
+    }
+}
+
+/// Row `index` of a row-major matrix.
+fn row<T>(matrix: &[T], width: usize, index: usize) -> &[T] {
+    &matrix[index * width..][..width]
 }
 
 /// The indices of each label's examples.
@@ -219,7 +334,7 @@ mod tests {
     #[test]
     fn the_digits_are_all_there() {
         let digits = Dataset::digits();
-        assert_eq!((digits.len(), digits.num_features(), digits.num_classes()), (1797, 64, 10));
+        assert_eq!((digits.len(), digits.shape(), digits.task()), (1797, &[1, 8, 8][..], Task::Classes(10)));
         let counts: Vec<usize> = (0..10).map(|label| count(&digits, label)).collect();
         assert_eq!(counts, [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]);
         assert!(digits.features().iter().all(|value| (0.0..=1.0).contains(value)));
@@ -242,6 +357,20 @@ mod tests {
         let subset = examples(&[0, 1, 2, 1]).subset(&[3, 0, 2]);
         assert_eq!(subset.features(), [3.0, 0.0, 2.0]);
         assert_eq!(subset.labels(), [1, 0, 2]);
+    }
+
+    #[test]
+    fn a_subset_keeps_the_number_and_the_steps_of_its_examples() {
+        let numbers = Dataset::of(vec![0.0, 1.0, 2.0], &[1], Targets::Numbers(vec![10.0, 11.0, 12.0])).unwrap();
+        assert_eq!(numbers.subset(&[2, 0]).targets(), &Targets::Numbers(vec![12.0, 10.0]));
+        let names: Arc<[String]> = vec!["a".to_owned(), "b".to_owned()].into();
+        let steps = |labels| Targets::Steps { labels, names: names.clone() };
+        let text = Dataset::of(vec![0.0, 1.0, 1.0, 0.0], &[2], steps(vec![1, 1, 0, 0])).unwrap();
+        assert_eq!((text.len(), text.task(), text.labels()), (2, Task::Steps(2), &[][..]));
+        assert_eq!(text.subset(&[1]).targets(), &steps(vec![0, 0]));
+        assert_eq!(text.split(0.5, 1).unwrap().0.len(), 1);
+        assert!(matches!(Dataset::of(vec![0.0; 4], &[2], steps(vec![0; 3])), Err(DataError::Shape { .. })));
+        assert!(matches!(Dataset::of(vec![0.0; 4], &[2, 0], steps(vec![0; 4])), Err(DataError::Shape { .. })));
     }
 
     #[test]
