@@ -21,7 +21,7 @@ mod random;
 
 pub use burn_trainer::BurnTrainer;
 pub use config::{Backend, HIDDEN_LAYERS_MAX, HIDDEN_WIDTH_MAX, Optimizer, SettingError, TrainingConfig};
-pub use dataset::{DataError, Dataset, Targets, Task};
+pub use dataset::{Column, DataError, Dataset, Examples, ReadError, ReadOptions, Source, Table, Targets, Task};
 pub use models::Model;
 pub use named::UnknownName;
 pub use partition::{EXAMPLES_MIN, Partition, PartitionError, histogram};
