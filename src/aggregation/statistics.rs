@@ -30,6 +30,8 @@ pub enum Column {
     Number(Moments),
     /// Zeros and ones: whether an example is of a category. They are used as they stand.
     Indicator(Moments),
+    /// Numbers that are to be told, which are to be standardised as well.
+    Target(Moments),
 }
 
 /// What all inputs are like, column by column.
@@ -72,21 +74,23 @@ impl Column {
     /// What is known of its values.
     pub fn moments(&self) -> &Moments {
         match self {
-            Column::Number(moments) | Column::Indicator(moments) => moments,
+            Column::Number(moments) | Column::Indicator(moments) | Column::Target(moments) => moments,
         }
     }
 
     /// What is subtracted from a value, and by what it is divided then.
     pub fn scale(&self) -> (f64, f64) {
         match self {
-            Column::Number(moments) => (moments.mean, moments.std()),
+            Column::Number(moments) | Column::Target(moments) => (moments.mean, moments.std()),
             Column::Indicator(_) => (0.0, 1.0),
         }
     }
 
     fn merge(&mut self, other: &Column) -> bool {
         match (self, other) {
-            (Column::Number(own), Column::Number(other)) | (Column::Indicator(own), Column::Indicator(other)) => {
+            (Column::Number(own), Column::Number(other))
+            | (Column::Indicator(own), Column::Indicator(other))
+            | (Column::Target(own), Column::Target(other)) => {
                 own.merge(other);
                 true
             }

@@ -14,6 +14,7 @@ use super::dataset::{Dataset, Task};
 use super::models::{Network, initial_weights, into_weights};
 use super::random::generator;
 use super::{OnProgress, Progress, TrainError, Trainer};
+use crate::aggregation::statistics::Summary;
 use crate::types::{Metrics, PeerId, Round};
 use crate::weights::{Layout, Weights};
 
@@ -125,6 +126,17 @@ impl Trainer for BurnTrainer {
         self.train.len() as u64
     }
 
+    fn summary(&self) -> Vec<u8> {
+        self.train.summary().map(|summary| summary.encode()).unwrap_or_default()
+    }
+
+    fn prepare(&mut self, summary: &[u8]) {
+        if let Some(summary) = Summary::decode(summary) {
+            self.train = self.train.standardised(&summary);
+            self.held_out = self.held_out.standardised(&summary);
+        }
+    }
+
     fn weights(&self) -> Weights {
         self.weights.clone()
     }
@@ -136,6 +148,7 @@ impl Trainer for BurnTrainer {
     }
 
     fn train(&mut self, round: Round, on_progress: &mut OnProgress<'_>) -> Result<Metrics, TrainError> {
+        self.prepare(&self.summary()); // a table that nobody else has a part of
         let device = self.config.backend.device().autodiff();
         let (network, metrics) = self.descend(self.network(&device), round, &device, on_progress)?;
         let weights = into_weights(self.layout.clone(), network.values());
@@ -147,6 +160,7 @@ impl Trainer for BurnTrainer {
     }
 
     fn evaluate(&mut self) -> Result<Metrics, TrainError> {
+        self.prepare(&self.summary()); // likewise
         let device = self.config.backend.device();
         let network = self.network(&device);
         let mut tally = Tally::default();

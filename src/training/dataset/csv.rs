@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use csv::{ReaderBuilder, StringRecord, Trim};
 
-use super::source::{Examples, ReadError, ReadOptions};
+use super::source::{ReadError, ReadOptions};
 use super::table::{Column, Table};
 use super::{Dataset, Targets};
 use crate::aggregation::statistics::COLUMNS_MAX;
@@ -22,18 +22,22 @@ const CATEGORIES_MAX: usize = 100;
 /// A numeric label with more different values is a number to tell, and no class.
 const CLASSES_MAX: usize = 20;
 
-/// Reads a table; examples that are held out may stand in a second one of the same columns. Columns and classes are what
-/// both together have.
-pub(super) fn read(path: &Path, held_out: Option<&Path>, options: &ReadOptions) -> Result<Examples, ReadError> {
-    let mut rows = Rows::read(path, options)?;
-    let train = rows.lines.len();
-    if let Some(path) = held_out {
+/// Reads tables of the same columns, of which there is one at least. What values a column has, and which classes there
+/// are, is what all together have.
+pub(super) fn read(paths: &[&Path], options: &ReadOptions) -> Result<Vec<Dataset>, ReadError> {
+    let (first, others) = paths.split_first().expect("the caller names a file");
+    let mut rows = Rows::read(first, options)?;
+    let mut ends = vec![rows.lines.len()];
+    for path in others {
         rows.append(Rows::read(path, options)?)?;
+        ends.push(rows.lines.len());
     }
     let all = rows.dataset(options)?;
-    let indices: Vec<usize> = (0..all.len()).collect();
-    let held_out = held_out.map(|_| all.subset(&indices[train..]));
-    Ok(Examples { train: all.subset(&indices[..train]), held_out })
+    if others.is_empty() {
+        return Ok(vec![all]);
+    }
+    let starts = [0].into_iter().chain(ends.iter().copied());
+    Ok(starts.zip(&ends).map(|(start, &end)| all.subset(&(start..end).collect::<Vec<_>>())).collect())
 }
 
 /// The lines of a table.
@@ -102,7 +106,11 @@ impl Rows {
                 self.lines[0].path.display(),
                 self.names.join(", ")
             );
-            return Err(ReadError::new(path.display(), what, "--val-data needs the same columns as --data"));
+            return Err(ReadError::new(
+                path.display(),
+                what,
+                "all files, also that of --val-data, need the same columns",
+            ));
         }
         self.lines.extend(other.lines);
         Ok(())
@@ -349,7 +357,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("my.csv");
         fs::write(&path, text).unwrap();
-        read(&path, None, options).map(|examples| examples.train)
+        Ok(read(&[&path], options)?.remove(0))
     }
 
     fn refused(text: impl AsRef<[u8]>, options: &ReadOptions) -> String {
@@ -468,12 +476,12 @@ mod tests {
             .collect();
         let error = refused(format!("dose,b,c\n{names}"), &options());
         assert!(error.starts_with("my.csv, line 2, column \"dose\": \"1O\" is no number"), "{error}");
-        let missing = read(Path::new("/no/such/my.csv"), None, &options()).unwrap_err();
+        let missing = read(&[Path::new("/no/such/my.csv")], &options()).unwrap_err();
         assert!(missing.to_string().starts_with("/no/such/my.csv: No such file"));
     }
 
     #[test]
-    fn a_held_out_file_shares_columns_and_classes() {
+    fn files_that_are_read_together_share_columns_and_classes() {
         let dir = tempfile::tempdir().unwrap();
         let write = |name: &str, text: &str| {
             fs::write(dir.path().join(name), text).unwrap();
@@ -481,13 +489,12 @@ mod tests {
         };
         let train = write("train.csv", PEOPLE);
         let test = write("test.csv", "age,town,sick\n20,Rome,no\n");
-        let examples = read(&train, Some(&test), &options()).unwrap();
-        let held_out = examples.held_out.unwrap();
-        assert_eq!((examples.train.len(), held_out.example(0)), (4, &[20.0, 0.0, 0.0, 1.0][..]));
-        assert_eq!(held_out.class_names(), examples.train.class_names());
+        let [train_data, held_out] = read(&[&train, &test], &options()).unwrap().try_into().unwrap();
+        assert_eq!((train_data.len(), held_out.example(0)), (4, &[20.0, 0.0, 0.0, 1.0][..]));
+        assert_eq!(held_out.class_names(), train_data.class_names());
         let other = write("other.csv", "age,city,sick\n20,Rome,no\n");
         assert!(
-            read(&train, Some(&other), &options()).unwrap_err().to_string().contains("its columns are age, city, sick")
+            read(&[&train, &other], &options()).unwrap_err().to_string().contains("its columns are age, city, sick")
         );
     }
 }

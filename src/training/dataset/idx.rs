@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use flate2::read::MultiGzDecoder;
 
-use super::source::{Examples, ReadError};
+use super::source::ReadError;
 use super::{Dataset, Targets};
 
 /// Files that MNIST's are named after, with what they are for: those of `t10k` are held out if both are there.
@@ -24,8 +24,8 @@ const DAMAGED: &str = "the file is damaged or no IDX file: fetch it again";
 const CLASSES_MIN: usize = 10;
 
 /// Reads the pairs of files in `dir`: `train-images-idx3-ubyte` and `train-labels-idx1-ubyte`, the same with `t10k`, or
-/// both; gzipped, if they end in `.gz`. Pixels are scaled to 0..1.
-pub(super) fn read(dir: &Path) -> Result<Examples, ReadError> {
+/// both; gzipped, if they end in `.gz`. Pixels are scaled to 0..1. The second data set is held out, if both pairs are there.
+pub(super) fn read(dir: &Path) -> Result<(Dataset, Option<Dataset>), ReadError> {
     let pairs = PARTS.map(|part| find(dir, part, "images").zip(find(dir, part, "labels")));
     let pairs: Vec<(PathBuf, PathBuf)> = pairs.into_iter().flatten().collect();
     if pairs.is_empty() {
@@ -43,7 +43,7 @@ pub(super) fn read(dir: &Path) -> Result<Examples, ReadError> {
         let what = format!("its pictures have shape {:?}, those to train on {:?}", other.shape(), train.shape());
         return Err(ReadError::new(pairs[1].0.display(), what, "both pairs of files must be of one data set"));
     }
-    Ok(Examples { train, held_out })
+    Ok((train, held_out))
 }
 
 fn find(dir: &Path, part: &str, what: &str) -> Option<PathBuf> {
@@ -170,11 +170,10 @@ mod tests {
         let plain = dir(&[("t10k-images-idx3-ubyte", images.clone()), ("t10k-labels-idx1-ubyte", labels.clone())]);
         let packed =
             dir(&[("train-images-idx3-ubyte.gz", gzipped(&images)), ("train-labels-idx1-ubyte.gz", gzipped(&labels))]);
-        let examples = read(plain.path()).unwrap();
-        assert_eq!(examples, read(packed.path()).unwrap());
-        assert_eq!((examples.train.shape(), examples.train.labels()), (&[1, 2, 3][..], &[0, 1, 2][..]));
-        assert_eq!(examples.train.example(1)[0], 6.0 / 255.0);
-        assert_eq!((examples.train.num_classes(), examples.held_out), (10, None));
+        let (data, held_out) = read(plain.path()).unwrap();
+        assert_eq!((data.clone(), held_out), read(packed.path()).unwrap());
+        assert_eq!((data.shape(), data.labels()), (&[1, 2, 3][..], &[0, 1, 2][..]));
+        assert_eq!((data.example(1)[0], data.num_classes()), (6.0 / 255.0, 10));
     }
 
     #[test]
@@ -186,10 +185,10 @@ mod tests {
             ("t10k-images.idx3-ubyte", fewer),
             ("t10k-labels.idx1-ubyte", few),
         ]);
-        let examples = read(dir.path()).unwrap();
-        let held_out = examples.held_out.unwrap();
-        assert_eq!((examples.train.len(), held_out.len()), (12, 3));
-        assert_eq!((examples.train.num_classes(), held_out.num_classes()), (12, 12));
+        let (train, held_out) = read(dir.path()).unwrap();
+        let held_out = held_out.unwrap();
+        assert_eq!((train.len(), held_out.len()), (12, 3));
+        assert_eq!((train.num_classes(), held_out.num_classes()), (12, 12));
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Labelled examples in memory, and where they come from: one file a format.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use rand::seq::SliceRandom;
@@ -11,11 +12,13 @@ mod csv;
 mod digits;
 mod idx;
 mod images;
+mod schema;
 mod source;
 mod table;
 mod text;
 
-pub use source::{Examples, ReadError, ReadOptions, Source};
+pub use schema::COLUMN;
+pub use source::{Examples, ReadError, ReadOptions, Source, Train};
 pub use table::{Column, Table};
 
 /// Examples, and what is to be told of each.
@@ -241,6 +244,12 @@ impl Dataset {
     /// The columns of a table whose values are not standardised yet.
     pub fn table(&self) -> Option<&Table> {
         self.table.as_deref()
+    }
+
+    /// What peers must agree on about their examples, by name, as text: shape, classes, and the columns of a table that is
+    /// not standardised yet.
+    pub fn shared_entries(&self) -> BTreeMap<String, String> {
+        schema::entries(self)
     }
 
     /// What the columns of a table that is not standardised yet are like: all that a peer tells the others of its examples.

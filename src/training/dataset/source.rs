@@ -66,10 +66,19 @@ impl Default for ReadOptions {
 /// The examples of a source.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Examples {
-    /// All, or those that are there to train on.
-    pub train: Dataset,
-    /// Those that the source keeps apart to measure with.
+    /// Those to train on; unless some are kept apart, those to measure with are to be held out of them.
+    pub train: Train,
+    /// Those that are kept apart to measure with.
     pub held_out: Option<Dataset>,
+}
+
+/// Examples to train on, and to whom they belong.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Train {
+    /// One peer's, or to be shared out.
+    Whole(Dataset),
+    /// Each one peer's: what a pattern stands for, in the order of the names.
+    Each(Vec<Dataset>),
 }
 
 /// Why a source cannot be used.
@@ -169,39 +178,43 @@ impl Source {
         Ok(found)
     }
 
-    /// Reads the examples, and those to measure with from a second source of the same kind.
+    /// Reads the examples, and those to measure with from a second source of the same kind. Tables that are read together
+    /// have the same columns and classes, whatever values some of them lack.
     pub fn read(&self, held_out: Option<&Source>, options: &ReadOptions) -> Result<Examples, ReadError> {
         if let Some(other) = held_out.filter(|other| other.scheme() != self.scheme()) {
             let what = format!("it is held out from {self}, which is of another kind");
             return Err(ReadError::new(other, what, "name a source of the same kind as --data with --val-data"));
         }
-        if let (Self::Csv(path), held_out) = (self, held_out.and_then(Source::path)) {
-            // Both files have the same columns and classes, whatever values either of them lacks.
-            return csv::read(path, held_out, options);
-        }
-        let mut examples = self.read_alone(options)?;
-        if let Some(source) = held_out {
-            let held_out = source.read_alone(options)?;
-            let (ours, theirs) = (&examples.train, &held_out.train);
-            if (ours.shape(), ours.task(), ours.class_names()) != (theirs.shape(), theirs.task(), theirs.class_names())
-            {
-                let what = format!("its examples differ in shape or classes from those of {self}");
-                return Err(ReadError::new(source, what, "--val-data takes examples that are like those of --data"));
+        let sources = self.expand()?;
+        let all: Vec<&Source> = sources.iter().chain(held_out).collect();
+        let mut own = None;
+        let mut sets = if let Self::Csv(_) = self {
+            csv::read(&all.iter().filter_map(|source| source.path()).collect::<Vec<_>>(), options)?
+        } else {
+            let mut sets = Vec::with_capacity(all.len());
+            for source in &all {
+                let (set, apart) = source.read_alone(options)?;
+                own = apart;
+                sets.push(set);
             }
-            examples.held_out = Some(held_out.train);
-        }
-        Ok(examples)
+            check_alike(&all, &sets)?;
+            sets
+        };
+        // What a source keeps apart by itself counts where there is one source and nothing else is named.
+        let held_out = if held_out.is_some() { sets.pop() } else { own.filter(|_| !self.is_pattern()) };
+        let train = if self.is_pattern() { Train::Each(sets) } else { Train::Whole(sets.remove(0)) };
+        Ok(Examples { train, held_out })
     }
 
-    fn read_alone(&self, options: &ReadOptions) -> Result<Examples, ReadError> {
-        let train = match self {
+    fn read_alone(&self, options: &ReadOptions) -> Result<(Dataset, Option<Dataset>), ReadError> {
+        let all = match self {
             Self::Digits => Dataset::digits(),
             Self::Idx(dir) => return idx::read(dir),
-            Self::Csv(path) => return csv::read(path, None, options),
+            Self::Csv(path) => csv::read(&[path], options)?.remove(0),
             Self::Images(dir) => images::read(dir, options)?,
             Self::Text(path) => text::read(path, options)?,
         };
-        Ok(Examples { train, held_out: None })
+        Ok((all, None))
     }
 }
 
@@ -213,6 +226,15 @@ impl fmt::Display for Source {
             None => f.write_str(self.scheme()),
         }
     }
+}
+
+fn check_alike(sources: &[&Source], sets: &[Dataset]) -> Result<(), ReadError> {
+    let kind = |set: &Dataset| (set.shape().to_vec(), set.task(), set.class_names().to_vec());
+    let first = kind(&sets[0]);
+    let Some(other) = sets.iter().position(|set| kind(set) != first) else { return Ok(()) };
+    let what = format!("its examples differ in shape or classes from those of {}", sources[0]);
+    let hint = "all that is read together, also by --val-data, must be of one data set";
+    Err(ReadError::new(sources[other], what, hint))
 }
 
 /// The names in a directory, in their order. One that is not UTF-8 is an error: it could not be told to other peers.
@@ -287,6 +309,6 @@ mod tests {
         let error = Source::Digits.read(Some(&Source::Text("x".into())), &ReadOptions::default()).unwrap_err();
         assert_eq!(error.to_string(), "text:x: it is held out from digits, which is of another kind");
         let both = Source::Digits.read(Some(&Source::Digits), &ReadOptions::default()).unwrap();
-        assert_eq!(both.held_out, Some(both.train));
+        assert_eq!(both.held_out.map(Train::Whole), Some(both.train));
     }
 }

@@ -62,7 +62,7 @@ impl Table {
         if let Some(numbers) = numbers {
             let mut moments = Moments::default();
             numbers.iter().for_each(|&number| moments.add(f64::from(number)));
-            columns.push(Statistics::Number(moments));
+            columns.push(Statistics::Target(moments));
         }
         Summary { columns }
     }
