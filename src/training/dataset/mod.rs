@@ -210,6 +210,11 @@ impl Dataset {
         &self.features
     }
 
+    /// Every value and every target, without their shape.
+    pub(super) fn into_parts(self) -> (Vec<f32>, Targets) {
+        (self.features, self.targets)
+    }
+
     /// The class of every example; empty where an example has none of its own.
     pub fn labels(&self) -> &[u32] {
         match &self.targets {
