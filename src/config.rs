@@ -18,7 +18,7 @@ mod shared;
 mod value;
 
 pub use keys::{Group, KEYS, Key, NONE, UsedBy, VARIABLE_PREFIX, markdown};
-pub use value::{Kind, Part, Reals, Value};
+pub use value::{Kind, Part, Reals, Value, categories};
 
 /// Variables that carry the prefix and are no keys: the name of the configuration file, and the filter of the log.
 pub const OTHER_VARIABLES: [&str; 2] = ["RODIZIO_CONFIG", "RODIZIO_LOG"];
@@ -54,12 +54,30 @@ pub struct Settings {
     pub optimizer: &'static str,
     /// Length of a step.
     pub learning_rate: f64,
+    /// How the length of a step changes over the rounds.
+    pub schedule: &'static str,
+    /// What the schedules step and exponential multiply by.
+    pub schedule_gamma: f64,
+    /// After how many rounds the schedule step multiplies.
+    pub schedule_rounds: u64,
+    /// Rounds over which the length of a step rises first.
+    pub warmup_rounds: u64,
     /// Share of the last step that sgd keeps, 0 to below 1.
     pub momentum: f64,
+    /// Whether sgd looks ahead by its momentum.
+    pub nesterov: bool,
+    /// How strongly weights are drawn to 0.
+    pub weight_decay: f64,
+    /// The longest that the gradient of a step may be.
+    pub max_grad_norm: Option<f64>,
     /// Examples in a step.
     pub batch_size: usize,
     /// Passes over a peer's own data in a round.
     pub local_epochs: u32,
+    /// Steps in a round, instead of passes.
+    pub local_steps: Option<u64>,
+    /// How images are changed before each step.
+    pub augment: &'static str,
     /// How updates are encoded.
     pub codec: &'static str,
     /// How the global model is encoded.
@@ -68,14 +86,40 @@ pub struct Settings {
     pub topk_ratio: f64,
     /// Seed of weights, partition and order.
     pub seed: u64,
-    /// The data set.
-    pub data: &'static str,
-    /// How the data set is split among peers.
+    /// The data set: see [`Source`](crate::training::Source).
+    pub data: String,
+    /// Examples to evaluate on, if they stand apart.
+    pub val_data: Option<String>,
+    /// Share of a peer's examples held out, between 0 and 1.
+    pub val_fraction: f64,
+    /// The column of a table to tell, by name or by number from 1.
+    pub label: Option<String>,
+    /// What the label is.
+    pub task: &'static str,
+    /// Whether a table's first line names the columns.
+    pub header: &'static str,
+    /// Columns of a table to pass over.
+    pub ignore_columns: Vec<String>,
+    /// All values of some columns: see [`categories`].
+    pub categories: Option<String>,
+    /// Height and width of pictures, in pixels.
+    pub image_size: Option<usize>,
+    /// Channels of pictures.
+    pub image_channels: &'static str,
+    /// How many characters of a text are an example.
+    pub window: usize,
+    /// Characters of a text beyond ASCII to tell apart.
+    pub characters: Option<String>,
+    /// How one data set is split among peers.
     pub partition: &'static str,
     /// Skew of the dirichlet partition.
     pub alpha: f64,
-    /// Share of a peer's examples held out, between 0 and 1.
-    pub val_fraction: f64,
+    /// Classes of a peer in the pathological partition.
+    pub classes_per_peer: usize,
+    /// Shards of a peer in the shards partition.
+    pub shards_per_peer: usize,
+    /// Skew of the power-law partition.
+    pub exponent: f64,
     /// Which part of the data set is this peer's, when it is split for a simulation.
     pub part: Option<Part>,
     /// How long a round waits for the slowest.
@@ -272,17 +316,39 @@ impl Layers {
             hidden: self.counts("hidden"),
             optimizer: self.choice("optimizer"),
             learning_rate: self.set_real("learning_rate"),
+            schedule: self.choice("schedule"),
+            schedule_gamma: self.set_real("schedule_gamma"),
+            schedule_rounds: self.count("schedule_rounds"),
+            warmup_rounds: self.count("warmup_rounds"),
             momentum: self.set_real("momentum"),
+            nesterov: self.switch("nesterov"),
+            weight_decay: self.set_real("weight_decay"),
+            max_grad_norm: self.real("max_grad_norm"),
             batch_size: self.count("batch_size"),
             local_epochs: self.count("local_epochs"),
+            local_steps: self.optional_count("local_steps"),
+            augment: self.choice("augment"),
             codec: self.choice("codec"),
             model_codec: self.choice("model_codec"),
             topk_ratio: self.set_real("topk_ratio"),
             seed: self.count("seed"),
-            data: self.choice("data"),
+            data: self.text("data"),
+            val_data: self.optional_text("val_data"),
+            val_fraction: self.set_real("val_fraction"),
+            label: self.optional_text("label"),
+            task: self.choice("task"),
+            header: self.choice("header"),
+            ignore_columns: self.texts("ignore_columns"),
+            categories: self.optional_text("categories"),
+            image_size: self.optional_count("image_size"),
+            image_channels: self.choice("image_channels"),
+            window: self.count("window"),
+            characters: self.optional_text("characters"),
             partition: self.choice("partition"),
             alpha: self.set_real("alpha"),
-            val_fraction: self.set_real("val_fraction"),
+            classes_per_peer: self.count("classes_per_peer"),
+            shards_per_peer: self.count("shards_per_peer"),
+            exponent: self.set_real("exponent"),
             part: self.part("part"),
             round_timeout: self.duration("round_timeout"),
             election_timeout: self.duration("election_timeout"),
@@ -310,6 +376,11 @@ impl Layers {
         self.count("peers")
     }
 
+    /// Where the examples are, whatever else the settings say.
+    pub fn source_of_data(&self) -> crate::training::Source {
+        crate::training::Source::parse(&self.text("data")).expect("its kind takes only sources")
+    }
+
     /// The settings of `run`, which starts all its peers itself: there must be enough of them.
     pub fn settings_of_run(&self) -> Result<Settings, ConfigError> {
         let settings = self.settings()?;
@@ -334,6 +405,13 @@ impl Layers {
                 "the leader trains only with leader_trains = true, so min_updates can be at most {updates_max} here"
             );
             return Err(self.conflict("min_updates", "min_peers", &rule));
+        }
+        if settings.nesterov && settings.momentum == 0.0 {
+            return Err(self.conflict(
+                "nesterov",
+                "momentum",
+                "nesterov looks ahead by the momentum: set one, like 0.9",
+            ));
         }
         if settings.round_timeout <= settings.election_timeout {
             let rule = "round_timeout must be longer than election_timeout: a round outlasts a change of leaders";
@@ -383,6 +461,14 @@ impl Layers {
         }
     }
 
+    fn optional_count<N: TryFrom<u64>>(&self, name: &str) -> Option<N> {
+        match self.value(name) {
+            Value::Count(n) => Some(narrow(n)),
+            Value::Unset => None,
+            other => mistyped(name, &other),
+        }
+    }
+
     fn counts(&self, name: &str) -> Vec<usize> {
         match self.value(name) {
             Value::Counts(items) => items.into_iter().map(narrow).collect(),
@@ -412,6 +498,7 @@ impl Layers {
     fn choice(&self, name: &str) -> &'static str {
         match self.value(name) {
             Value::Choice(word) => word,
+            Value::Unset => NONE,
             other => mistyped(name, &other),
         }
     }
@@ -525,17 +612,41 @@ impl Settings {
             "hidden" => Value::Counts(self.hidden.iter().map(|width| *width as u64).collect()),
             "optimizer" => Value::Choice(self.optimizer),
             "learning_rate" => Value::Real(self.learning_rate),
+            "schedule" => Value::Choice(self.schedule),
+            "schedule_gamma" => Value::Real(self.schedule_gamma),
+            "schedule_rounds" => Value::Count(self.schedule_rounds),
+            "warmup_rounds" => Value::Count(self.warmup_rounds),
             "momentum" => Value::Real(self.momentum),
+            "nesterov" => Value::Switch(self.nesterov),
+            "weight_decay" => Value::Real(self.weight_decay),
+            "max_grad_norm" => or_unset(self.max_grad_norm, Value::Real),
             "batch_size" => Value::Count(self.batch_size as u64),
             "local_epochs" => Value::Count(self.local_epochs.into()),
+            "local_steps" => or_unset(self.local_steps, Value::Count),
+            "augment" => or_unset(Some(self.augment).filter(|word| *word != NONE), Value::Choice),
             "codec" => Value::Choice(self.codec),
             "model_codec" => Value::Choice(self.model_codec),
             "topk_ratio" => Value::Real(self.topk_ratio),
             "seed" => Value::Count(self.seed),
-            "data" => Value::Choice(self.data),
+            "data" => Value::Text(self.data.clone()),
+            "val_data" => or_unset(self.val_data.clone(), Value::Text),
+            "val_fraction" => Value::Real(self.val_fraction),
+            "label" => or_unset(self.label.clone(), Value::Text),
+            "task" => Value::Choice(self.task),
+            "header" => Value::Choice(self.header),
+            "ignore_columns" => {
+                or_unset((!self.ignore_columns.is_empty()).then(|| self.ignore_columns.clone()), Value::Texts)
+            }
+            "categories" => or_unset(self.categories.clone(), Value::Text),
+            "image_size" => or_unset(self.image_size, |size| Value::Count(size as u64)),
+            "image_channels" => Value::Choice(self.image_channels),
+            "window" => Value::Count(self.window as u64),
+            "characters" => or_unset(self.characters.clone(), Value::Text),
             "partition" => Value::Choice(self.partition),
             "alpha" => Value::Real(self.alpha),
-            "val_fraction" => Value::Real(self.val_fraction),
+            "classes_per_peer" => Value::Count(self.classes_per_peer as u64),
+            "shards_per_peer" => Value::Count(self.shards_per_peer as u64),
+            "exponent" => Value::Real(self.exponent),
             "part" => or_unset(self.part, Value::Part),
             "round_timeout" => Value::Duration(self.round_timeout),
             "election_timeout" => Value::Duration(self.election_timeout),
@@ -670,9 +781,14 @@ mod tests {
             let sample = match key.kind {
                 _ if !key.is_optional() => key.default,
                 Kind::Real(_) => "0.5",
+                Kind::Count { .. } => "7",
+                Kind::Choice(words) => words[0],
                 Kind::Path => "some/dir",
                 Kind::Peer => "peer-7",
                 Kind::Part => "2/5",
+                Kind::Data => "csv:x.csv",
+                Kind::Names => "id,name",
+                Kind::Categories => "a=x|y",
                 _ => "a:1883",
             };
             let file = with_file(&format!("{} = {sample:?}", key.name)).unwrap();
@@ -702,6 +818,12 @@ mod tests {
             round_timeout = "1h 30m"
             peer = "peer-2"
             run_dir = 'C:\runs\"x"'
+            data = "csv:C:\\x.csv"
+            val_data = "csv:y.csv"
+            ignore_columns = ["id", "name of it"]
+            categories = "a=x|y; b=1|2"
+            label = 3
+            image_channels = 1
             host_broker = true
             advertise = "192.168.1.20:1883"
         "#;
@@ -756,7 +878,7 @@ mod tests {
         assert_eq!(error.hint(), "batch_size takes a whole number, 1 to 1000000");
         let error = with_variable("RODIZIO_OPTIMIZER", "rmsprop").unwrap_err();
         assert_eq!(error.to_string(), r#"optimizer cannot be "rmsprop" (variable RODIZIO_OPTIMIZER)"#);
-        assert_eq!(error.hint(), "optimizer takes one of sgd, adam");
+        assert_eq!(error.hint(), "optimizer takes one of sgd, adam, adamw");
         assert!(with_file("rounds = { a = 1 }").unwrap_err().to_string().contains("{ a = 1 }"));
         assert!(with_file("target_accuracy = true").unwrap_err().hint().ends_with("from 0 to 1, or none"));
     }
