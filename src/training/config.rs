@@ -40,6 +40,10 @@ pub struct TrainingConfig {
     /// differ drift apart before they are averaged.
     pub local_epochs: u32,
 
+    /// How strongly weights are held to those that the round began with, as strategy fedprox does it: each gradient gets
+    /// `mu · (w − w_start)` (Li et al. 2020, arXiv 1812.06127). 0: not at all. 0.001 to 1; higher where data differ more.
+    pub mu: f64,
+
     /// What initial weights and the order of batches are drawn from. One seed, data and roster: the same bits.
     pub seed: u64,
 
@@ -100,6 +104,7 @@ impl Default for TrainingConfig {
             momentum: 0.9,
             batch_size: 16,
             local_epochs: 5,
+            mu: 0.0,
             seed: 42,
             backend: Backend::default(),
         }
@@ -117,6 +122,7 @@ impl TrainingConfig {
             ("momentum", self.momentum.to_string()),
             ("batch_size", self.batch_size.to_string()),
             ("local_epochs", self.local_epochs.to_string()),
+            ("mu", self.mu.to_string()),
             ("seed", self.seed.to_string()),
         ];
         entries.into_iter().map(|(key, value)| (key.to_owned(), value)).collect()
@@ -134,6 +140,7 @@ impl TrainingConfig {
         expect(widths_fit, "hidden", widths(&self.hidden), "widths from 1 to 65536")?;
         expect(lr.is_finite() && lr > 0.0, "learning_rate", lr.to_string(), "a number above 0")?;
         expect((0.0..1.0).contains(&momentum), "momentum", momentum.to_string(), "from 0 to below 1")?;
+        expect(self.mu.is_finite() && self.mu >= 0.0, "mu", self.mu.to_string(), "a number from 0 on")?;
         expect(self.batch_size > 0, "batch_size", self.batch_size.to_string(), "at least 1")?;
         expect(self.local_epochs > 0, "local_epochs", self.local_epochs.to_string(), "at least 1")
     }
@@ -186,7 +193,7 @@ mod tests {
         assert_eq!(other.shared_entries(), entries);
         let keys: Vec<&str> = entries.keys().map(String::as_str).collect();
         let expected =
-            ["batch_size", "hidden", "learning_rate", "local_epochs", "model", "momentum", "optimizer", "seed"];
+            ["batch_size", "hidden", "learning_rate", "local_epochs", "model", "momentum", "mu", "optimizer", "seed"];
         assert_eq!(keys, expected);
         let wider = TrainingConfig { hidden: vec![128, 64], ..config };
         assert_eq!(wider.shared_entries()["hidden"], "128,64");
