@@ -751,6 +751,7 @@ mod tests {
             let sample = match key.kind {
                 _ if !key.is_optional() => key.default,
                 Kind::Real(_) => "0.5",
+                Kind::Choice(words) => words[0],
                 Kind::Path => "some/dir",
                 Kind::Peer => "peer-7",
                 Kind::Part => "2/5",

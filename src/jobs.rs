@@ -192,14 +192,14 @@ impl Workshop {
         self.strategy.sections().map(reader).collect()
     }
 
-    /// The weights of a blob that is held, with all that stands behind the model in it.
-    pub fn load(&self, manifest: &Manifest) -> Result<Weights, String> {
-        self.load_values(manifest, 0, self.layout_of(manifest))
+    /// An update that is held, with all that it brings.
+    pub fn load_update(&self, update: &Manifest) -> Result<Weights, String> {
+        self.load_values(update, 0, self.strategy.update_layout(&self.layout))
     }
 
-    /// The model of a blob that is held, without what the strategy remembers beside it.
-    pub fn load_model(&self, manifest: &Manifest) -> Result<Weights, String> {
-        self.load_values(manifest, 0, self.layout.clone())
+    /// A model that is held, without what the strategy remembers beside it.
+    pub fn load_model(&self, model: &Manifest) -> Result<Weights, String> {
+        self.load_values(model, 0, self.layout.clone())
     }
 
     fn section(&self, model: &Manifest, section: Section) -> Result<Weights, String> {
@@ -218,7 +218,8 @@ impl Workshop {
         Ok(weights)
     }
 
-    /// What a blob holds. Only updates are differences, and a model has as many values as its strategy remembers.
+    /// What a blob holds. Only updates are differences; and of updates and models that are none, each has its own length, or
+    /// they differ in names alone.
     fn layout_of(&self, manifest: &Manifest) -> Arc<Layout> {
         let of_models = self.strategy.model_layout(&self.layout);
         if manifest.base.is_none() && manifest.codec.may_have(of_models.len(), manifest.bytes) {
@@ -532,7 +533,7 @@ mod tests {
             let model = bench.initial();
             let trained = bench.train(1, model, Residual::default());
             assert_eq!((trained.unsent, trained.update.base.is_some()), (None, updates.writes_difference()));
-            let (found, expected) = (bench.workshop.load(&trained.update).unwrap(), learned(Round(1)));
+            let (found, expected) = (bench.workshop.load_update(&trained.update).unwrap(), learned(Round(1)));
             let far = found.values().iter().zip(expected.values()).map(|(found, value)| (found - value).abs());
             let far = far.fold(0.0, f32::max);
             assert!(far < 0.01 / 126.0, "{updates}: {far}");
@@ -573,8 +574,8 @@ mod tests {
         let job = Job::Aggregate { round, term, parent: model, members: 2, parts };
         let Done::Aggregated { result: Ok(made), .. } = bench.perform(job) else { panic!("no aggregate") };
         assert_eq!(made.codec, Codec::Int8);
-        let loaded = bench.workshop.load(&made).unwrap();
-        assert_ne!(loaded, bench.workshop.load(&update).unwrap());
+        let loaded = bench.workshop.load_model(&made).unwrap();
+        assert_ne!(loaded, bench.workshop.load_update(&update).unwrap());
         bench.perform(Job::Evaluate { model: made });
         assert_eq!(bench.trainer.lock().unwrap().weights(), loaded);
     }

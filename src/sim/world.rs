@@ -493,7 +493,7 @@ impl<'a> World<'a> {
                 learned.subtract(&base);
                 self.check.learned(id, update.digest, learned, sent);
             }
-            if let Ok(weights) = peer.workshop.load(&update) {
+            if let Ok(weights) = peer.workshop.load_update(&update) {
                 self.check.trained(id, *round, model.digest, update.digest, weights)?;
             }
         }
