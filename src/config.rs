@@ -75,12 +75,30 @@ pub struct Settings {
     pub optimizer: &'static str,
     /// Length of a step.
     pub learning_rate: f64,
+    /// How the length of a step changes over the rounds.
+    pub schedule: &'static str,
+    /// What the schedules step and exponential multiply by.
+    pub schedule_gamma: f64,
+    /// After how many rounds the schedule step multiplies.
+    pub schedule_rounds: u64,
+    /// Rounds over which the length of a step rises first.
+    pub warmup_rounds: u64,
     /// Share of the last step that sgd keeps, 0 to below 1.
     pub momentum: f64,
+    /// Whether sgd looks ahead by its momentum.
+    pub nesterov: bool,
+    /// How strongly weights are drawn to 0.
+    pub weight_decay: f64,
+    /// The longest that the gradient of a step may be.
+    pub max_grad_norm: Option<f64>,
     /// Examples in a step.
     pub batch_size: usize,
     /// Passes over a peer's own data in a round.
     pub local_epochs: u32,
+    /// Steps in a round, instead of passes.
+    pub local_steps: Option<u64>,
+    /// How images are changed before each step.
+    pub augment: &'static str,
     /// How updates are encoded.
     pub codec: &'static str,
     /// How the global model is encoded.
@@ -303,9 +321,18 @@ impl Layers {
             hidden: self.counts("hidden"),
             optimizer: self.choice("optimizer"),
             learning_rate: self.set_real("learning_rate"),
+            schedule: self.choice("schedule"),
+            schedule_gamma: self.set_real("schedule_gamma"),
+            schedule_rounds: self.count("schedule_rounds"),
+            warmup_rounds: self.count("warmup_rounds"),
             momentum: self.set_real("momentum"),
+            nesterov: self.switch("nesterov"),
+            weight_decay: self.set_real("weight_decay"),
+            max_grad_norm: self.real("max_grad_norm"),
             batch_size: self.count("batch_size"),
             local_epochs: self.count("local_epochs"),
+            local_steps: self.optional_count("local_steps"),
+            augment: self.choice("augment"),
             codec: self.choice("codec"),
             model_codec: self.choice("model_codec"),
             topk_ratio: self.set_real("topk_ratio"),
@@ -377,6 +404,13 @@ impl Layers {
             );
             return Err(self.conflict("min_updates", "min_peers", &rule));
         }
+        if settings.nesterov && settings.momentum == 0.0 {
+            return Err(self.conflict(
+                "nesterov",
+                "momentum",
+                "nesterov looks ahead by the momentum: set one, like 0.9",
+            ));
+        }
         if settings.round_timeout <= settings.election_timeout {
             let rule = "round_timeout must be longer than election_timeout: a round outlasts a change of leaders";
             return Err(self.conflict("round_timeout", "election_timeout", rule));
@@ -446,6 +480,14 @@ impl Layers {
         }
     }
 
+    fn optional_count(&self, name: &str) -> Option<u64> {
+        match self.value(name) {
+            Value::Count(n) => Some(n),
+            Value::Unset => None,
+            other => mistyped(name, &other),
+        }
+    }
+
     fn counts(&self, name: &str) -> Vec<usize> {
         match self.value(name) {
             Value::Counts(items) => items.into_iter().map(narrow).collect(),
@@ -475,6 +517,7 @@ impl Layers {
     fn choice(&self, name: &str) -> &'static str {
         match self.value(name) {
             Value::Choice(word) => word,
+            Value::Unset => NONE,
             other => mistyped(name, &other),
         }
     }
@@ -606,9 +649,18 @@ impl Settings {
             "hidden" => Value::Counts(self.hidden.iter().map(|width| *width as u64).collect()),
             "optimizer" => Value::Choice(self.optimizer),
             "learning_rate" => Value::Real(self.learning_rate),
+            "schedule" => Value::Choice(self.schedule),
+            "schedule_gamma" => Value::Real(self.schedule_gamma),
+            "schedule_rounds" => Value::Count(self.schedule_rounds),
+            "warmup_rounds" => Value::Count(self.warmup_rounds),
             "momentum" => Value::Real(self.momentum),
+            "nesterov" => Value::Switch(self.nesterov),
+            "weight_decay" => Value::Real(self.weight_decay),
+            "max_grad_norm" => or_unset(self.max_grad_norm, Value::Real),
             "batch_size" => Value::Count(self.batch_size as u64),
             "local_epochs" => Value::Count(self.local_epochs.into()),
+            "local_steps" => or_unset(self.local_steps, Value::Count),
+            "augment" => or_unset(Some(self.augment).filter(|word| *word != NONE), Value::Choice),
             "codec" => Value::Choice(self.codec),
             "model_codec" => Value::Choice(self.model_codec),
             "topk_ratio" => Value::Real(self.topk_ratio),
@@ -751,6 +803,7 @@ mod tests {
             let sample = match key.kind {
                 _ if !key.is_optional() => key.default,
                 Kind::Real(_) => "0.5",
+                Kind::Count { .. } => "7",
                 Kind::Choice(words) => words[0],
                 Kind::Path => "some/dir",
                 Kind::Peer => "peer-7",
@@ -838,7 +891,7 @@ mod tests {
         assert_eq!(error.hint(), "batch_size takes a whole number, 1 to 1000000");
         let error = with_variable("RODIZIO_OPTIMIZER", "rmsprop").unwrap_err();
         assert_eq!(error.to_string(), r#"optimizer cannot be "rmsprop" (variable RODIZIO_OPTIMIZER)"#);
-        assert_eq!(error.hint(), "optimizer takes one of sgd, adam");
+        assert_eq!(error.hint(), "optimizer takes one of sgd, adam, adamw");
         assert!(with_file("rounds = { a = 1 }").unwrap_err().to_string().contains("{ a = 1 }"));
         assert!(with_file("target_accuracy = true").unwrap_err().hint().ends_with("from 0 to 1, or none"));
     }

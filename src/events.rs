@@ -466,15 +466,15 @@ impl Witness {
             Notice::RoundStarted { round, members, member } => Event::RoundStarted { round, members, member },
             Notice::Elected { round, term, leader } => Event::Elected { round, term, leader },
             Notice::Deposed { round, term, leader, gone } => Event::Deposed { round, term, leader, gone },
-            Notice::Measured { round, metrics: Metrics { num_examples, loss, accuracy } } => {
+            Notice::Measured { round, metrics: Metrics { num_examples, loss, accuracy, .. } } => {
                 Event::Measured { round, val_loss: loss, val_accuracy: accuracy, num_examples }
             }
-            Notice::Evaluated { round, model, metrics: Metrics { num_examples, loss, accuracy } } => {
+            Notice::Evaluated { round, model, metrics: Metrics { num_examples, loss, accuracy, .. } } => {
                 Event::Evaluated { round, digest: model, val_loss: loss, val_accuracy: accuracy, num_examples }
             }
             // The first batch follows at once, and tells how many there are.
             Notice::TrainingStarted { .. } => return None,
-            Notice::Trained { round, update, metrics: Metrics { num_examples, loss, accuracy } } => {
+            Notice::Trained { round, update, metrics: Metrics { num_examples, loss, accuracy, .. } } => {
                 Event::Trained { round, update, loss, accuracy, num_examples }
             }
             Notice::Gathered { round, done, total } => Event::Gathered { round, done, total },
@@ -638,7 +638,12 @@ impl Recorder {
                 Ok(())
             }
             Event::Evaluated { round, digest, val_loss, val_accuracy, num_examples } => {
-                let metrics = Metrics { num_examples: *num_examples, loss: *val_loss, accuracy: *val_accuracy };
+                let metrics = Metrics {
+                    num_examples: *num_examples,
+                    loss: *val_loss,
+                    accuracy: *val_accuracy,
+                    ..Metrics::default()
+                };
                 self.save(*round, *digest, &entry.peer, Some(metrics))
             }
             Event::Finished { rounds, digest, .. } => self.save(*rounds, *digest, &entry.peer, None),

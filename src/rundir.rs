@@ -289,7 +289,7 @@ mod tests {
     }
 
     fn save(run_dir: &mut RunDir, round: u64, loss: Option<f64>) {
-        let metrics = loss.map(|loss| Metrics { num_examples: 4, loss, accuracy: 0.5 });
+        let metrics = loss.map(|loss| Metrics { num_examples: 4, loss, accuracy: 0.5, ..Metrics::default() });
         let digest = Digest::of(&round.to_le_bytes());
         let weights = weights(round as f32);
         run_dir

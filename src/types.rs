@@ -231,36 +231,91 @@ impl fmt::Debug for Digest {
     }
 }
 
+/// What a model tells of its examples, and so which metrics mean anything.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Measured {
+    /// A class of each example: loss and accuracy, macro F1, and with two classes the AUC.
+    #[default]
+    Classes,
+    /// A number of each example: the loss is the mean squared error.
+    Numbers,
+    /// A class of each step of each example, such as the next character: loss and accuracy are means over steps.
+    Steps,
+}
+
 /// How well a model does on some examples.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Metrics {
+    /// What was measured.
+    pub measured: Measured,
     /// How many examples the means are taken over.
     pub num_examples: u64,
-    /// Mean loss per example (cross-entropy, in nats).
+    /// Mean loss: cross-entropy in nats, or squared error.
     pub loss: f64,
-    /// Share of examples whose label was predicted, 0 to 1.
+    /// Share of labels that were predicted, 0 to 1; 0 where the targets are numbers.
     pub accuracy: f64,
+    /// Mean F1 of all classes, 0 to 1.
+    pub macro_f1: Option<f64>,
+    /// With two classes, both of them there: the area under the receiver operating characteristic, 0 to 1.
+    pub auc: Option<f64>,
 }
 
 impl Metrics {
-    /// The mean of several peers' metrics, each weighted by its `num_examples`.
+    /// The mean of several peers' metrics, each weighted by its `num_examples`. Macro F1 and AUC, which are not means over
+    /// examples, are those of the whole only as nearly as the peers' examples are alike.
     ///
     /// `None` when there is no example at all. Sums run in the order given: a caller that wants the same
     /// bits on every machine gives the same order.
     pub fn weighted_mean<'a>(parts: impl IntoIterator<Item = &'a Metrics>) -> Option<Metrics> {
-        let (mut num_examples, mut loss, mut accuracy) = (0u64, 0.0, 0.0);
-        for part in parts {
+        let (mut measured, mut num_examples) = (Measured::default(), 0u64);
+        let [mut loss, mut accuracy, mut macro_f1, mut auc] = [Mean::default(); 4];
+        for part in parts.into_iter().filter(|part| part.num_examples > 0) {
+            measured = part.measured;
             num_examples = num_examples.saturating_add(part.num_examples);
-            loss += part.loss * part.num_examples as f64;
-            accuracy += part.accuracy * part.num_examples as f64;
+            let weight = part.num_examples as f64;
+            loss.add(Some(part.loss), weight);
+            accuracy.add(Some(part.accuracy), weight);
+            macro_f1.add(part.macro_f1, weight);
+            auc.add(part.auc, weight);
         }
-        let total = num_examples as f64;
-        (num_examples > 0).then(|| Metrics { num_examples, loss: loss / total, accuracy: accuracy / total })
+        let (loss, accuracy) = (loss.value()?, accuracy.value()?);
+        Some(Metrics { measured, num_examples, loss, accuracy, macro_f1: macro_f1.value(), auc: auc.value() })
     }
 
-    /// Whether both values are finite: what a peer reports may be anything.
+    /// Whether all values are finite: what a peer reports may be anything.
     pub fn is_finite(&self) -> bool {
-        self.loss.is_finite() && self.accuracy.is_finite()
+        [Some(self.loss), Some(self.accuracy), self.macro_f1, self.auc].into_iter().flatten().all(f64::is_finite)
+    }
+
+    /// The root of the mean squared error, in the unit of the targets, where those are numbers.
+    pub fn rmse(&self) -> Option<f64> {
+        (self.measured == Measured::Numbers).then(|| self.loss.max(0.0).sqrt())
+    }
+
+    /// Between how many classes the model is torn at each step, in the mean, where it tells classes of steps.
+    pub fn perplexity(&self) -> Option<f64> {
+        (self.measured == Measured::Steps).then(|| self.loss.exp())
+    }
+}
+
+/// A weighted mean of what some have.
+#[derive(Clone, Copy, Default)]
+struct Mean {
+    sum: f64,
+    weight: f64,
+}
+
+impl Mean {
+    fn add(&mut self, value: Option<f64>, weight: f64) {
+        if let Some(value) = value {
+            self.sum += value * weight;
+            self.weight += weight;
+        }
+    }
+
+    fn value(self) -> Option<f64> {
+        (self.weight > 0.0).then(|| self.sum / self.weight)
     }
 }
 
@@ -298,10 +353,13 @@ mod tests {
 
     #[test]
     fn metrics_are_weighted_by_examples() {
-        let small = Metrics { num_examples: 1, loss: 4.0, accuracy: 0.0 };
-        let large = Metrics { num_examples: 3, loss: 0.0, accuracy: 1.0 };
-        let mean = Metrics::weighted_mean([&small, &large]).unwrap();
-        assert_eq!(mean, Metrics { num_examples: 4, loss: 1.0, accuracy: 0.75 });
+        let small = Metrics { num_examples: 1, loss: 4.0, accuracy: 0.0, macro_f1: Some(0.2), ..Metrics::default() };
+        let large = Metrics { num_examples: 3, loss: 0.0, accuracy: 1.0, macro_f1: Some(1.0), ..small };
+        let none = Metrics::default();
+        let mean = Metrics::weighted_mean([&small, &none, &large]).unwrap();
+        assert_eq!(mean, Metrics { num_examples: 4, loss: 1.0, accuracy: 0.75, macro_f1: Some(0.8), ..none });
+        let one_sided = Metrics { auc: Some(0.5), ..small };
+        assert_eq!(Metrics::weighted_mean([&one_sided, &large]).unwrap().auc, Some(0.5));
         assert_eq!(Metrics::weighted_mean([]), None);
     }
 }

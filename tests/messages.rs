@@ -38,6 +38,8 @@ fn metrics() -> impl Strategy<Value = Metrics> {
         num_examples,
         loss,
         accuracy,
+        macro_f1: (num_examples > 500).then_some(accuracy),
+        ..Metrics::default()
     })
 }
 

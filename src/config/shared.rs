@@ -68,9 +68,19 @@ impl Settings {
             hidden: self.hidden.clone(),
             optimizer: self.optimizer.parse::<Optimizer>().expect(CHECKED),
             learning_rate: self.learning_rate,
+            schedule: self.schedule.parse().expect(CHECKED),
+            schedule_gamma: self.schedule_gamma,
+            schedule_rounds: self.schedule_rounds,
+            warmup_rounds: self.warmup_rounds,
+            rounds: self.rounds,
             momentum: self.momentum,
+            nesterov: self.nesterov,
+            weight_decay: self.weight_decay,
+            max_grad_norm: self.max_grad_norm,
             batch_size: self.batch_size,
             local_epochs: self.local_epochs,
+            local_steps: self.local_steps,
+            augment: self.augment.parse().expect(CHECKED),
             seed: self.seed,
             mu: if self.strategy == "fedprox" { self.mu } else { 0.0 },
             backend: self.backend.parse::<Backend>().expect(CHECKED),
@@ -130,6 +140,8 @@ mod tests {
                     ("server_optimizer", shared.strategy.optimizer.method.to_string()),
                     ("model", training.model.to_string()),
                     ("optimizer", training.optimizer.to_string()),
+                    ("schedule", training.schedule.to_string()),
+                    ("augment", training.augment.to_string()),
                     ("backend", training.backend.to_string()),
                     ("codec", settings.codecs().updates.to_string()),
                     ("model_codec", settings.codecs().model.to_string()),
@@ -145,7 +157,7 @@ mod tests {
     #[test]
     fn peers_agree_on_what_training_asks_for_and_on_the_codecs() {
         let settings = defaults();
-        let mut expected = settings.training().shared_entries();
+        let mut expected = settings.training_entries();
         let codecs = [("codec", "f32"), ("model_codec", "f32"), ("topk_ratio", "0.01")];
         expected.extend(codecs.map(|(key, value)| (key.to_owned(), value.to_owned())));
         assert_eq!(settings.shared().training, expected);

@@ -170,7 +170,7 @@ mod tests {
     use super::*;
 
     fn metrics(loss: f64, accuracy: f64) -> Metrics {
-        Metrics { num_examples: 10, loss, accuracy }
+        Metrics { num_examples: 10, loss, accuracy, ..Metrics::default() }
     }
 
     #[test]

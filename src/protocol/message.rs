@@ -339,7 +339,7 @@ mod tests {
 
     #[test]
     fn what_is_beyond_a_limit_is_named() {
-        let bad = Metrics { num_examples: 1, loss: f64::NAN, accuracy: 0.0 };
+        let bad = Metrics { num_examples: 1, loss: f64::NAN, ..Metrics::default() };
         let message = envelope(Body::Evaluation(bad)).encode();
         assert_eq!(Envelope::decode(&message), Err(MessageError::Limit("a metric")));
     }

@@ -71,6 +71,7 @@ impl Trainer for ArithmeticTrainer {
     fn evaluate(&mut self) -> Result<Metrics, TrainError> {
         let values = self.weights.values();
         let loss = values.iter().map(|w| f64::from((w - self.target).abs())).sum::<f64>() / values.len() as f64;
-        Ok(Metrics { num_examples: self.num_examples, loss, accuracy: 1.0 / (1.0 + loss) })
+        let accuracy = 1.0 / (1.0 + loss);
+        Ok(Metrics { num_examples: self.num_examples, loss, accuracy, ..Metrics::default() })
     }
 }

@@ -3,24 +3,27 @@
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use burn::nn::loss::CrossEntropyLossConfig;
-use burn::optim::momentum::MomentumConfig;
-use burn::optim::{AdamConfig, GradientsParams, ModuleOptimizer, SgdConfig};
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{Device, Tensor, TensorData};
 use rand::seq::SliceRandom;
+use rand_chacha::ChaCha8Rng;
 
-use super::config::{Backend, Optimizer, TrainingConfig};
+use super::config::{Backend, TrainingConfig};
 use super::dataset::Dataset;
-use super::models::{Network, initial_weights, into_weights};
+use super::drift::{self, StepSum};
+use super::loss::Loss;
+use super::metrics::Tally;
+use super::models::{Network, floats};
+use super::optimizer::{Descent, clip_norm};
 use super::random::generator;
 use super::{OnProgress, Progress, TrainError, Trainer};
 use crate::types::{Metrics, PeerId, Round};
-use crate::weights::{Layout, Weights};
+use crate::weights::{Layout, LayoutMismatch, Weights};
 
 /// Examples measured at once: large enough to keep the processor busy, small enough for its caches.
 const EVALUATION_BATCH: usize = 512;
 
-/// Trains a [`Model`](super::Model) on a [`Dataset`] by gradient descent on the cross-entropy.
+/// Trains a [`Model`](super::Model) on a [`Dataset`] by gradient descent on the cross-entropy, or on the squared error
+/// where the targets are numbers.
 ///
 /// The optimiser's state starts anew each round: momentum gathered on the way to this peer's own weights says
 /// little about the global model that replaced them, and a round trained again must give the same bits.
@@ -36,8 +39,12 @@ pub struct BurnTrainer {
     peer: PeerId,
     train: Dataset,
     held_out: Dataset,
-    layout: Arc<Layout>,
+    network: Network,
     weights: Weights,
+    /// What is added to every gradient, if anything is.
+    correction: Option<Vec<f32>>,
+    /// How far the last round's steps went.
+    step_sum: f64,
 }
 
 impl BurnTrainer {
@@ -49,13 +56,13 @@ impl BurnTrainer {
         if train.is_empty() {
             return Err(TrainError::Failed(format!("{peer} has no example to train on")));
         }
-        let sizes = |data: &Dataset| (data.num_features(), data.num_classes());
-        if sizes(&train) != sizes(&held_out) {
+        if (train.shape(), train.task()) != (held_out.shape(), held_out.task()) {
             let text = "the training and the held-out examples differ in their features or classes";
             return Err(TrainError::Failed(text.into()));
         }
-        let weights = initial_weights(&config, train.num_features(), train.num_classes());
-        Ok(Self { layout: weights.layout().clone(), weights, config, peer, train, held_out })
+        let network = Network::new(&config, train.shape(), train.task())?;
+        let weights = network.initial_weights(config.seed);
+        Ok(Self { config, peer, train, held_out, network, weights, correction: None, step_sum: 1.0 })
     }
 
     /// The examples this peer trains on.
@@ -68,55 +75,69 @@ impl BurnTrainer {
         &self.held_out
     }
 
-    fn network(&self, device: &Device) -> Network {
-        Network::load(self.config.model, &self.weights, device)
-    }
-
     fn diverged(&self, round: Round, what: &str) -> TrainError {
         let learning_rate = self.config.learning_rate;
         TrainError::Failed(format!("{what} is not finite in round {round}: lower learning_rate (now {learning_rate})"))
     }
 
-    /// Trains `network` for one round; returns it with the metrics of its last pass over the data.
-    fn descend(
-        &self,
-        mut network: Network,
-        round: Round,
-        device: &Device,
-        on_progress: &mut OnProgress<'_>,
-    ) -> Result<(Network, Metrics), TrainError> {
-        let TrainingConfig { batch_size, local_epochs, seed, learning_rate, .. } = self.config;
-        let mut rng = generator(&format!("batches, seed {seed}, peer {}, round {round}", self.peer));
-        let mut order: Vec<usize> = (0..self.train.len()).collect();
-        let mut optimizer = self.config.optimizer(); // anew each round, see the type's documentation
-        let total = u64::from(local_epochs) * order.len().div_ceil(batch_size) as u64;
-        let mut progress = Progress { done: 0, total };
-        let mut tally = Tally::default();
-        for _ in 0..local_epochs {
-            tally = Tally::default();
-            order.shuffle(&mut rng);
-            for batch in order.chunks(batch_size) {
-                let batch = self.train.subset(batch);
-                let logits = network.forward(features(&batch, device));
-                if !tally.add(&floats(logits.clone().inner()), batch.labels()) {
-                    return Err(self.diverged(round, "the loss"));
-                }
-                let loss = CrossEntropyLossConfig::new().init(device).forward(logits, labels(&batch, device));
-                let gradients = GradientsParams::from_grads(loss.backward(), &network);
-                network = optimizer.step(learning_rate, network, gradients);
-                progress.done += 1;
-                if on_progress(progress) == ControlFlow::Break(()) {
-                    return Err(TrainError::Stopped);
-                }
+    /// Trains for one round; returns the weights, with the metrics of the last pass over the data and how far the steps went.
+    fn descend(&self, round: Round, on_progress: &mut OnProgress<'_>) -> Result<(Weights, Metrics, f64), TrainError> {
+        let TrainingConfig { max_grad_norm, augment, .. } = self.config;
+        let learning_rate = self.config.learning_rate_in(round);
+        let device = self.config.backend.device().autodiff();
+        let mut batches = Batches::new(self.train.len(), self.config.batch_size, self.rng("batches", round));
+        let mut changes = self.rng("augmentation", round);
+        let mut weights = self.weights.clone();
+        let len = weights.values().len();
+        let mut descent = Descent::new(&self.config, self.network.trainable(), len); // anew, see the type's documentation
+        let epoch = batches.in_an_epoch() as u64;
+        let total = self.config.local_steps.unwrap_or(u64::from(self.config.local_epochs) * epoch);
+        let mut tally = Tally::new(self.train.task());
+        let mut step_sum = StepSum::new(&self.config);
+        for done in 0..total {
+            let batch = batches.next();
+            let (mut features, targets) = self.train.subset(batch).into_parts();
+            augment.apply(&mut features, self.train.shape(), &mut changes);
+            let pass = self.network.pass(weights.values(), &device);
+            let outputs = self.network.forward(&pass, on_device(features, batch.len(), &device));
+            let on_host = floats(outputs.clone().inner());
+            let loss = Loss::of(&on_host, &targets);
+            if !loss.sum.is_finite() {
+                return Err(self.diverged(round, "the loss"));
+            }
+            if total - done <= epoch {
+                tally.add(batch.len(), &on_host, &targets, &loss);
+            }
+            // The one place where anything but the loss can change a gradient: it is a row in the layout's order, 0 for
+            // buffers.
+            let mut gradient = pass.gradient(outputs, loss.slope);
+            if let Some(max_norm) = max_grad_norm {
+                clip_norm(&mut gradient, max_norm);
+            }
+            if self.config.mu > 0.0 {
+                drift::hold(&mut gradient, self.config.mu, weights.values(), self.weights.values());
+            }
+            if let Some(correction) = &self.correction {
+                drift::correct(&mut gradient, correction);
+            }
+            step_sum.step(learning_rate);
+            descent.step(learning_rate, weights.values_mut(), &gradient);
+            pass.write_buffers(weights.values_mut());
+            if on_progress(Progress { done: done + 1, total }) == ControlFlow::Break(()) {
+                return Err(TrainError::Stopped);
             }
         }
-        Ok((network, tally.metrics()))
+        Ok((weights, tally.metrics(), step_sum.sum()))
+    }
+
+    fn rng(&self, purpose: &str, round: Round) -> ChaCha8Rng {
+        generator(&format!("{purpose}, seed {}, peer {}, round {round}", self.config.seed, self.peer))
     }
 }
 
 impl Trainer for BurnTrainer {
     fn layout(&self) -> Arc<Layout> {
-        self.layout.clone()
+        self.weights.layout().clone()
     }
 
     fn num_examples(&self) -> u64 {
@@ -128,36 +149,76 @@ impl Trainer for BurnTrainer {
     }
 
     fn set_weights(&mut self, weights: &Weights) -> Result<(), TrainError> {
-        check_layout(&self.layout, weights.layout())?;
+        check_layout(self.weights.layout(), weights.layout())?;
         self.weights = weights.clone();
         Ok(())
     }
 
     fn train(&mut self, round: Round, on_progress: &mut OnProgress<'_>) -> Result<Metrics, TrainError> {
-        let device = self.config.backend.device().autodiff();
-        let (network, metrics) = self.descend(self.network(&device), round, &device, on_progress)?;
-        let weights = into_weights(self.layout.clone(), network.values());
+        let (weights, metrics, step_sum) = self.descend(round, on_progress)?;
         if let Some(tensor) = weights.first_non_finite() {
             return Err(self.diverged(round, tensor)); // the last step was the one too far
         }
-        self.weights = weights;
+        (self.weights, self.step_sum) = (weights, step_sum);
         Ok(metrics)
+    }
+
+    fn step_sum(&self) -> f64 {
+        self.step_sum
+    }
+
+    fn set_correction(&mut self, correction: Option<Vec<f32>>) -> Result<(), TrainError> {
+        let (values, expected) = (correction.as_ref().map(Vec::len), self.weights.values().len());
+        if let Some(found) = values.filter(|found| *found != expected) {
+            return Err(LayoutMismatch { expected, found }.into());
+        }
+        self.correction = correction;
+        Ok(())
     }
 
     fn evaluate(&mut self) -> Result<Metrics, TrainError> {
         let device = self.config.backend.device();
-        let network = self.network(&device);
-        let mut tally = Tally::default();
+        let pass = self.network.pass(self.weights.values(), &device);
+        let mut tally = Tally::new(self.held_out.task());
         let order: Vec<usize> = (0..self.held_out.len()).collect();
         for batch in order.chunks(EVALUATION_BATCH) {
-            let batch = self.held_out.subset(batch);
-            let logits = network.forward(features(&batch, &device));
-            if !tally.add(&floats(logits), batch.labels()) {
+            let (features, targets) = self.held_out.subset(batch).into_parts();
+            let outputs = floats(self.network.forward(&pass, on_device(features, batch.len(), &device)));
+            let loss = Loss::of(&outputs, &targets);
+            if !loss.sum.is_finite() {
                 let text = "the loss on held-out examples is not finite: lower learning_rate";
                 return Err(TrainError::Failed(text.into()));
             }
+            tally.add(batch.len(), &outputs, &targets, &loss);
         }
         Ok(tally.metrics())
+    }
+}
+
+/// The examples of each batch: all of them once, then all again in a new order.
+struct Batches {
+    order: Vec<usize>,
+    size: usize,
+    next: usize,
+    rng: ChaCha8Rng,
+}
+
+impl Batches {
+    fn new(examples: usize, size: usize, rng: ChaCha8Rng) -> Self {
+        Self { order: (0..examples).collect(), size, next: 0, rng }
+    }
+
+    fn in_an_epoch(&self) -> usize {
+        self.order.len().div_ceil(self.size)
+    }
+
+    fn next(&mut self) -> &[usize] {
+        if self.next == 0 {
+            self.order.shuffle(&mut self.rng);
+        }
+        let (start, end) = (self.next, (self.next + self.size).min(self.order.len()));
+        self.next = if end == self.order.len() { 0 } else { end };
+        &self.order[start..end]
     }
 }
 
@@ -170,55 +231,6 @@ impl Backend {
             Self::Ndarray => Device::ndarray(),
         }
     }
-}
-
-impl TrainingConfig {
-    fn optimizer(&self) -> ModuleOptimizer {
-        match self.optimizer {
-            Optimizer::Sgd => {
-                // burn dampens by 0.1 unless told otherwise; PyTorch does not dampen.
-                let momentum = MomentumConfig::new().with_momentum(self.momentum).with_dampening(0.0);
-                SgdConfig::new().with_momentum((self.momentum > 0.0).then_some(momentum)).init()
-            }
-            Optimizer::Adam => AdamConfig::new().with_epsilon(1e-8).init(),
-        }
-    }
-}
-
-/// Metrics of the examples seen so far.
-#[derive(Default)]
-struct Tally {
-    num_examples: u64,
-    loss: f64,
-    correct: u64,
-}
-
-impl Tally {
-    /// Adds a batch; returns whether its loss is finite.
-    fn add(&mut self, logits: &[f32], labels: &[u32]) -> bool {
-        for (row, &label) in logits.chunks_exact(logits.len() / labels.len()).zip(labels) {
-            let (best, highest) = row.iter().copied().enumerate().fold((0, f32::NEG_INFINITY), higher);
-            let shifted = |logit: f32| f64::from(logit) - f64::from(highest);
-            let sum: f64 = row.iter().map(|&logit| shifted(logit).exp()).sum();
-            self.loss += sum.ln() - shifted(row[label as usize]);
-            self.correct += u64::from(best == label as usize);
-            self.num_examples += 1;
-        }
-        self.loss.is_finite()
-    }
-
-    fn metrics(&self) -> Metrics {
-        let examples = self.num_examples.max(1) as f64; // nothing seen: zeros, which weigh nothing in a mean
-        Metrics {
-            num_examples: self.num_examples,
-            loss: self.loss / examples,
-            accuracy: self.correct as f64 / examples,
-        }
-    }
-}
-
-fn higher(best: (usize, f32), next: (usize, f32)) -> (usize, f32) {
-    if next.1 > best.1 { next } else { best }
 }
 
 fn check_layout(here: &Layout, given: &Layout) -> Result<(), TrainError> {
@@ -234,17 +246,9 @@ fn check_layout(here: &Layout, given: &Layout) -> Result<(), TrainError> {
     Err(TrainError::OtherModel { here: describe(here), given: describe(given) })
 }
 
-fn features(batch: &Dataset, device: &Device) -> Tensor<2> {
-    Tensor::from_data(TensorData::new(batch.features().to_vec(), [batch.len(), batch.num_features()]), device)
-}
-
-fn labels(batch: &Dataset, device: &Device) -> Tensor<1, Int> {
-    let labels: Vec<i32> = batch.labels().iter().map(|&label| label as i32).collect();
-    Tensor::from_data(TensorData::new(labels, [batch.len()]), device)
-}
-
-fn floats(logits: Tensor<2>) -> Vec<f32> {
-    logits.into_data().try_into_vec().expect("f32 weights and features give f32 logits")
+fn on_device(features: Vec<f32>, examples: usize, device: &Device) -> Tensor<2> {
+    let num_features = features.len() / examples;
+    Tensor::from_data(TensorData::new(features, [examples, num_features]), device)
 }
 
 #[cfg(test)]
@@ -253,7 +257,7 @@ mod tests {
     use std::thread;
 
     use super::*;
-    use crate::training::Partition;
+    use crate::training::{Optimizer, Partition};
 
     fn config(backend: Backend) -> TrainingConfig {
         TrainingConfig { backend, ..Default::default() }
@@ -495,18 +499,6 @@ mod tests {
         let mean = Metrics::weighted_mean(&parts.collect::<Vec<_>>()).unwrap();
         assert_eq!(whole.num_examples, 1797);
         assert!((whole.loss - mean.loss).abs() < 1e-6 && (whole.accuracy - mean.accuracy).abs() < 1e-9);
-    }
-
-    #[test]
-    fn a_tally_is_the_cross_entropy_and_the_share_of_hits() {
-        let mut tally = Tally::default();
-        assert!(tally.add(&[0.0, 0.0, 3f32.ln(), 0.0], &[1, 0]));
-        let metrics = tally.metrics();
-        assert_eq!((metrics.num_examples, metrics.accuracy), (2, 0.5));
-        assert!((metrics.loss - (2f64.ln() + (4.0 / 3f64).ln()) / 2.0).abs() < 1e-7);
-        assert!(Tally::default().add(&[f32::MAX, -f32::MAX], &[1]));
-        assert!(!Tally::default().add(&[f32::NAN, 0.0], &[1]));
-        assert!(!Tally::default().add(&[f32::INFINITY, 0.0], &[0]));
     }
 
     /// Federated averaging over the digits; one peer a round, in turn, does not train. The last round's accuracy.

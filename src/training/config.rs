@@ -1,11 +1,11 @@
 //! What to train and how.
 
-use std::collections::BTreeMap;
-
 use serde::{Deserialize, Serialize};
 
+use super::augment::Augment;
 use super::models::Model;
 use super::named::named;
+use super::schedule::Schedule;
 
 /// The most hidden layers a model may have.
 pub const HIDDEN_LAYERS_MAX: usize = 16;
@@ -30,8 +30,33 @@ pub struct TrainingConfig {
     /// With a momentum of 0.9 [`Sgd`](Optimizer::Sgd) wants 0.01 to 0.1; [`Adam`](Optimizer::Adam) 0.001 to 0.005.
     pub learning_rate: f64,
 
+    /// How the learning rate changes over the rounds.
+    pub schedule: Schedule,
+
+    /// What [`Step`](Schedule::Step) and [`Exponential`](Schedule::Exponential) multiply by, between 0 and 1.
+    pub schedule_gamma: f64,
+
+    /// After how many rounds [`Step`](Schedule::Step) multiplies.
+    pub schedule_rounds: u64,
+
+    /// Rounds over which the learning rate rises before the schedule begins; 0: none.
+    pub warmup_rounds: u64,
+
+    /// How many rounds there will be at most: where [`Cosine`](Schedule::Cosine) ends.
+    pub rounds: u64,
+
     /// How much of the last step [`Sgd`](Optimizer::Sgd) keeps, 0 to below 1. Unused by [`Adam`](Optimizer::Adam).
     pub momentum: f64,
+
+    /// Whether [`Sgd`](Optimizer::Sgd) looks ahead by its momentum (Nesterov); it then needs one.
+    pub nesterov: bool,
+
+    /// How strongly values are drawn to 0: as part of the gradient, or beside it with [`AdamW`](Optimizer::AdamW).
+    /// 0: not at all.
+    pub weight_decay: f64,
+
+    /// The longest that the gradient of a step may be, by its Euclidean norm; a longer one is shortened.
+    pub max_grad_norm: Option<f64>,
 
     /// Examples a step. Smaller: more steps an epoch, each noisier and cheaper.
     pub batch_size: usize,
@@ -39,6 +64,12 @@ pub struct TrainingConfig {
     /// Passes over the local data each round. More: fewer rounds and less traffic; too many and peers whose data
     /// differ drift apart before they are averaged.
     pub local_epochs: u32,
+
+    /// Steps each round, whatever a peer has of data, instead of `local_epochs`.
+    pub local_steps: Option<u64>,
+
+    /// How images are changed before each step.
+    pub augment: Augment,
 
     /// How strongly weights are held to those that the round began with, as strategy fedprox does it: each gradient gets
     /// `mu · (w − w_start)` (Li et al. 2020, arXiv 1812.06127). 0: not at all. 0.001 to 1; higher where data differ more.
@@ -61,9 +92,11 @@ pub enum Optimizer {
     Sgd,
     /// Adam (Kingma and Ba, 2015) with PyTorch's constants.
     Adam,
+    /// Adam with decoupled weight decay (Loshchilov and Hutter, 2019).
+    AdamW,
 }
 
-named!(Optimizer, "optimizer", Sgd => "sgd", Adam => "adam");
+named!(Optimizer, "optimizer", Sgd => "sgd", Adam => "adam", AdamW => "adamw");
 
 /// What computes tensors. Both run every operation on the thread that asks for it: a peer trains on one core, and
 /// several peers in one process share the cores between them.
@@ -101,9 +134,19 @@ impl Default for TrainingConfig {
             hidden: vec![64],
             optimizer: Optimizer::default(),
             learning_rate: 0.1,
+            schedule: Schedule::default(),
+            schedule_gamma: 0.5,
+            schedule_rounds: 10,
+            warmup_rounds: 0,
+            rounds: 20,
             momentum: 0.9,
+            nesterov: false,
+            weight_decay: 0.0,
+            max_grad_norm: None,
             batch_size: 16,
             local_epochs: 5,
+            local_steps: None,
+            augment: Augment::default(),
             mu: 0.0,
             seed: 42,
             backend: Backend::default(),
@@ -112,22 +155,6 @@ impl Default for TrainingConfig {
 }
 
 impl TrainingConfig {
-    /// The settings that every peer must share, by key, as text.
-    pub fn shared_entries(&self) -> BTreeMap<String, String> {
-        let entries = [
-            ("model", self.model.to_string()),
-            ("hidden", widths(&self.hidden)),
-            ("optimizer", self.optimizer.to_string()),
-            ("learning_rate", self.learning_rate.to_string()),
-            ("momentum", self.momentum.to_string()),
-            ("batch_size", self.batch_size.to_string()),
-            ("local_epochs", self.local_epochs.to_string()),
-            ("mu", self.mu.to_string()),
-            ("seed", self.seed.to_string()),
-        ];
-        entries.into_iter().map(|(key, value)| (key.to_owned(), value)).collect()
-    }
-
     /// Refuses the first setting that makes no sense.
     pub fn check(&self) -> Result<(), SettingError> {
         let expect = |holds: bool, key, value: String, expected| {
@@ -140,6 +167,14 @@ impl TrainingConfig {
         expect(widths_fit, "hidden", widths(&self.hidden), "widths from 1 to 65536")?;
         expect(lr.is_finite() && lr > 0.0, "learning_rate", lr.to_string(), "a number above 0")?;
         expect((0.0..1.0).contains(&momentum), "momentum", momentum.to_string(), "from 0 to below 1")?;
+        expect(!self.nesterov || momentum > 0.0, "nesterov", "true".into(), "false without a momentum")?;
+        let (gamma, decay) = (self.schedule_gamma, self.weight_decay);
+        expect(gamma > 0.0 && gamma < 1.0, "schedule_gamma", gamma.to_string(), "a number between 0 and 1")?;
+        expect(self.schedule_rounds > 0, "schedule_rounds", self.schedule_rounds.to_string(), "at least 1")?;
+        expect(decay.is_finite() && decay >= 0.0, "weight_decay", decay.to_string(), "a number, 0 or above")?;
+        let norm = self.max_grad_norm.unwrap_or(1.0);
+        expect(norm.is_finite() && norm > 0.0, "max_grad_norm", norm.to_string(), "a number above 0")?;
+        expect(self.local_steps != Some(0), "local_steps", "0".into(), "at least 1")?;
         expect(self.mu.is_finite() && self.mu >= 0.0, "mu", self.mu.to_string(), "a number from 0 on")?;
         expect(self.batch_size > 0, "batch_size", self.batch_size.to_string(), "at least 1")?;
         expect(self.local_epochs > 0, "local_epochs", self.local_epochs.to_string(), "at least 1")
@@ -171,7 +206,7 @@ mod tests {
     #[test]
     fn an_unknown_name_is_answered_with_the_valid_ones() {
         let error = "adm".parse::<Optimizer>().unwrap_err().to_string();
-        assert_eq!(error, "\"adm\" is not a known optimizer: use sgd or adam");
+        assert_eq!(error, "\"adm\" is not a known optimizer: use sgd or adam or adamw");
         let error = toml::from_str::<TrainingConfig>("backend = \"cuda\"").unwrap_err().to_string();
         assert!(error.contains("flex or ndarray"), "{error}");
     }
@@ -186,20 +221,6 @@ mod tests {
     }
 
     #[test]
-    fn peers_share_everything_but_the_backend() {
-        let config = TrainingConfig::default();
-        let entries = config.shared_entries();
-        let other = TrainingConfig { backend: Backend::Ndarray, ..config.clone() };
-        assert_eq!(other.shared_entries(), entries);
-        let keys: Vec<&str> = entries.keys().map(String::as_str).collect();
-        let expected =
-            ["batch_size", "hidden", "learning_rate", "local_epochs", "model", "momentum", "mu", "optimizer", "seed"];
-        assert_eq!(keys, expected);
-        let wider = TrainingConfig { hidden: vec![128, 64], ..config };
-        assert_eq!(wider.shared_entries()["hidden"], "128,64");
-    }
-
-    #[test]
     fn a_setting_that_makes_no_sense_is_named() {
         assert_eq!(TrainingConfig::default().check(), Ok(()));
         let base = TrainingConfig::default;
@@ -209,6 +230,12 @@ mod tests {
             ("momentum", TrainingConfig { momentum: 1.0, ..base() }),
             ("batch_size", TrainingConfig { batch_size: 0, ..base() }),
             ("local_epochs", TrainingConfig { local_epochs: 0, ..base() }),
+            ("local_steps", TrainingConfig { local_steps: Some(0), ..base() }),
+            ("nesterov", TrainingConfig { nesterov: true, momentum: 0.0, ..base() }),
+            ("schedule_gamma", TrainingConfig { schedule_gamma: 1.5, ..base() }),
+            ("schedule_rounds", TrainingConfig { schedule_rounds: 0, ..base() }),
+            ("weight_decay", TrainingConfig { weight_decay: -0.1, ..base() }),
+            ("max_grad_norm", TrainingConfig { max_grad_norm: Some(0.0), ..base() }),
             ("hidden", TrainingConfig { hidden: vec![64, 0], ..base() }),
             ("hidden", TrainingConfig { hidden: vec![1; 17], ..base() }),
         ];

@@ -10,21 +10,29 @@ use std::sync::Arc;
 use crate::types::{Metrics, Round};
 use crate::weights::{Layout, LayoutMismatch, Weights};
 
+mod augment;
 mod burn_trainer;
 mod config;
 mod dataset;
+mod drift;
 pub mod export;
+mod loss;
+mod metrics;
 mod models;
 mod named;
+mod optimizer;
 mod partition;
 mod random;
+mod schedule;
 
+pub use augment::Augment;
 pub use burn_trainer::BurnTrainer;
 pub use config::{Backend, HIDDEN_LAYERS_MAX, HIDDEN_WIDTH_MAX, Optimizer, SettingError, TrainingConfig};
-pub use dataset::{DataError, Dataset};
-pub use models::Model;
+pub use dataset::{DataError, Dataset, Targets, Task};
+pub use models::{Model, ModelError};
 pub use named::UnknownName;
 pub use partition::{EXAMPLES_MIN, Partition, PartitionError, histogram};
+pub use schedule::Schedule;
 
 /// How far local training has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,6 +63,9 @@ pub enum TrainError {
     /// A setting that makes no sense.
     #[error(transparent)]
     Setting(#[from] SettingError),
+    /// A model that cannot learn from the data.
+    #[error(transparent)]
+    Model(#[from] ModelError),
     /// The progress callback asked to stop.
     #[error("training was stopped")]
     Stopped,

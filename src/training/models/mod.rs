@@ -1,78 +1,121 @@
 //! Models: one file each.
 //!
-//! A model says what its [`Layout`] is, draws initial values, and turns values into a burn module and back. It keeps
-//! PyTorch's names and shapes, so that an exported state dict loads where a PyTorch user expects it to.
+//! A model is a list of [layers](layers): it declares its tensors ([`tensors`]) and says what a forward pass computes with
+//! them. It keeps PyTorch's names and shapes, so that an exported state dict loads where a PyTorch user expects it to.
 
-use std::sync::Arc;
+use std::ops::Range;
 
-use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
 use super::config::TrainingConfig;
+use super::dataset::Task;
 use super::named::named;
 use super::random::generator;
-use crate::weights::{Layout, Weights};
+use crate::weights::Weights;
 
+mod layers;
+mod linear;
 mod mlp;
+mod tensors;
 
+use linear::Linear;
 use mlp::Mlp;
+use tensors::Declared;
+pub(super) use tensors::{Pass, floats};
 
 /// Which model to train.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum Model {
+    /// Logistic (softmax) regression, or least squares where the targets are numbers.
+    Linear,
     /// Fully connected layers with ReLU between them.
     #[default]
     Mlp,
 }
 
-named!(Model, "model", Mlp => "mlp");
+named!(Model, "model", Linear => "linear", Mlp => "mlp");
 
-/// A model's values on a device, ready to compute.
-#[derive(Module, Debug)]
-pub(super) enum Network {
-    /// See [`Model::Mlp`].
+/// Data that a model cannot learn from.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("model = {model} cannot learn from these data: it needs {needs}, and an example here is {given}")]
+pub struct ModelError {
+    /// The model.
+    pub model: Model,
+    /// What it needs, as a noun.
+    pub needs: &'static str,
+    /// What an example of the data is.
+    pub given: String,
+}
+
+fn describe(shape: &[usize], task: Task) -> String {
+    let sizes: Vec<String> = shape.iter().map(usize::to_string).collect();
+    let target = match task {
+        Task::Classes(_) => "a class",
+        Task::Numbers => "a number",
+        Task::Steps(_) => "a class for each of its steps",
+    };
+    format!("{} values with {target}", sizes.join(" × "))
+}
+
+/// A model for data of one shape, without values.
+#[derive(Clone, Debug)]
+pub(super) struct Network {
+    architecture: Architecture,
+    declared: Vec<Declared>,
+}
+
+#[derive(Clone, Debug)]
+enum Architecture {
+    Linear(Linear),
     Mlp(Mlp),
 }
 
 impl Network {
-    /// Puts `weights`, which have this model's layout, on `device`.
-    pub(super) fn load(model: Model, weights: &Weights, device: &Device) -> Self {
-        match model {
-            Model::Mlp => Self::Mlp(Mlp::load(weights, device)),
-        }
+    /// The model of `config` for examples of this shape.
+    pub(super) fn new(config: &TrainingConfig, shape: &[usize], task: Task) -> Result<Self, ModelError> {
+        let num_features = shape.iter().product();
+        let needs = |needs| ModelError { model: config.model, needs, given: describe(shape, task) };
+        let of_one_output = || match task {
+            Task::Classes(_) | Task::Numbers => Ok(task.outputs()),
+            Task::Steps(_) => Err(needs("a class or a number for each example (for texts there is char-lstm)")),
+        };
+        let architecture = match config.model {
+            Model::Linear => Architecture::Linear(Linear::new(num_features, of_one_output()?)),
+            Model::Mlp => Architecture::Mlp(Mlp::new(num_features, &config.hidden, of_one_output()?)),
+        };
+        let declared = match &architecture {
+            Architecture::Linear(linear) => linear.declare(),
+            Architecture::Mlp(mlp) => mlp.declare(),
+        };
+        Ok(Self { architecture, declared })
     }
 
-    /// Features `[batch, features]` to logits `[batch, classes]`.
-    pub(super) fn forward(&self, features: Tensor<2>) -> Tensor<2> {
-        match self {
-            Self::Mlp(mlp) => mlp.forward(features),
-        }
+    /// Initial weights: a function of model and seed alone.
+    pub(super) fn initial_weights(&self, seed: u64) -> Weights {
+        tensors::initial_weights(&self.declared, &mut generator(&format!("initial weights, seed {seed}")))
     }
 
-    /// Takes the values back off the device, in the layout's order.
-    pub(super) fn values(&self) -> Vec<f32> {
-        match self {
-            Self::Mlp(mlp) => mlp.values(),
+    /// Where the values that have a gradient stand in the flat row.
+    pub(super) fn trainable(&self) -> Vec<Range<usize>> {
+        tensors::trainable(&self.declared)
+    }
+
+    /// Puts `values`, a row of this model's layout, on `device`.
+    pub(super) fn pass(&self, values: &[f32], device: &Device) -> Pass<'_> {
+        Pass::new(&self.declared, values, device)
+    }
+
+    /// Features `[batch, features]` to outputs `[batch, outputs]`, or `[batch × steps, outputs]` with a class for each
+    /// step.
+    pub(super) fn forward(&self, pass: &Pass<'_>, features: Tensor<2>) -> Tensor<2> {
+        match &self.architecture {
+            Architecture::Linear(linear) => linear.forward(pass, features),
+            Architecture::Mlp(mlp) => mlp.forward(pass, features),
         }
     }
 }
 
-/// Initial weights for data of this shape: a function of the configuration alone.
-pub(super) fn initial_weights(config: &TrainingConfig, num_features: usize, num_classes: usize) -> Weights {
-    let mut rng = generator(&format!("initial weights, seed {}", config.seed));
-    let (layout, values) = match config.model {
-        Model::Mlp => {
-            let layout = mlp::layout(num_features, &config.hidden, num_classes);
-            let values = mlp::initial_values(&layout, &mut rng);
-            (layout, values)
-        }
-    };
-    into_weights(Arc::new(layout), values)
-}
-
-/// Values that came from a network of this very layout.
-pub(super) fn into_weights(layout: Arc<Layout>, values: Vec<f32>) -> Weights {
-    Weights::new(layout, values).expect("a model yields as many values as its own layout has")
-}
+#[cfg(test)]
+mod tests;
