@@ -272,8 +272,8 @@ impl<T: Transport> Node<T> {
         let roaming = Roaming::new(self.peer, self.config.election_timeout);
         let held = held_blobs(self.durable.as_ref(), &blobs)?;
         let chunk_bytes = u32::try_from(self.config.chunk_bytes).unwrap_or(u32::MAX);
-        let (codecs, rule) = (self.codecs, self.config.rule);
-        let workshop = Workshop { blobs: blobs.clone(), layout, peer, codecs, rule, chunk_bytes };
+        let (codecs, strategy) = (self.codecs, self.config.strategy);
+        let workshop = Workshop { blobs: blobs.clone(), layout, peer, codecs, strategy, chunk_bytes };
         let mut peer = Peer::new(self.config, identity, self.durable, &held, Instant::now());
         let (jobs, mut ended) = mpsc::unbounded_channel();
         let mut driver = Driver {

@@ -12,7 +12,7 @@ use proptest::test_runner::RngSeed;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use rodizio::aggregation::{Contribution, Rule};
+use rodizio::aggregation::{Contribution, Share, Strategy as Aggregation};
 use rodizio::transfer::{
     Assembly, CHUNK_BYTES_MIN, ChunkSet, Codec, Grants, Inserted, Manifest, Route, Serve, Tuning, join_verified,
 };
@@ -65,9 +65,11 @@ fn layout(values: usize) -> Layout {
 fn fedavg<'a>(updates: impl IntoIterator<Item = &'a (u64, Weights)>) -> Vec<f32> {
     let contributions: Vec<_> = updates
         .into_iter()
-        .map(|(num_examples, weights)| Contribution { num_examples: *num_examples, weights })
+        .map(|(num_examples, weights)| Contribution { share: Share::of(*num_examples), weights })
         .collect();
-    Rule::FedAvg.aggregate(&contributions).unwrap().into_values()
+    let layout = contributions[0].weights.layout();
+    let parent = Weights::zeros(layout.clone());
+    Aggregation::default().aggregate(layout, &parent, &contributions, contributions.len()).unwrap().into_values()
 }
 
 fn bits(values: &[f32]) -> Vec<u32> {

@@ -18,7 +18,7 @@ use super::role::{Order, Report, Tally};
 use super::trainer::{ConstantTrainer, initial_weights, layout};
 use super::usage::Usage;
 use super::{Failure, Site};
-use crate::aggregation::Rule;
+use crate::aggregation::Strategy;
 use crate::jobs::Workshop;
 use crate::journal::Blobs;
 use crate::node::Traffic;
@@ -88,7 +88,7 @@ pub(super) async fn run(
     let chunk_bytes = config.site.chunk_bytes;
     let blobs = Blobs::memory();
     let (layout, peer, codecs) = (layout(config.values), config.peer.clone(), Codecs::default());
-    let workshop = Workshop { blobs, layout, peer, codecs, rule: Rule::FedAvg, chunk_bytes };
+    let workshop = Workshop { blobs, layout, peer, codecs, strategy: Strategy::default(), chunk_bytes };
     // Before it connects, and on another thread: the connection must not wait for it.
     let (values, holds, holder) = (config.values, config.holds, workshop.clone());
     let held = tokio::task::spawn_blocking(move || {

@@ -33,6 +33,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
+use crate::aggregation::Share;
 use crate::transfer::Manifest;
 use crate::types::{Address, Digest, Metrics, PeerId, Round, Term};
 use crate::weights::Layout;
@@ -134,6 +135,8 @@ pub enum Job {
         model: Manifest,
         /// What was learned before and not sent.
         residual: Residual,
+        /// A blob as `f32`: the peer's own control variate, if it has one.
+        control: Option<Digest>,
     },
     /// Join chunks, check digest, layout and that every value is finite, and keep the blob.
     Verify {
@@ -148,8 +151,12 @@ pub enum Job {
         round: Round,
         /// The leader's term: each aggregates the updates that it gathered.
         term: Term,
-        /// Each update's blob and its number of examples.
-        parts: Vec<(Manifest, u64)>,
+        /// The parent model's blob.
+        parent: Manifest,
+        /// How many members the round has.
+        members: usize,
+        /// Each update's blob and what it says of itself.
+        parts: Vec<(Manifest, Share)>,
     },
 }
 
@@ -197,6 +204,10 @@ pub struct Trained {
     pub update: Manifest,
     /// A blob as `f32` of what the update does not send, if its codec sends a part.
     pub unsent: Option<Digest>,
+    /// A blob as `f32`: the peer's control variate if the update counts, where the strategy has such.
+    pub control: Option<Digest>,
+    /// See [`Share::step_sum`].
+    pub step_sum: f64,
     /// How training went.
     pub metrics: Metrics,
 }
@@ -272,7 +283,9 @@ pub(crate) struct Flaws {
 pub struct Peer {
     me: PeerId,
     config: Config,
-    layout: Arc<Layout>,
+    /// What a model's blob holds, and an update's.
+    model_layout: Arc<Layout>,
+    update_layout: Arc<Layout>,
     layout_digest: Digest,
     entries: BTreeMap<String, String>,
     num_examples: u64,
@@ -324,10 +337,11 @@ impl Peer {
         let transfers = Transfers::new(durable.manifests().filter(|manifest| held.contains(&manifest.digest)));
         let mut peer = Self {
             entries: config.entries(),
+            model_layout: config.strategy.model_layout(&identity.layout),
+            update_layout: config.strategy.update_layout(&identity.layout),
             config,
             me: identity.peer,
             layout_digest: identity.layout.digest(),
-            layout: identity.layout,
             num_examples: identity.num_examples,
             broker: identity.broker,
             summary: identity.summary,

@@ -10,7 +10,6 @@ use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::aggregation::Rule;
 use crate::jobs::Workshop;
 use crate::journal::Blobs;
 use crate::protocol::message::Envelope;
@@ -100,6 +99,8 @@ impl<'a> World<'a> {
             rounds: scenario.rounds,
             round_timeout: Duration::from_secs(10),
             policy: scenario.policy.parse().unwrap_or_default(),
+            strategy: scenario.strategy(seed),
+            fraction_train: scenario.fraction_train,
             chunk_bytes: CHUNK_BYTES_MIN as usize,
             ..Config::default()
         };
@@ -109,7 +110,7 @@ impl<'a> World<'a> {
             seed,
             config,
             rng: ChaCha8Rng::seed_from_u64(seed),
-            check: Check::new(scenario.codecs()),
+            check: Check::new(scenario.codecs(), scenario.strategy(seed)),
             peers: BTreeMap::new(),
             queue: BTreeMap::new(),
             sequence: 0,
@@ -164,7 +165,7 @@ impl<'a> World<'a> {
             layout: trainer.layout(),
             peer: id.clone(),
             codecs: self.scenario.codecs(),
-            rule: Rule::FedAvg,
+            strategy: self.config.strategy,
             chunk_bytes: CHUNK_BYTES_MIN,
         };
         let peer = SimulatedPeer {
@@ -482,15 +483,18 @@ impl<'a> World<'a> {
         if let (Done::Trained { round, result: Ok(trained) }, Some((_, model))) = (&done, peer.training) {
             let update = trained.update;
             // Memory has what was just put there.
-            let loaded = |manifest: &Manifest| peer.workshop.load(manifest);
-            if let (Codec::TopK, Ok(base), Ok(sent)) =
-                (update.codec, loaded(&model), loaded(&Manifest { base: None, ..update }))
+            let sent = || {
+                let blob = peer.workshop.blobs.get(update.digest).ok().flatten()?;
+                update.codec.decode(&blob, &peer.workshop.layout).ok()
+            };
+            if update.codec == Codec::TopK
+                && let (Ok(base), Some(sent)) = (peer.workshop.load_model(&model), sent())
             {
                 let mut learned = peer.trainer().weights();
                 learned.subtract(&base);
                 self.check.learned(id, update.digest, learned, sent);
             }
-            if let Ok(weights) = loaded(&update) {
+            if let Ok(weights) = peer.workshop.load_update(&update) {
                 self.check.trained(id, *round, model.digest, update.digest, weights)?;
             }
         }

@@ -113,7 +113,8 @@ impl Answer {
     fn metrics(&self, num_examples: u64) -> Result<Metrics, TrainError> {
         let loss = self.loss.ok_or_else(|| failed("answered without \"loss\""))?;
         let num_examples = self.num_examples.unwrap_or(num_examples);
-        Ok(Metrics { num_examples, loss, accuracy: self.accuracy.unwrap_or_default() })
+        let accuracy = self.accuracy.unwrap_or_default();
+        Ok(Metrics { num_examples, loss, accuracy, ..Metrics::default() })
     }
 }
 

@@ -22,6 +22,8 @@ pub fn ranges(values: usize) -> impl Iterator<Item = Range<usize>> {
 pub struct Reader {
     codec: Codec,
     values: usize,
+    /// To how many of them, from the first on, differences are added where this is a base.
+    visible: usize,
     blob: Bytes,
     /// All values, where the codec knows no ranges.
     whole: Option<Weights>,
@@ -35,21 +37,34 @@ impl Reader {
         let values = layout.len();
         codec.check_length(values, blob.len() as u64)?;
         let whole = codec.block().is_none().then(|| codec.decode(&blob, layout)).transpose()?;
-        Ok(Self { codec, values, blob, whole, base: base.map(|base| (Box::new(base), Vec::new())) })
+        Ok(Self { codec, values, visible: values, blob, whole, base: base.map(|base| (Box::new(base), Vec::new())) })
     }
 
-    /// Fills `out` with the values of one of the [`ranges`], which is as long.
+    /// The same, but as a base only its first values are added to: what lies behind them is none of an update's.
+    #[must_use]
+    pub fn first(mut self, values: usize) -> Self {
+        self.visible = values.min(self.values);
+        self
+    }
+
+    /// Fills `out` with the values of one of the [`ranges`], which is as long; with those of any other range if a block of the
+    /// codec is one value.
     ///
     /// # Errors
-    /// If it is none of them.
+    /// If the range does not begin and end at a border of blocks.
     pub fn read(&mut self, range: Range<usize>, out: &mut [f32]) -> Result<(), CodecError> {
         match &self.whole {
             Some(whole) => out.copy_from_slice(&whole.values()[range.clone()]),
             None => self.decode(range.clone(), out)?,
         }
         if let Some((base, values)) = &mut self.base {
-            values.resize(range.len(), 0.0);
-            base.read(range, values)?;
+            // Where an update is longer than the model that it is a difference from, the rest stands as it is.
+            let end = range.end.min(base.visible);
+            if range.start >= end {
+                return Ok(());
+            }
+            values.resize(end - range.start, 0.0);
+            base.read(range.start..end, values)?;
             for (value, base) in out.iter_mut().zip(values) {
                 *value += *base;
             }
