@@ -1,15 +1,15 @@
 //! Slow work: what a [`Job`] does, with a trainer and a store of blobs. The node and the simulator run the same.
 
 use std::ops::ControlFlow;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 
 use crate::aggregation::{AggregateError, Part, Rule};
-use crate::journal::{Blobs, JournalError};
+use crate::journal::{Blob, Blobs, Draft, JournalError};
 use crate::protocol::{Done, Job, Residual, Trained};
 use crate::training::{Progress, Trainer};
-use crate::transfer::{Codec, Codecs, Manifest, Reader, Tuning, join_verified, ranges};
+use crate::transfer::{Assembly, Codec, Codecs, Inserted, Manifest, Reader, Tuning, Verifier, ranges};
 use crate::types::{Digest, Metrics, PeerId, Round};
 use crate::weights::{Layout, Weights};
 
@@ -28,6 +28,35 @@ pub struct Workshop {
     pub rule: Rule,
     /// The length of a chunk, in bytes.
     pub chunk_bytes: u32,
+    /// The model that the trainer has, as long as nothing has changed it: it need not be read again.
+    pub loaded: Arc<Mutex<Option<Manifest>>>,
+}
+
+/// A blob that is being received: its chunks are written at their places as they come, and verified from the first one
+/// on, so that little is left to do after the last.
+///
+/// Dropped before it is complete, it leaves nothing behind.
+#[derive(Debug)]
+pub struct Receiving {
+    manifest: Manifest,
+    /// Which chunks are written.
+    written: Assembly,
+    /// How many chunks from the first on were verified.
+    verified: u32,
+    verifier: Verifier,
+    draft: Draft,
+}
+
+/// A blob that is being made: weights are written range by range, and named when the last one is.
+#[derive(Debug)]
+pub struct Writer {
+    layout: Arc<Layout>,
+    codec: Codec,
+    tuning: Tuning,
+    chunk_bytes: u32,
+    draft: Draft,
+    hasher: blake3::Hasher,
+    values: usize,
 }
 
 impl Workshop {
@@ -58,10 +87,6 @@ impl Workshop {
                 });
                 Done::Trained { round, result }
             }
-            Job::Verify { manifest, chunks } => {
-                let result = self.verify(&manifest, chunks, on_full);
-                Done::Verified { manifest, result }
-            }
             Job::Aggregate { round, term, parts } => {
                 Done::Aggregated { round, term, result: self.aggregate(round, &parts, on_full) }
             }
@@ -69,7 +94,7 @@ impl Workshop {
     }
 
     fn evaluate(&self, model: &Manifest, trainer: &mut dyn Trainer) -> Result<Metrics, String> {
-        trainer.set_weights(&self.load(model)?).map_err(sentence)?;
+        self.load_into(trainer, model)?;
         let metrics = trainer.evaluate().map_err(sentence)?;
         if metrics.is_finite() { Ok(metrics) } else { Err("the validation loss is not finite".into()) }
     }
@@ -81,7 +106,8 @@ impl Workshop {
         trainer: &mut dyn Trainer,
         on_batch: &mut dyn FnMut(Progress) -> ControlFlow<()>,
     ) -> Result<(Weights, Metrics), String> {
-        trainer.set_weights(&self.load(model)?).map_err(sentence)?;
+        self.load_into(trainer, model)?;
+        *self.loaded() = None;
         let metrics = trainer.train(round, on_batch).map_err(sentence)?;
         let weights = trainer.weights();
         if let Some(tensor) = weights.first_non_finite() {
@@ -90,30 +116,30 @@ impl Workshop {
         Ok((weights, metrics))
     }
 
-    /// Every value is looked at before a blob counts as held: a NaN would spread to every peer.
-    fn verify(&self, manifest: &Manifest, chunks: Vec<Bytes>, on_full: OnFull<'_>) -> Result<(), String> {
-        let blob = join_verified(manifest, chunks).map_err(sentence)?;
-        let mut reader = self.reader(manifest, blob.clone())?;
-        let mut values = Vec::new();
-        for range in ranges(self.layout.len()) {
-            let start = range.start;
-            values.resize(range.len(), 0.0);
-            reader.read(range, &mut values).map_err(sentence)?;
-            if let Some(place) = values.iter().position(|value| !value.is_finite()) {
-                let tensor = self.layout.tensor_of(start + place).unwrap_or_default();
-                return Err(format!("{tensor} holds values that are not finite"));
-            }
+    /// Gives the trainer a model, unless it is the one that it has: a model is evaluated, and then trained on.
+    fn load_into(&self, trainer: &mut dyn Trainer, model: &Manifest) -> Result<(), String> {
+        // Whoever has the trainer to himself has this, too.
+        if self.loaded().replace(*model) == Some(*model) {
+            return Ok(());
         }
-        self.store(manifest.digest, &blob, on_full)
+        let loaded = self.load(model).and_then(|weights| trainer.set_weights(&weights).map_err(sentence));
+        if loaded.is_err() {
+            *self.loaded() = None;
+        }
+        loaded
     }
 
-    /// Goes through all updates at once, range by range, so that none of them is decoded as a whole.
+    fn loaded(&self) -> MutexGuard<'_, Option<Manifest>> {
+        self.loaded.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Goes through all updates at once, range by range, so that neither they nor the model are in memory as a whole.
     fn aggregate(&self, round: Round, parts: &[(Manifest, u64)], on_full: OnFull<'_>) -> Result<Manifest, String> {
-        let reader = |(update, num_examples): &(Manifest, u64)| {
-            Ok((self.reader(update, self.blob(update.digest)?)?, *num_examples, Vec::new()))
-        };
+        let reader =
+            |(update, num_examples): &(Manifest, u64)| Ok((self.reader(update)?, *num_examples, Vec::new()));
         let mut updates: Vec<(Reader, u64, Vec<f32>)> = parts.iter().map(reader).collect::<Result<_, String>>()?;
-        let mut model = Weights::zeros(self.layout.clone());
+        let mut writer = self.writer(self.codecs.model, self.codecs.for_model(round), on_full)?;
+        let mut model = Vec::new();
         for range in ranges(self.layout.len()) {
             for (reader, _, values) in &mut updates {
                 values.resize(range.len(), 0.0);
@@ -121,18 +147,20 @@ impl Workshop {
             }
             let parts: Vec<Part<'_>> =
                 updates.iter().map(|(_, num_examples, values)| Part { num_examples: *num_examples, values }).collect();
-            self.rule.aggregate_range(&parts, &mut model.values_mut()[range]).map_err(sentence)?;
+            model.resize(range.len(), 0.0);
+            self.rule.aggregate_range(&parts, &mut model).map_err(sentence)?;
+            if let Some(place) = first_non_finite(&model) {
+                let tensor = self.layout.tensor_of(range.start + place).unwrap_or_default();
+                return Err(sentence(AggregateError::NotFinite(tensor.to_owned())));
+            }
+            writer.write(&model, on_full)?;
         }
-        drop(updates);
-        if let Some(tensor) = model.first_non_finite() {
-            return Err(sentence(AggregateError::NotFinite(tensor.to_owned())));
-        }
-        self.keep_model(round, &model, on_full)
+        writer.finish(on_full)
     }
 
     /// The weights of a blob that is held.
     pub fn load(&self, manifest: &Manifest) -> Result<Weights, String> {
-        let mut reader = self.reader(manifest, self.blob(manifest.digest)?)?;
+        let mut reader = self.reader(manifest)?;
         let mut weights = Weights::zeros(self.layout.clone());
         for range in ranges(self.layout.len()) {
             reader.read(range.clone(), &mut weights.values_mut()[range]).map_err(sentence)?;
@@ -140,19 +168,41 @@ impl Workshop {
         Ok(weights)
     }
 
-    /// Reads a blob, and adds the model that it is a difference from, if it is one.
-    fn reader(&self, manifest: &Manifest, blob: Bytes) -> Result<Reader, String> {
-        let base = manifest.base.map(|base| self.base(base)).transpose()?;
-        Reader::new(manifest.codec, &self.layout, blob, base).map_err(sentence)
+    /// Reads a blob that is held by ranges, and adds the model that it is a difference from, if it is one.
+    pub fn reader(&self, manifest: &Manifest) -> Result<Reader, String> {
+        let base = self.base(manifest)?;
+        Reader::new(manifest.codec, &self.layout, self.open(manifest.digest)?, base).map_err(sentence)
     }
 
-    fn base(&self, model: Digest) -> Result<Reader, String> {
-        let blob = self.blob(model).map_err(|why| format!("the update is a difference from a model, and {why}"))?;
-        Reader::new(self.codecs.model, &self.layout, blob, None).map_err(sentence)
+    /// Writes weights by ranges, which become a blob. While the disk has no room, `on_full` is called.
+    pub fn writer(&self, codec: Codec, tuning: Tuning, on_full: OnFull<'_>) -> Result<Writer, String> {
+        Ok(Writer {
+            layout: self.layout.clone(),
+            codec,
+            tuning,
+            chunk_bytes: self.chunk_bytes,
+            draft: with_room(on_full, || self.blobs.draft())?,
+            hasher: blake3::Hasher::new(),
+            values: 0,
+        })
     }
 
-    fn blob(&self, blob: Digest) -> Result<Bytes, String> {
-        self.blobs.get(blob).map_err(sentence)?.ok_or_else(|| format!("blob {} is not here", blob.short()))
+    /// Begins to receive a blob.
+    pub fn receive(&self, manifest: Manifest, on_full: OnFull<'_>) -> Result<Receiving, String> {
+        let base = self.base(&manifest)?;
+        let verifier = Verifier::new(manifest, self.layout.clone(), base).map_err(sentence)?;
+        let draft = with_room(on_full, || self.blobs.draft())?;
+        Ok(Receiving { manifest, written: Assembly::new(manifest), verified: 0, verifier, draft })
+    }
+
+    fn base(&self, manifest: &Manifest) -> Result<Option<Reader>, String> {
+        let Some(model) = manifest.base else { return Ok(None) };
+        let blob = self.open(model).map_err(|why| format!("the update is a difference from a model, and {why}"))?;
+        Ok(Some(Reader::new(self.codecs.model, &self.layout, blob, None).map_err(sentence)?))
+    }
+
+    fn open(&self, blob: Digest) -> Result<Blob, String> {
+        self.blobs.open(blob).map_err(sentence)?.ok_or_else(|| format!("blob {} is not here", blob.short()))
     }
 
     /// Whatever the codec loses is lost to all alike: also the peer that made the model goes on from its blob.
@@ -174,57 +224,136 @@ impl Workshop {
         if !codec.writes_difference() {
             return Ok((self.keep(&weights, codec, &tuning, on_full)?, None));
         }
-        weights.subtract(&self.load(model)?);
+        self.subtract(&mut weights, model)?;
         if codec == Codec::TopK {
             self.add_residual(&mut weights, residual)?;
         }
         let update = self.keep(&weights, codec, &tuning, on_full)?;
-        let update = Manifest { base: Some(model.digest), ..update };
         if codec != Codec::TopK {
-            return Ok((update, None));
+            return Ok((Manifest { base: Some(model.digest), ..update }, None));
         }
-        let sent = codec.decode(&self.blob(update.digest)?, &self.layout).map_err(sentence)?;
-        weights.subtract(&sent);
+        self.subtract(&mut weights, &update)?;
         let unsent = self.keep(&weights, Codec::F32, &tuning, on_full)?;
-        Ok((update, Some(unsent.digest)))
+        Ok((Manifest { base: Some(model.digest), ..update }, Some(unsent.digest)))
+    }
+
+    /// Takes away the values of a blob that is held, range by range.
+    fn subtract(&self, weights: &mut Weights, manifest: &Manifest) -> Result<(), String> {
+        let (mut reader, mut values) = (self.reader(manifest)?, Vec::new());
+        for range in ranges(self.layout.len()) {
+            values.resize(range.len(), 0.0);
+            reader.read(range.clone(), &mut values).map_err(sentence)?;
+            weights.values_mut()[range].iter_mut().zip(&values).for_each(|(value, other)| *value -= other);
+        }
+        Ok(())
     }
 
     /// A blob whose damaged file somebody has removed is gone, and with it what it held: training goes on without.
     fn add_residual(&self, weights: &mut Weights, residual: &Residual) -> Result<(), String> {
         for (part, codec) in [(residual.unsent, Codec::F32), (residual.returned, Codec::TopK)] {
-            let blob = part.map(|part| self.blobs.get(part)).transpose().map_err(sentence)?.flatten();
-            if let Some(blob) = blob {
-                weights.add(&codec.decode(&blob, &self.layout).map_err(sentence)?);
+            let blob = part.map(|part| self.blobs.open(part)).transpose().map_err(sentence)?.flatten();
+            let Some(blob) = blob else { continue };
+            let mut reader = Reader::new(codec, &self.layout, blob, None).map_err(sentence)?;
+            let mut values = Vec::new();
+            for range in ranges(self.layout.len()) {
+                values.resize(range.len(), 0.0);
+                reader.read(range.clone(), &mut values).map_err(sentence)?;
+                weights.values_mut()[range].iter_mut().zip(&values).for_each(|(value, other)| *value += other);
             }
         }
         Ok(())
     }
 
     fn keep(&self, weights: &Weights, codec: Codec, tuning: &Tuning, on_full: OnFull<'_>) -> Result<Manifest, String> {
-        let blob = codec.encode(weights, tuning).map_err(sentence)?;
-        let manifest = Manifest::of(&blob, self.chunk_bytes, codec).map_err(sentence)?;
-        self.store(manifest.digest, &blob, on_full)?;
-        Ok(manifest)
+        let mut writer = self.writer(codec, *tuning, on_full)?;
+        if codec.block().is_none() {
+            writer.write(weights.values(), on_full)?;
+        } else {
+            for range in ranges(self.layout.len()) {
+                writer.write(&weights.values()[range], on_full)?;
+            }
+        }
+        writer.finish(on_full)
+    }
+}
+
+impl Receiving {
+    /// Takes a chunk. `true`: it was the last one; the blob is what its manifest says, and durable.
+    ///
+    /// # Errors
+    /// As soon as it is known that the blob is not to be used. While the disk has no room, `on_full` is called.
+    pub fn take(&mut self, index: u32, chunk: &Bytes, on_full: OnFull<'_>) -> Result<bool, String> {
+        if self.written.insert(index, chunk.len()).map_err(sentence)? == Inserted::Duplicate {
+            return Ok(false);
+        }
+        let start = |index: u32| self.manifest.chunk_range(index).start as u64;
+        with_room(on_full, || self.draft.write(start(index), chunk))?;
+        if index == self.verified {
+            self.verifier.extend(chunk).map_err(sentence)?;
+            self.verified += 1;
+        }
+        // What came before its turn is read again when that has come.
+        while self.verified < self.written.prefix() {
+            let mut chunk = vec![0; self.manifest.chunk_range(self.verified).len()];
+            self.draft.read(start(self.verified), &mut chunk).map_err(sentence)?;
+            self.verifier.extend(&chunk).map_err(sentence)?;
+            self.verified += 1;
+        }
+        if !self.written.is_complete() {
+            return Ok(false);
+        }
+        self.verifier.finish().map_err(sentence)?;
+        with_room(on_full, || self.draft.keep(self.manifest.digest))?;
+        Ok(true)
+    }
+}
+
+impl Writer {
+    /// Writes the next of the [`ranges`]; with a codec without [blocks](Codec::block) all values at once.
+    ///
+    /// # Errors
+    /// When the codec cannot write a value. While the disk has no room, `on_full` is called.
+    pub fn write(&mut self, values: &[f32], on_full: OnFull<'_>) -> Result<(), String> {
+        let bytes = self.codec.encode_range(values, self.values, &self.layout, &self.tuning).map_err(sentence)?;
+        let start = self.hasher.count();
+        self.hasher.update(&bytes);
+        self.values += values.len();
+        with_room(on_full, || self.draft.write(start, &bytes))
     }
 
-    /// What was trained for minutes is not given up because the disk is full for a while.
-    fn store(&self, digest: Digest, blob: &Bytes, on_full: OnFull<'_>) -> Result<(), String> {
-        loop {
-            match self.blobs.put(digest, blob) {
-                Err(error) if error.obstacle().is_some() => {
-                    let why = sentence(&error);
-                    if on_full(error).is_break() {
-                        return Err(why);
-                    }
+    /// Names the blob, and makes it durable.
+    pub fn finish(mut self, on_full: OnFull<'_>) -> Result<Manifest, String> {
+        let digest = Digest(*self.hasher.finalize().as_bytes());
+        let manifest =
+            Manifest::named(digest, self.hasher.count(), self.chunk_bytes, self.codec).map_err(sentence)?;
+        with_room(on_full, || self.draft.keep(digest))?;
+        Ok(manifest)
+    }
+}
+
+/// What was trained for minutes is not given up because the disk is full for a while.
+fn with_room<T>(on_full: OnFull<'_>, mut write: impl FnMut() -> Result<T, JournalError>) -> Result<T, String> {
+    loop {
+        match write() {
+            Err(error) if error.obstacle().is_some() => {
+                let why = sentence(&error);
+                if on_full(error).is_break() {
+                    return Err(why);
                 }
-                put => return put.map_err(sentence),
             }
+            written => return written.map_err(sentence),
         }
     }
 }
 
+/// No early exit, so that many values are looked at at a time.
+fn first_non_finite(values: &[f32]) -> Option<usize> {
+    let finite = values.iter().fold(true, |finite, value| finite & value.is_finite());
+    if finite { None } else { values.iter().position(|value| !value.is_finite()) }
+}
+
 /// What a job does while the disk has no room: see [`Workshop::perform`].
-type OnFull<'a> = &'a mut dyn FnMut(JournalError) -> ControlFlow<()>;
+pub type OnFull<'a> = &'a mut dyn FnMut(JournalError) -> ControlFlow<()>;
 
 fn sentence(error: impl std::fmt::Display) -> String {
     error.to_string()
@@ -288,7 +417,8 @@ mod tests {
     impl Bench {
         fn new(blobs: Blobs, codecs: Codecs) -> Self {
             let (peer, rule, chunk_bytes) = (PeerId::new("a").unwrap(), Rule::FedAvg, 1024);
-            let workshop = Workshop { blobs, layout: layout(), peer, codecs, rule, chunk_bytes };
+            let loaded = Arc::default();
+            let workshop = Workshop { blobs, layout: layout(), peer, codecs, rule, chunk_bytes, loaded };
             Self { workshop, trainer: Mutex::new(Box::new(Learner(Weights::zeros(layout())))) }
         }
 
@@ -308,8 +438,24 @@ mod tests {
             trained
         }
 
+        fn bytes(&self, blob: Digest) -> Bytes {
+            self.workshop.blobs.get(blob).unwrap().unwrap()
+        }
+
+        /// Receives the blob's bytes, which may be others than it says.
+        fn receive(&self, manifest: Manifest, bytes: &Bytes) -> Result<(), String> {
+            let mut give_up = |_| ControlFlow::Break(());
+            let mut receiving = self.workshop.receive(manifest, &mut give_up)?;
+            for index in 0..manifest.chunks() {
+                let chunk = manifest.chunk(bytes, index).unwrap();
+                let complete = receiving.take(index, &chunk, &mut give_up)?;
+                assert_eq!(complete, index + 1 == manifest.chunks());
+            }
+            Ok(())
+        }
+
         fn values(&self, blob: Digest, codec: Codec) -> Weights {
-            codec.decode(&self.workshop.blob(blob).unwrap(), &layout()).unwrap()
+            codec.decode(&self.bytes(blob), &layout()).unwrap()
         }
     }
 
@@ -376,12 +522,8 @@ mod tests {
         let bench = Bench::new(Blobs::memory(), topk());
         let model = bench.initial();
         let update = bench.train(1, model, Residual::default()).update;
-        let blob = bench.workshop.blob(update.digest).unwrap();
-        let verify = |manifest: Manifest| {
-            let chunks = (0..manifest.chunks()).filter_map(|index| manifest.chunk(&blob, index)).collect();
-            let Done::Verified { result, .. } = bench.perform(Job::Verify { manifest, chunks }) else { panic!() };
-            result
-        };
+        let blob = bench.bytes(update.digest);
+        let verify = |manifest: Manifest| bench.receive(manifest, &blob);
         assert_eq!(verify(update), Ok(()));
         let base = Digest::of(b"another");
         let why = format!("the update is a difference from a model, and blob {} is not here", base.short());
@@ -391,9 +533,63 @@ mod tests {
         let tuning = topk().for_model(Round(1));
         let huge = bench.workshop.keep(&huge, Codec::F32, &tuning, &mut |_| ControlFlow::Break(())).unwrap();
         let sum = Manifest { base: Some(huge.digest), ..huge };
-        let chunks = vec![bench.workshop.blob(huge.digest).unwrap()];
-        let done = bench.perform(Job::Verify { manifest: sum, chunks });
-        assert!(matches!(&done, Done::Verified { result: Err(why), .. } if why.contains("not finite")), "{done:?}");
+        let found = bench.receive(sum, &bench.bytes(huge.digest));
+        assert_eq!(found, Err("w holds values that are not finite".into()));
+    }
+
+    #[test]
+    fn chunks_in_any_order_and_twice_make_a_durable_blob_and_bad_ones_leave_nothing() {
+        let from = Bench::new(Blobs::memory(), Codecs::default());
+        // Six chunks.
+        let layout = Arc::new(Layout { tensors: vec![TensorSpec { name: "w".into(), shape: vec![1_400] }] });
+        let weights = Weights::new(layout.clone(), (0..1_400u16).map(f32::from).collect()).unwrap();
+        let maker = Workshop { layout: layout.clone(), ..from.workshop };
+        let model = maker.keep_model(Round(1), &weights, &mut |_| ControlFlow::Break(())).unwrap();
+        let blob = maker.blobs.get(model.digest).unwrap().unwrap();
+
+        let dir = tempfile::tempdir().unwrap();
+        let (journal, _) = Journal::open(dir.path(), "ward", None).unwrap();
+        for blobs in [journal.blobs(), Blobs::memory()] {
+            let workshop = Workshop { blobs, ..maker.clone() };
+            let receive = |changed: Option<u32>| {
+                let mut receiving = workshop.receive(model, &mut |_| ControlFlow::Break(()))?;
+                let mut complete = Vec::new();
+                for index in [3, 1, 1, 0, 5, 2, 2, 4] {
+                    let mut chunk = model.chunk(&blob, index).unwrap().to_vec();
+                    chunk[1] ^= u8::from(changed == Some(index));
+                    complete.push(receiving.take(index, &chunk.into(), &mut |_| ControlFlow::Break(()))?);
+                }
+                assert_eq!(complete, [false, false, false, false, false, false, false, true]);
+                Ok::<_, String>(())
+            };
+            let why = receive(Some(1)).unwrap_err();
+            assert!(why.starts_with("the blob's digest is"), "{why}");
+            assert!(workshop.blobs.open(model.digest).unwrap().is_none());
+            assert_eq!(std::fs::read_dir(dir.path().join("blobs")).unwrap().count(), 0);
+            receive(None).unwrap();
+            assert_eq!(workshop.load(&model).unwrap(), weights);
+            workshop.blobs.retain(&std::collections::BTreeSet::new()).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_model_is_loaded_once_to_be_evaluated_and_trained_on() {
+        let bench = Bench::new(Blobs::memory(), Codecs::default());
+        let model = bench.initial();
+        let evaluate = |model| {
+            let Done::Evaluated { result, .. } = bench.perform(Job::Evaluate { model }) else { panic!() };
+            result
+        };
+        evaluate(model).unwrap();
+        // It has gone from the disk, and the trainer has it.
+        bench.workshop.blobs.retain(&std::collections::BTreeSet::new()).unwrap();
+        evaluate(model).unwrap();
+        let update = bench.train(1, model, Residual::default()).update;
+        assert_eq!(bench.values(update.digest, Codec::F32), learned(Round(1)));
+        // Training has changed what the trainer has.
+        assert!(evaluate(model).is_err());
+        evaluate(update).unwrap();
+        assert_eq!(bench.trainer.lock().unwrap().weights(), learned(Round(1)));
     }
 
     #[test]
