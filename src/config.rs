@@ -468,7 +468,8 @@ impl Layers {
             Err(error) => return Err(self.conflict("server_optimizer", "strategy", &error.to_string())),
         };
         if strategy.has_state() && settings.model_codec != "f32" {
-            let rule = "what the strategy remembers travels with the model and must stay exact: leave model_codec at f32";
+            let rule =
+                "what the strategy remembers travels with the model and must stay exact: leave model_codec at f32";
             return Err(self.conflict("model_codec", "strategy", rule));
         }
         if strategy.has_control() && !["f32", "f16", "bf16"].contains(&settings.codec) {

@@ -134,12 +134,11 @@ fn body() -> impl Strategy<Value = Body> {
     let leading =
         (prop::collection::vec(peer(), 0..5), prop::collection::vec(any::<u8>(), 0..5), prop::option::of(metrics()))
             .prop_map(|(ballots, has, parent_metrics)| Body::Leader(Leading { ballots, has, parent_metrics }));
-    let update =
-        (digest(), manifest(), any::<u64>(), step_sum(), metrics()).prop_map(
-            |(parent, manifest, num_examples, step_sum, metrics)| {
-                Body::Update(Update { parent, manifest, num_examples, step_sum, metrics })
-            },
-        );
+    let update = (digest(), manifest(), any::<u64>(), step_sum(), metrics()).prop_map(
+        |(parent, manifest, num_examples, step_sum, metrics)| {
+            Body::Update(Update { parent, manifest, num_examples, step_sum, metrics })
+        },
+    );
     prop_oneof![
         hello().prop_map(Body::Hello),
         Just(Body::Goodbye),

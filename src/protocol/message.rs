@@ -8,8 +8,8 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use crate::aggregation::{STEP_SUMS, Share};
 use crate::aggregation::statistics::SUMMARY_BYTES_MAX;
+use crate::aggregation::{STEP_SUMS, Share};
 use crate::protocol::decree::{Decree, STANDBYS_MAX};
 use crate::protocol::roster::{ROSTER_MAX, Roster};
 use crate::transfer::{CHUNK_BYTES_MAX, ChunkSet, Manifest};

@@ -175,7 +175,9 @@ impl Check {
         // Whoever is up or down: somebody holds the model that the round began with.
         let blob = all.iter().find_map(|peer| peer.blobs.get(parent.model().digest).ok().flatten());
         let from = blob.and_then(|blob| self.codecs.model.decode(&blob, &parent_layout).ok());
-        let Some(from) = from else { return Err((AGGREGATE, format!("nobody holds the parent of {:?}", decree.round))) };
+        let Some(from) = from else {
+            return Err((AGGREGATE, format!("nobody holds the parent of {:?}", decree.round)));
+        };
         let expected = self.strategy.aggregate(&layout, &from, &contributions, members);
         let expected = expected.map_err(|error| (AGGREGATE, error.to_string()))?;
         let tuning = self.codecs.for_model(decree.round);
@@ -300,5 +302,5 @@ fn holds(peer: &Persisted<'_>, decree: &Decree) -> bool {
     let beyond = head.is_some_and(|head| head.decree.round > decree.round);
     let committed = head.is_some_and(|head| head.decree == *decree);
     let accepted = peer.durable.open.accepted.as_ref().is_some_and(|(_, accepted)| accepted == decree);
-    beyond || (committed || accepted) && peer.blobs.get(decree.model().digest).is_ok_and(|blob| blob.is_some())
+    beyond || (committed || accepted) && peer.blobs.open(decree.model().digest).is_ok_and(|blob| blob.is_some())
 }
