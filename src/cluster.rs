@@ -18,7 +18,7 @@ use crate::config::{Part, Settings};
 use crate::events::Entry;
 use crate::node::Outcome;
 use crate::peer::{LocalPeer, PeerError, read_data};
-use crate::training::ReadError;
+use crate::training::{ReadError, Trainer};
 use crate::types::{Address, PeerId};
 
 pub use processes::{Processes, Program};
@@ -92,10 +92,24 @@ impl Cluster {
     /// Opens `settings.peers` peers that will meet at `settings.brokers` and keep their state in `run_dir`.
     pub fn open(settings: &Settings, run_dir: &Path) -> Result<Self, ClusterError> {
         // Read once, though each peer takes a part of its own.
-        let examples = read_data(settings)?;
+        let examples = if settings.trainer.is_none() { Some(read_data(settings)?) } else { None };
         let open = |settings: &Settings| {
-            LocalPeer::open_with(settings, Some(&examples))
+            LocalPeer::open_with(settings, examples.as_ref())
                 .map_err(|source| ClusterError::Peer { peer: name_in(settings), source })
+        };
+        let peers = peer_settings(settings, run_dir).iter().map(open).collect::<Result<_, _>>()?;
+        Ok(Self { peers })
+    }
+
+    /// The same with peers that train in a way of their own: `make` is given each peer's settings, which tell its part.
+    pub fn of_trainers(
+        settings: &Settings,
+        run_dir: &Path,
+        mut make: impl FnMut(&Settings) -> Result<Box<dyn Trainer>, PeerError>,
+    ) -> Result<Self, ClusterError> {
+        let open = |settings: &Settings| {
+            let peer = make(settings).and_then(|trainer| LocalPeer::of_trainer(settings, trainer));
+            peer.map_err(|source| ClusterError::Peer { peer: name_in(settings), source })
         };
         let peers = peer_settings(settings, run_dir).iter().map(open).collect::<Result<_, _>>()?;
         Ok(Self { peers })

@@ -169,6 +169,10 @@ pub struct Settings {
     pub processes: bool,
     /// Name of this peer.
     pub peer: Option<PeerId>,
+    /// A program that trains in place of model and data.
+    pub trainer: Option<String>,
+    /// How long it may be silent.
+    pub trainer_timeout: Duration,
     /// What computes the training.
     pub backend: &'static str,
     /// Where a peer keeps its name and its state.
@@ -394,6 +398,8 @@ impl Layers {
             peers: self.count("peers"),
             processes: self.switch("processes"),
             peer: self.peer("peer"),
+            trainer: self.optional_text("trainer"),
+            trainer_timeout: self.duration("trainer_timeout"),
             backend: self.choice("backend"),
             state_dir: self.path("state_dir"),
             run_dir: self.path("run_dir"),

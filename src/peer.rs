@@ -14,6 +14,7 @@ use crate::events::{Entry, Event, Witness};
 use crate::journal::{Journal, JournalError};
 use crate::node::{self, Hosted, Meeting, Node, NodeError, Outcome, Storage};
 use crate::protocol::{Durable, Topics};
+use crate::training::external::{ExternalConfig, ExternalTrainer};
 use crate::training::{
     BurnTrainer, DataError, Dataset, Examples, Partition, PartitionError, ReadError, Source, Task, Train, TrainError,
     Trainer, histogram,
@@ -44,14 +45,30 @@ pub struct LocalPeer {
     state_dir: PathBuf,
     journal: Journal,
     durable: Option<Durable>,
-    trainer: BurnTrainer,
-    /// What the peers must agree on about their data.
-    data_entries: BTreeMap<String, String>,
-    /// What the columns are called, if the data are a table.
-    feature_names: Vec<String>,
+    trainer: Box<dyn Trainer>,
+    lesson: Lesson,
     hosted: Option<Hosted>,
     /// Whether its broker need not be tried.
     trusts_broker: bool,
+}
+
+/// What is to be told of a peer's data.
+#[derive(Clone, Debug, Default)]
+pub struct Lesson {
+    /// Where they come from.
+    pub data: String,
+    /// What is to be learned from each example, in words.
+    pub task: String,
+    /// How many examples are held out to measure with, if that is known.
+    pub num_held_out: Option<usize>,
+    /// What each label stands for.
+    pub class_names: Vec<String>,
+    /// How many examples of each label there are to train on; empty where examples have no class of their own.
+    pub histogram: Vec<usize>,
+    /// What the features are called, if the data are a table.
+    pub feature_names: Vec<String>,
+    /// What the peers must agree on, by key, as text.
+    pub entries: BTreeMap<String, String>,
 }
 
 /// Why a peer cannot run.
@@ -110,6 +127,35 @@ impl LocalPeer {
     /// # Panics
     /// If the settings name no state directory: the caller chooses one.
     pub fn open_with(settings: &Settings, examples: Option<&Examples>) -> Result<Self, PeerError> {
+        Self::with(settings, |name| {
+            if let Some(command) = &settings.trainer {
+                let trainer = ExternalTrainer::start(external(settings, command), name.clone())?;
+                let lesson =
+                    Lesson { data: "its own".into(), task: format!("trained by {command}"), ..Lesson::default() };
+                return Ok((Box::new(trainer) as Box<dyn Trainer>, lesson));
+            }
+            let (train, held_out) = match examples {
+                Some(examples) => own_data(settings, examples)?,
+                None => own_data(settings, &read_data(settings)?)?,
+            };
+            let lesson = Lesson::of(settings, &train, &held_out);
+            Ok((Box::new(BurnTrainer::new(settings.training(), name.clone(), train, held_out)?), lesson))
+        })
+    }
+
+    /// A peer that trains in a way of its own. What [`Settings`] say of models, training and data is not for it, but peers
+    /// must agree on it all the same.
+    ///
+    /// # Panics
+    /// If the settings name no state directory: the caller chooses one.
+    pub fn of_trainer(settings: &Settings, trainer: Box<dyn Trainer>) -> Result<Self, PeerError> {
+        Self::with(settings, |_| Ok((trainer, Lesson { data: "its own".into(), ..Lesson::default() })))
+    }
+
+    fn with(
+        settings: &Settings,
+        make: impl FnOnce(&PeerId) -> Result<(Box<dyn Trainer>, Lesson), PeerError>,
+    ) -> Result<Self, PeerError> {
         let state_dir = settings.state_dir.clone().expect("the caller has chosen a state directory");
         let (journal, loaded) = Journal::open(&state_dir, &settings.federation, settings.peer.as_ref())?;
         let decode = |bytes: &Vec<u8>| {
@@ -121,13 +167,7 @@ impl LocalPeer {
             journal.blobs().open(manifest.digest)?;
         }
         let name = loaded.peer;
-        let (train, held_out) = match examples {
-            Some(examples) => own_data(settings, examples)?,
-            None => own_data(settings, &read_data(settings)?)?,
-        };
-        let data_entries = train.shared_entries();
-        let feature_names = train.table().map(|table| table.feature_names()).unwrap_or_default();
-        let trainer = BurnTrainer::new(settings.training(), name.clone(), train, held_out)?;
+        let (trainer, lesson) = make(&name)?;
         let (hosted, trusts_broker) = (None, false);
         Ok(Self {
             settings: settings.clone(),
@@ -136,8 +176,7 @@ impl LocalPeer {
             journal,
             durable,
             trainer,
-            data_entries,
-            feature_names,
+            lesson,
             hosted,
             trusts_broker,
         })
@@ -206,50 +245,14 @@ impl LocalPeer {
         head.is_some_and(|head| head.decree.reason().is_some())
     }
 
-    /// The name of its data.
-    pub fn data(&self) -> &str {
-        &self.settings.data
-    }
-
-    /// What is to be told of each example, in words.
-    pub fn task(&self) -> String {
-        let data = self.trainer.train_data();
-        let features = data.num_features();
-        match data.task() {
-            Task::Classes(classes) => format!("{features} features, {classes} classes"),
-            Task::Numbers => format!("{features} features, a number to tell"),
-            Task::Steps(classes) => format!("{features} characters, the next of {classes} to tell"),
-        }
+    /// What is to be told of its data.
+    pub fn lesson(&self) -> &Lesson {
+        &self.lesson
     }
 
     /// How many examples it trains on.
     pub fn num_examples(&self) -> u64 {
         self.trainer.num_examples()
-    }
-
-    /// How many examples it holds out to measure with.
-    pub fn num_held_out(&self) -> usize {
-        self.trainer.held_out_data().len()
-    }
-
-    /// What each label stands for.
-    pub fn class_names(&self) -> &[String] {
-        self.trainer.train_data().class_names()
-    }
-
-    /// What the features are called, if its data are a table.
-    pub fn feature_names(&self) -> &[String] {
-        &self.feature_names
-    }
-
-    /// How many examples of each label it has to train on; empty where examples have no class of their own.
-    pub fn histogram(&self) -> Vec<usize> {
-        let data = self.trainer.train_data();
-        if data.labels().is_empty() {
-            return Vec::new();
-        }
-        let all: Vec<usize> = (0..data.len()).collect();
-        histogram(data.labels(), &all, data.num_classes())
     }
 
     /// Takes part until the federation finishes or `stop` ends; tells what happens.
@@ -283,7 +286,7 @@ impl LocalPeer {
         let meeting = self.meeting();
         let topics = Topics::new(&self.settings.prefix, &self.settings.federation);
         let mut config = self.settings.shared();
-        config.training.extend(self.data_entries.clone());
+        config.training.extend(self.lesson.entries.clone());
         let patience = if self.trusts_broker { OWN_BROKER_PATIENCE } else { BROKER_PATIENCE };
         let connecting = MqttTransport::connect(self.mqtt_config(&topics), patience);
         let transport = tokio::select! {
@@ -299,7 +302,7 @@ impl LocalPeer {
             meeting,
             storage: Storage::Disk(self.journal),
             durable: self.durable,
-            trainer: Box::new(self.trainer),
+            trainer: self.trainer,
             wait_timeout: Some(self.settings.wait_timeout),
         };
         let mut observe = |observation: node::Observation<'_>| {
@@ -327,6 +330,42 @@ impl LocalPeer {
                 patience: PROBE_PATIENCE,
             }),
         }
+    }
+}
+
+impl Lesson {
+    fn of(settings: &Settings, train: &Dataset, held_out: &Dataset) -> Self {
+        let features = train.num_features();
+        let task = match train.task() {
+            Task::Classes(classes) => format!("{features} features, {classes} classes"),
+            Task::Numbers => format!("{features} features, a number to tell"),
+            Task::Steps(classes) => format!("{features} characters, the next of {classes} to tell"),
+        };
+        let all: Vec<usize> = (0..train.labels().len()).collect();
+        Self {
+            data: settings.data.clone(),
+            task,
+            num_held_out: Some(held_out.len()),
+            class_names: train.class_names().to_vec(),
+            histogram: if all.is_empty() { all } else { histogram(train.labels(), &all, train.num_classes()) },
+            feature_names: train.table().map(|table| table.feature_names()).unwrap_or_default(),
+            entries: train.shared_entries(),
+        }
+    }
+}
+
+/// What the external program of a peer needs to know.
+fn external(settings: &Settings, command: &str) -> ExternalConfig {
+    let state_dir = settings.state_dir.clone().expect("the caller has chosen a state directory");
+    ExternalConfig {
+        command: command.to_owned(),
+        timeout: settings.trainer_timeout,
+        dir: state_dir.join("trainer"),
+        part: settings.part.map(|part| (part.index, part.of)),
+        seed: settings.seed,
+        local_epochs: settings.local_epochs,
+        batch_size: settings.batch_size,
+        learning_rate: settings.learning_rate,
     }
 }
 
@@ -408,8 +447,8 @@ mod tests {
     fn a_peer_tells_what_data_it_has() {
         let dir = tempfile::tempdir().unwrap();
         let peer = LocalPeer::open(&settings(&dir.path().join("state"))).unwrap();
-        assert_eq!(peer.histogram().iter().sum::<usize>() as u64, peer.num_examples());
-        assert_eq!(peer.histogram().len(), 10);
+        assert_eq!(peer.lesson().histogram.iter().sum::<usize>() as u64, peer.num_examples());
+        assert_eq!(peer.lesson().histogram.len(), 10);
         assert!(!peer.is_resumed() && !peer.has_finished());
     }
 

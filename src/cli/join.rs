@@ -104,7 +104,7 @@ async fn take_part(
     let mut narrator = Narrator::new(names, settings.rounds, Duration::ZERO, started);
     recall(&run_dir, &mut narrator)?;
     let recorder = Recorder::new(run_dir, &settings.federation, peer.layout(), settings.codecs().model, state_dirs)
-        .naming(peer.feature_names().to_vec(), peer.class_names().to_vec());
+        .naming(peer.lesson().feature_names.clone(), peer.lesson().class_names.clone());
     let mut audience = Audience { recorder, narrator, output };
     let (sender, mut entries) = unbounded_channel();
     let task = cluster::spawn(peer, &stop, &sender);
@@ -165,8 +165,9 @@ fn introduction(peer: &LocalPeer, broker: Option<&Broker>, run_dir: &RunDir) -> 
     }
     text += &format!("state    {}\n", peer.state_dir().display());
     text += &format!("results  {}\n", run_dir.path().display());
-    text += &format!("data     {}: {} to train on, {} held out", peer.data(), peer.num_examples(), peer.num_held_out());
-    text += &format!("; {}\n", peer.task());
+    let lesson = peer.lesson();
+    let held_out = lesson.num_held_out.map(|count| format!(", {count} held out")).unwrap_or_default();
+    text += &format!("data     {}: {} to train on{held_out}; {}\n", lesson.data, peer.num_examples(), lesson.task);
     if let Some(broker) = broker {
         text += &how_to_join(broker.addr());
     }

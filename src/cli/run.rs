@@ -186,9 +186,9 @@ fn recorder(settings: &Settings, run_dir: RunDir, peers: &[LocalPeer]) -> Record
     let layout: Arc<Layout> = peers.first().map(LocalPeer::layout).unwrap_or_default();
     let state_dirs = peers.iter().map(|peer| (peer.name().clone(), peer.state_dir().to_owned()));
     let state_dirs: BTreeMap<PeerId, PathBuf> = state_dirs.collect();
-    let names = |names: fn(&LocalPeer) -> &[String]| peers.first().map(|peer| names(peer).to_vec()).unwrap_or_default();
+    let lesson = peers.first().map(LocalPeer::lesson).cloned().unwrap_or_default();
     Recorder::new(run_dir, &settings.federation, layout, settings.codecs().model, state_dirs)
-        .naming(names(LocalPeer::feature_names), names(LocalPeer::class_names))
+        .naming(lesson.feature_names, lesson.class_names)
 }
 
 /// Why there is no result, as far as the peers can tell.
@@ -242,15 +242,19 @@ fn introduction(settings: &Settings, broker: Option<&Broker>, dir: &Path, peers:
     text += &format!("broker   {at}{whose}\n");
     text += &format!("results  {}\n", dir.display());
     if let Some(peer) = peers.first() {
+        let len = grouped(peer.layout().len());
+        if let Some(command) = &settings.trainer {
+            text += &format!("trainer  {command}, {len} parameters\n");
+            return text + &labels(peers);
+        }
         let hidden: Vec<_> = settings.hidden.iter().map(usize::to_string).collect();
         let hidden = if hidden.is_empty() { "no".to_owned() } else { hidden.join("-") };
-        let len = grouped(peer.layout().len());
         text += &format!("model    {} with {hidden} hidden, {len} parameters\n", settings.model);
         let split = match settings.source().is_pattern() {
             true => "a file for each peer".to_owned(),
             false => format!("split {}", settings.partition()),
         };
-        text += &format!("data     {}, {split}; {}\n", settings.data, peer.task());
+        text += &format!("data     {}, {split}; {}\n", settings.data, peer.lesson().task);
     }
     if peers.iter().any(LocalPeer::is_resumed) {
         text += "the peers go on where an earlier run stopped\n";
@@ -261,12 +265,14 @@ fn introduction(settings: &Settings, broker: Option<&Broker>, dir: &Path, peers:
 /// How many examples of each label each peer trains on.
 fn labels(peers: &[LocalPeer]) -> String {
     let Some(first) = peers.first() else { return String::new() };
-    let head = ["peer", "train", "held out"].iter().map(|name| (*name).to_owned());
-    let mut rows = vec![head.chain(first.class_names().iter().cloned()).collect::<Vec<_>>()];
+    let held_out = first.lesson().num_held_out.map(|_| "held out");
+    let head = ["peer", "train"].into_iter().chain(held_out).map(str::to_owned);
+    let mut rows = vec![head.chain(first.lesson().class_names.iter().cloned()).collect::<Vec<_>>()];
     rows.extend(peers.iter().take(LISTED_MAX).map(|peer| {
-        let counts = [peer.num_examples().to_string(), peer.num_held_out().to_string()];
-        let labels = peer.histogram().into_iter().map(|count| count.to_string());
-        [peer.name().to_string()].into_iter().chain(counts).chain(labels).collect()
+        let lesson = peer.lesson();
+        let held_out = lesson.num_held_out.map(|count| count.to_string());
+        let labels = lesson.histogram.iter().map(|count| count.to_string());
+        [peer.name().to_string(), peer.num_examples().to_string()].into_iter().chain(held_out).chain(labels).collect()
     }));
     let widths: Vec<usize> = (0..rows[0].len())
         .map(|column| rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max().unwrap_or(0))

@@ -20,6 +20,7 @@ pub mod external;
 mod loss;
 mod metrics;
 mod models;
+pub mod modules;
 mod named;
 mod optimizer;
 mod partition;
