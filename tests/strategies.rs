@@ -247,7 +247,7 @@ fn one_of_five_that_sends_its_update_reversed_ruins_the_mean_and_no_robust_rule(
     for name in ["median", "trimmed-mean", "krum", "multi-krum", "bulyan", "norm-clip"] {
         let robust = accuracy(name, 1);
         println!("{name} {robust:.3}");
-        assert!(robust > clean - 0.08, "{name}: {robust}, without the bad one {clean}");
+        assert!(robust > clean - 0.03, "{name}: {robust}, without the bad one {clean}");
     }
 }
 
