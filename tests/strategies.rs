@@ -34,7 +34,8 @@ impl Trainer for Flipped {
     fn weights(&self) -> Weights {
         let mut weights = self.start.clone();
         let trained = self.trainer.weights();
-        for ((value, trained), start) in weights.values_mut().iter_mut().zip(trained.values()).zip(self.start.values()) {
+        for ((value, trained), start) in weights.values_mut().iter_mut().zip(trained.values()).zip(self.start.values())
+        {
             *value = start - 10.0 * (trained - start);
         }
         weights
@@ -198,8 +199,7 @@ fn leaders_that_change_every_round_compute_what_one_would_alone() {
     for name in Strategy::NAMES {
         let strategy = named(name);
         let config = TrainingConfig { mu: if *name == "fedprox" { 0.1 } else { 0.0 }, ..quick() };
-        let mut federation =
-            Federation::new(strategy, Codecs::default(), trainers(&config, 4, Partition::Iid, 0));
+        let mut federation = Federation::new(strategy, Codecs::default(), trainers(&config, 4, Partition::Iid, 0));
         let layout = federation.members[0].workshop.layout.clone();
         let mut central = strategy.initial(trainers(&config, 1, Partition::Iid, 0)[0].weights());
         for _ in 0..3 {
@@ -216,8 +216,7 @@ fn leaders_that_change_every_round_compute_what_one_would_alone() {
 fn every_strategy_learns() {
     for name in Strategy::NAMES {
         let config = TrainingConfig { mu: if *name == "fedprox" { 0.1 } else { 0.0 }, ..TrainingConfig::default() };
-        let mut federation =
-            Federation::new(named(name), Codecs::default(), trainers(&config, 5, Partition::Iid, 0));
+        let mut federation = Federation::new(named(name), Codecs::default(), trainers(&config, 5, Partition::Iid, 0));
         for _ in 0..4 {
             federation.round();
         }
@@ -231,8 +230,7 @@ fn every_strategy_learns() {
 fn one_of_five_that_sends_its_update_reversed_ruins_the_mean_and_no_robust_rule() {
     let config = TrainingConfig { local_epochs: 2, ..TrainingConfig::default() };
     let accuracy = |name: &str, bad: usize| {
-        let mut federation =
-            Federation::new(named(name), Codecs::default(), trainers(&config, 5, Partition::Iid, bad));
+        let mut federation = Federation::new(named(name), Codecs::default(), trainers(&config, 5, Partition::Iid, bad));
         for _ in 0..5 {
             federation.round();
         }
@@ -273,8 +271,7 @@ fn scaffolds_common_control_variate_is_the_mean_of_all_members() {
 fn scaffold_sends_half_values_too() {
     for updates in [Codec::F16, Codec::Bf16] {
         let codecs = Codecs { updates, ..Codecs::default() };
-        let mut federation =
-            Federation::new(named("scaffold"), codecs, trainers(&quick(), 3, Partition::Iid, 0));
+        let mut federation = Federation::new(named("scaffold"), codecs, trainers(&quick(), 3, Partition::Iid, 0));
         let before = federation.accuracy(0..3);
         for _ in 0..3 {
             federation.round();

@@ -66,8 +66,9 @@ mod tests {
     #[test]
     fn the_largest_values_do_not_overflow() {
         let third = 1.0 / 3.0;
-        assert_eq!(sum(&[(third, vec![f32::MAX]), (third, vec![f32::MAX]), (third, vec![f32::MAX])], (0.0, &[])), [
-            f32::MAX
-        ]);
+        assert_eq!(
+            sum(&[(third, vec![f32::MAX]), (third, vec![f32::MAX]), (third, vec![f32::MAX])], (0.0, &[])),
+            [f32::MAX]
+        );
     }
 }

@@ -24,6 +24,7 @@ mod median;
 mod norm_clip;
 mod optimizer;
 mod scaffold;
+pub mod statistics;
 mod strategy;
 mod survey;
 mod trimmed_mean;
@@ -462,8 +463,7 @@ mod tests {
     /// The aggregate of updates of a model that was all zeros.
     fn aggregate(strategy: Strategy, parts: &[(u64, &Weights)]) -> Result<Weights, AggregateError> {
         let layout = parts.first().map_or_else(|| weights("a", &[0.0]).layout().clone(), |(_, w)| w.layout().clone());
-        let parts: Vec<_> =
-            parts.iter().map(|&(n, weights)| Contribution { share: Share::of(n), weights }).collect();
+        let parts: Vec<_> = parts.iter().map(|&(n, weights)| Contribution { share: Share::of(n), weights }).collect();
         let parent = strategy.initial(Weights::zeros(layout.clone()));
         strategy.aggregate(&layout, &parent, &parts, parts.len())
     }
@@ -534,11 +534,7 @@ mod tests {
         let found = aggregate(named("bulyan"), &parts).unwrap();
         // Krum's five are within 1 to 6; whichever is missing, the middle three are consecutive or nearly so.
         assert!((2.5..=4.5).contains(&found.values()[0]), "{found:?}");
-        let chosen = krum::one_after_another(
-            &krum::tests::distances(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 900.0]),
-            1,
-            5,
-        );
+        let chosen = krum::one_after_another(&krum::tests::distances(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 900.0]), 1, 5);
         let sorted: Vec<f32> = chosen.iter().map(|i| updates[*i].values()[0]).collect();
         assert_eq!(found.values()[0], ((sorted[1] + sorted[2] + sorted[3]) / 3.0), "{chosen:?}");
     }
@@ -590,10 +586,8 @@ mod tests {
         let of = |values: [f32; 2]| Weights::new(layout.clone(), values.to_vec()).unwrap();
         let (few, many) = (of([1.0, 0.1]), of([3.0, 0.3]));
         let share = |step_sum| Share { num_examples: 1, step_sum };
-        let parts = [
-            Contribution { share: share(1.0), weights: &few },
-            Contribution { share: share(100.0), weights: &many },
-        ];
+        let parts =
+            [Contribution { share: share(1.0), weights: &few }, Contribution { share: share(100.0), weights: &many }];
         for name in ["fedadam", "fednova", "fedyogi"] {
             let strategy = named(name);
             let parent = strategy.initial(of([0.0, 9.0]));

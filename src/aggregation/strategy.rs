@@ -255,10 +255,10 @@ impl Strategy {
 }
 
 fn named_after(layout: &Layout, prefix: &str) -> impl Iterator<Item = TensorSpec> {
-    layout.tensors.iter().map(move |tensor| TensorSpec {
-        name: format!("{prefix}{}", tensor.name),
-        shape: tensor.shape.clone(),
-    })
+    layout
+        .tensors
+        .iter()
+        .map(move |tensor| TensorSpec { name: format!("{prefix}{}", tensor.name), shape: tensor.shape.clone() })
 }
 
 #[cfg(test)]
@@ -309,7 +309,10 @@ mod tests {
     #[test]
     fn state_stands_behind_the_model() {
         let names = |layout: Arc<Layout>| layout.tensors.iter().map(|tensor| tensor.name.clone()).collect::<Vec<_>>();
-        assert_eq!(names(named("fedavgm").model_layout(&layout())), ["a", "b", "server.momentum.a", "server.momentum.b"]);
+        assert_eq!(
+            names(named("fedavgm").model_layout(&layout())),
+            ["a", "b", "server.momentum.a", "server.momentum.b"]
+        );
         assert_eq!(named("fedadam").model_layout(&layout()).len(), 9);
         assert_eq!(named("fedadam").update_layout(&layout()), layout());
         assert_eq!(names(named("scaffold").update_layout(&layout())), ["a", "b", "control.a", "control.b"]);

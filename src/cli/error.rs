@@ -17,6 +17,7 @@ use crate::node::{NodeError, Outcome};
 use crate::peer::PeerError;
 use crate::protocol::{Difference, Waiting};
 use crate::rundir::RunDirError;
+use crate::training::{COLUMN, PartitionError, ReadError};
 use crate::transport::mqtt::TransportError;
 use crate::types::PeerId;
 
@@ -100,6 +101,16 @@ impl Failure {
                 let error =
                     anyhow!("the federation has {key} = {theirs}, this peer has {key} = {mine} (told by {peer})");
                 let hint = match Key::find(key) {
+                    _ if key.starts_with(COLUMN) || key == "classes" => {
+                        let name = key.trim_start_matches(COLUMN);
+                        let name = if key == "classes" { "class" } else { name };
+                        format!(
+                            "list all values, alike at all peers, with --categories '{name}=A|B', or train apart with another --federation"
+                        )
+                    }
+                    None if ["columns", "example shape"].contains(&key.as_str()) => {
+                        "the data of all peers need the same columns or shape; see the keys of group Data".to_owned()
+                    }
                     Some(key) => format!("--{} {theirs} takes part, another --federation trains apart", key.flag()),
                     None => "take part with the same model, or train apart with another --federation".to_owned(),
                 };
@@ -177,15 +188,31 @@ impl From<PeerError> for Failure {
             }
             PeerError::Transport(_) => Failure::new(Exit::NoBroker, error)
                 .hint("start one with `rodizio broker`, or name another with --broker HOST:PORT"),
-            PeerError::Partition(_) => Failure::new(Exit::BadData, error).hint("start fewer peers (--peers)"),
+            PeerError::Partition(PartitionError::TooManyPeers { .. }) => {
+                Failure::new(Exit::BadData, error).hint("start fewer peers (--peers)")
+            }
+            PeerError::Partition(_) => {
+                Failure::new(Exit::BadData, error).hint("--partition and its keys say how data are shared out")
+            }
+            PeerError::Read(error) => error.into(),
+            PeerError::Pattern { files, .. } => Failure::new(Exit::Usage, error)
+                .hint(format!("name one file with --data, or one of the {files} with --part I/{files}")),
             PeerError::Data(_) | PeerError::Train(_) => Failure::new(Exit::BadData, error),
         }
+    }
+}
+
+impl From<ReadError> for Failure {
+    fn from(error: ReadError) -> Self {
+        let hint = error.hint.clone();
+        Failure::new(Exit::BadData, error).hint(hint)
     }
 }
 
 impl From<ClusterError> for Failure {
     fn from(error: ClusterError) -> Self {
         match error {
+            ClusterError::Read(error) => error.into(),
             ClusterError::Peer { peer, source } => Failure::from(source).of(&peer),
             ClusterError::Broker(BrokerError::InUse(_)) => Failure::new(Exit::NoBroker, error)
                 .hint("another broker runs there: join it with --broker, or choose another port with --listen"),

@@ -68,6 +68,7 @@ pub fn config_to_resume(run_dir: &Path) -> Result<PathBuf, Failure> {
 
 /// Settles what the user left open, and opens the run directory.
 fn prepare(layers: &mut Layers) -> Result<(RunDir, Settings), Failure> {
+    one_peer_a_file(layers)?;
     layers.derive("min_peers", &layers.peers().to_string(), "as many as peers");
     let settings = layers.settings_of_run()?;
     let earlier = settings.run_dir.as_deref().map(earlier_settings).transpose()?.flatten();
@@ -95,6 +96,21 @@ fn prepare(layers: &mut Layers) -> Result<(RunDir, Settings), Failure> {
         run_dir.write_config(&settings.to_toml(layers))?;
     }
     Ok((run_dir, settings))
+}
+
+/// Where data are a pattern, each of its files makes a peer.
+fn one_peer_a_file(layers: &mut Layers) -> Result<(), Failure> {
+    let source = layers.source_of_data();
+    if !source.is_pattern() {
+        return Ok(());
+    }
+    let files = source.expand()?.len();
+    layers.derive("peers", &files.to_string(), "one a file of data");
+    if layers.peers() != files {
+        let error = anyhow!("{} peers do not go with {source}, which stands for {files} files", layers.peers());
+        return Err(Failure::new(Exit::Usage, error).hint("leave --peers out: each file makes a peer"));
+    }
+    Ok(())
 }
 
 async fn cluster(
@@ -170,7 +186,9 @@ fn recorder(settings: &Settings, run_dir: RunDir, peers: &[LocalPeer]) -> Record
     let layout: Arc<Layout> = peers.first().map(LocalPeer::layout).unwrap_or_default();
     let state_dirs = peers.iter().map(|peer| (peer.name().clone(), peer.state_dir().to_owned()));
     let state_dirs: BTreeMap<PeerId, PathBuf> = state_dirs.collect();
+    let names = |names: fn(&LocalPeer) -> &[String]| peers.first().map(|peer| names(peer).to_vec()).unwrap_or_default();
     Recorder::new(run_dir, &settings.federation, layout, settings.codecs().model, state_dirs)
+        .naming(names(LocalPeer::feature_names), names(LocalPeer::class_names))
 }
 
 /// Why there is no result, as far as the peers can tell.
@@ -228,7 +246,11 @@ fn introduction(settings: &Settings, broker: Option<&Broker>, dir: &Path, peers:
         let hidden = if hidden.is_empty() { "no".to_owned() } else { hidden.join("-") };
         let len = grouped(peer.layout().len());
         text += &format!("model    {} with {hidden} hidden, {len} parameters\n", settings.model);
-        text += &format!("data     {}, split {}\n", settings.data, settings.partition());
+        let split = match settings.source().is_pattern() {
+            true => "a file for each peer".to_owned(),
+            false => format!("split {}", settings.partition()),
+        };
+        text += &format!("data     {}, {split}; {}\n", settings.data, peer.task());
     }
     if peers.iter().any(LocalPeer::is_resumed) {
         text += "the peers go on where an earlier run stopped\n";

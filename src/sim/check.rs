@@ -175,7 +175,9 @@ impl Check {
         // Whoever is up or down: somebody holds the model that the round began with.
         let blob = all.iter().find_map(|peer| peer.blobs.get(parent.model().digest).ok().flatten());
         let from = blob.and_then(|blob| self.codecs.model.decode(&blob, &parent_layout).ok());
-        let Some(from) = from else { return Err((AGGREGATE, format!("nobody holds the parent of {:?}", decree.round))) };
+        let Some(from) = from else {
+            return Err((AGGREGATE, format!("nobody holds the parent of {:?}", decree.round)));
+        };
         let expected = self.strategy.aggregate(&layout, &from, &contributions, members);
         let expected = expected.map_err(|error| (AGGREGATE, error.to_string()))?;
         let tuning = self.codecs.for_model(decree.round);

@@ -152,7 +152,11 @@ impl Scenario {
         let has_state = self.strategy == ANY || self.strategy(0).has_state();
         if has_state && (self.model_codec != Codec::F32 || self.codec == Codec::TopK || self.codec == Codec::Int8) {
             let codecs = format!("{} and {}", self.codec, self.model_codec);
-            return value("codec", codecs, "f32, f16 or bf16, and model_codec f32, where a strategy remembers something");
+            return value(
+                "codec",
+                codecs,
+                "f32, f16 or bf16, and model_codec f32, where a strategy remembers something",
+            );
         }
         if !(self.fraction_train > 0.0 && self.fraction_train <= 1.0) {
             return value("fraction_train", self.fraction_train.to_string(), "above 0 to 1");

@@ -156,8 +156,7 @@ mod tests {
 
     /// The values after each of some rounds whose aggregates differ from the parent by [`DIFFERENCES`].
     fn values(optimizer: &ServerOptimizer) -> Vec<f64> {
-        let start =
-            Point { value: 2.0, momentum: 0.0, second_moment: f64::from(optimizer.second_moment_at_first()) };
+        let start = Point { value: 2.0, momentum: 0.0, second_moment: f64::from(optimizer.second_moment_at_first()) };
         let step = |point: &mut Point, difference: &f64| {
             *point = optimizer.step(*point, point.value + difference);
             Some(point.value)

@@ -3,10 +3,10 @@
 use std::collections::BTreeSet;
 use std::time::Instant;
 
+use crate::protocol::election::Electorate;
 use crate::protocol::message::{Body, Update, clip, has};
 use crate::protocol::phases::round::Work;
 use crate::protocol::{Action, Job, Notice, Peer, Topic, Trained};
-use crate::protocol::election::Electorate;
 use crate::types::{Digest, PeerId, Round, Term};
 
 impl Peer {
