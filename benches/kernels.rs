@@ -8,7 +8,7 @@ use bytes::Bytes;
 use divan::counter::BytesCount;
 use divan::{Bencher, black_box};
 use rodizio::aggregation::{Contribution, Parameters, Share, Strategy};
-use rodizio::transfer::{Codec, Manifest, Tuning, join_verified};
+use rodizio::transfer::{Codec, Manifest, Tuning, Verifier};
 use rodizio::types::Digest;
 use rodizio::weights::{Layout, TensorSpec, Weights};
 
@@ -86,17 +86,17 @@ fn hash(bencher: Bencher<'_, '_>, values: usize) {
     bencher.counter(bytes(values)).bench_local(|| Digest::of(black_box(&blob)));
 }
 
-/// Chunks become a blob whose digest is checked.
+/// A blob in chunks: its digest, and whether every value is finite.
 #[divan::bench(args = VALUES)]
-fn join(bencher: Bencher<'_, '_>, values: usize) {
+fn verify(bencher: Bencher<'_, '_>, values: usize) {
     let blob = blob(values);
     let manifest = Manifest::of(&blob, CHUNK_BYTES, Codec::F32).expect("chunks within bounds");
-    // Each a message of its own, as they arrive.
-    let chunks = || (0..manifest.chunks()).filter_map(|i| manifest.chunk(&blob, i)).map(|c| Bytes::from(c.to_vec()));
-    bencher
-        .counter(bytes(values))
-        .with_inputs(|| chunks().collect::<Vec<_>>())
-        .bench_local_values(|chunks| join_verified(&manifest, chunks));
+    let layout = weights(values, 0).layout().clone();
+    bencher.counter(bytes(values)).bench_local(|| {
+        let mut verifier = Verifier::new(manifest, layout.clone(), None).expect("the blob is of this layout");
+        black_box(&blob).chunks(CHUNK_BYTES as usize).for_each(|chunk| verifier.extend(chunk).expect("it is whole"));
+        verifier.finish()
+    });
 }
 
 /// Looks at every value.

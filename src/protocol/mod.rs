@@ -34,7 +34,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 
 use crate::aggregation::Share;
-use crate::transfer::Manifest;
+use crate::transfer::{Intake, Manifest};
 use crate::types::{Address, Digest, Metrics, PeerId, Round, Term};
 use crate::weights::Layout;
 
@@ -43,7 +43,6 @@ pub use decree::{Contributor, Decree, Outcome, Reason};
 pub use durable::{Durable, Residual};
 pub use election::Policy;
 pub use notice::{Committed, Difference, Notice, Seconds, Waiting};
-pub use phases::transfer::{GATHER_BYTES, WINDOW_BYTES};
 pub use roaming::Roaming;
 pub use roster::Roster;
 pub use topic::{Topic, Topics};
@@ -101,6 +100,8 @@ pub enum Action {
         /// Which chunk.
         index: u32,
     },
+    /// Put chunks away; [`Done::Kept`] and [`Done::Verified`] come back.
+    Take(Intake),
     /// Do slow work; its end comes back as [`Event::Done`].
     Start(Job),
     /// Prepare the trainer by what all founders' inputs are like, before any job.
@@ -138,13 +139,6 @@ pub enum Job {
         /// A blob as `f32`: the peer's own control variate, if it has one.
         control: Option<Digest>,
     },
-    /// Join chunks, check digest, layout and that every value is finite, and keep the blob.
-    Verify {
-        /// What the blob should be.
-        manifest: Manifest,
-        /// Its chunks, in order.
-        chunks: Vec<Bytes>,
-    },
     /// Aggregate updates, in this order.
     Aggregate {
         /// The round.
@@ -179,7 +173,12 @@ pub enum Done {
         /// The update.
         result: Result<Trained, String>,
     },
-    /// Whether a pulled blob is what it should be.
+    /// A chunk of a blob was put away.
+    Kept {
+        /// The blob.
+        blob: Digest,
+    },
+    /// A pulled blob is complete and durable; or it is not what it should be, maybe before its last chunk.
     Verified {
         /// The blob.
         manifest: Manifest,
@@ -494,6 +493,7 @@ impl Peer {
             Done::Initial(result) => self.on_initial(result, now),
             Done::Evaluated { model, result } => self.on_evaluated(model, result, now),
             Done::Trained { round, result } => self.on_trained(round, result, now),
+            Done::Kept { blob } => self.transfers.kept(&blob),
             Done::Verified { manifest, result } => self.on_verified(manifest, result, now),
             Done::Aggregated { round, term, result } => self.on_aggregated(round, term, result, now),
         }

@@ -302,5 +302,5 @@ fn holds(peer: &Persisted<'_>, decree: &Decree) -> bool {
     let beyond = head.is_some_and(|head| head.decree.round > decree.round);
     let committed = head.is_some_and(|head| head.decree == *decree);
     let accepted = peer.durable.open.accepted.as_ref().is_some_and(|(_, accepted)| accepted == decree);
-    beyond || (committed || accepted) && peer.blobs.get(decree.model().digest).is_ok_and(|blob| blob.is_some())
+    beyond || (committed || accepted) && peer.blobs.open(decree.model().digest).is_ok_and(|blob| blob.is_some())
 }

@@ -1,5 +1,6 @@
 //! The values of a blob, a range at a time: whoever goes through a model need not decode the whole of it first.
 
+use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -14,17 +15,61 @@ pub const RANGE_VALUES: usize = 1 << 16;
 
 /// The ranges, in order, that so many values fall into.
 pub fn ranges(values: usize) -> impl Iterator<Item = Range<usize>> {
-    (0..values).step_by(RANGE_VALUES).map(move |start| start..values.min(start + RANGE_VALUES))
+    ranges_of(0..values)
+}
+
+/// The part of those that lies in a range which begins at the border of one.
+pub(super) fn ranges_of(values: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+    let end = values.end;
+    values.step_by(RANGE_VALUES).map(move |start| start..end.min(start + RANGE_VALUES))
+}
+
+/// Bytes that can be read from any place on: a blob in memory, or on disk.
+pub trait Source: fmt::Debug + Send + Sync {
+    /// How many there are.
+    fn bytes(&self) -> u64;
+
+    /// Fills `out` with the bytes from `start` on, all of which must be there.
+    ///
+    /// # Errors
+    /// A sentence that says why they cannot be read.
+    fn read_at(&self, start: u64, out: &mut [u8]) -> Result<(), String>;
+}
+
+impl Source for Bytes {
+    fn bytes(&self) -> u64 {
+        self.len() as u64
+    }
+
+    fn read_at(&self, start: u64, out: &mut [u8]) -> Result<(), String> {
+        let start = usize::try_from(start).unwrap_or(usize::MAX);
+        let end = start.saturating_add(out.len());
+        out.copy_from_slice(self.get(start..end).ok_or("it ends too early")?);
+        Ok(())
+    }
+}
+
+/// Why values cannot be read.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ReadError {
+    /// The bytes are not the weights of the layout.
+    #[error(transparent)]
+    Codec(#[from] CodecError),
+    /// There are no bytes to be had.
+    #[error("{0}")]
+    Source(String),
 }
 
 /// Reads the weights of a blob by [`ranges`].
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Reader {
     codec: Codec,
     values: usize,
-    /// To how many of them, from the first on, differences are added where this is a base.
+    /// How many of them are read, from the first on; those behind are 0.
     visible: usize,
-    blob: Bytes,
+    source: Box<dyn Source>,
+    /// The bytes of a range.
+    bytes: Vec<u8>,
     /// All values, where the codec knows no ranges.
     whole: Option<Weights>,
     /// What the blob's values are added to, if they are a difference, and room for a range of it.
@@ -32,51 +77,68 @@ pub struct Reader {
 }
 
 impl Reader {
-    /// Reads `blob`, which `codec` wrote, as weights of `layout`: as they stand, or added to those of `base`.
-    pub fn new(codec: Codec, layout: &Arc<Layout>, blob: Bytes, base: Option<Reader>) -> Result<Self, CodecError> {
+    /// Reads `source`, which `codec` wrote, as weights of `layout`: as they stand, or added to those of `base`.
+    pub fn new(
+        codec: Codec,
+        layout: &Arc<Layout>,
+        source: impl Source + 'static,
+        base: Option<Reader>,
+    ) -> Result<Self, ReadError> {
         let values = layout.len();
-        codec.check_length(values, blob.len() as u64)?;
-        let whole = codec.block().is_none().then(|| codec.decode(&blob, layout)).transpose()?;
-        Ok(Self { codec, values, visible: values, blob, whole, base: base.map(|base| (Box::new(base), Vec::new())) })
+        codec.check_length(values, source.bytes())?;
+        let mut whole = None;
+        if codec.block().is_none() {
+            let mut blob = vec![0; usize::try_from(source.bytes()).unwrap_or(usize::MAX)];
+            source.read_at(0, &mut blob).map_err(ReadError::Source)?;
+            whole = Some(codec.decode(&blob, layout)?);
+        }
+        let base = base.map(|base| (Box::new(base), Vec::new()));
+        Ok(Self { codec, values, visible: values, source: Box::new(source), bytes: Vec::new(), whole, base })
     }
 
-    /// The same, but as a base only its first values are added to: what lies behind them is none of an update's.
+    /// The same, with 0 for all but the first values: what stands behind them in the blob is not for the reader.
     #[must_use]
     pub fn first(mut self, values: usize) -> Self {
         self.visible = values.min(self.values);
         self
     }
 
-    /// Fills `out` with the values of one of the [`ranges`], which is as long; with those of any other range if a block of the
-    /// codec is one value.
+    /// Fills `out` with the values of one of the [`ranges`], which is as long; with those of any other range where each value of
+    /// the codec stands for itself.
     ///
     /// # Errors
-    /// If the range does not begin and end at a border of blocks.
-    pub fn read(&mut self, range: Range<usize>, out: &mut [f32]) -> Result<(), CodecError> {
+    /// If the range does not begin and end at a border of the codec's blocks, or the source fails.
+    pub fn read(&mut self, range: Range<usize>, out: &mut [f32]) -> Result<(), ReadError> {
+        let seen = range.start.min(self.visible)..range.end.min(self.visible);
+        let (shown, hidden) = out.split_at_mut(seen.len());
+        hidden.fill(0.0);
         match &self.whole {
-            Some(whole) => out.copy_from_slice(&whole.values()[range.clone()]),
-            None => self.decode(range.clone(), out)?,
+            Some(whole) => shown.copy_from_slice(&whole.values()[seen]),
+            None => self.decode(seen, shown)?,
         }
-        if let Some((base, values)) = &mut self.base {
-            // Where an update is longer than the model that it is a difference from, the rest stands as it is.
-            let end = range.end.min(base.visible);
-            if range.start >= end {
-                return Ok(());
-            }
-            values.resize(end - range.start, 0.0);
-            base.read(range.start..end, values)?;
-            for (value, base) in out.iter_mut().zip(values) {
-                *value += *base;
-            }
+        self.add_base(range, out)
+    }
+
+    /// Adds what the blob is a difference from, if it is one.
+    fn add_base(&mut self, range: Range<usize>, out: &mut [f32]) -> Result<(), ReadError> {
+        let Some((base, values)) = &mut self.base else { return Ok(()) };
+        values.resize(range.len(), 0.0);
+        base.read(range, values)?;
+        for (value, base) in out.iter_mut().zip(values) {
+            *value += *base;
         }
         Ok(())
     }
 
-    fn decode(&self, range: Range<usize>, out: &mut [f32]) -> Result<(), CodecError> {
-        let malformed = || CodecError::Malformed(self.codec);
-        let bytes = self.codec.byte_range(range, self.values).ok_or_else(malformed)?;
-        let place = |at: u64| usize::try_from(at).map_err(|_| malformed());
-        self.codec.decode_into(&self.blob[place(bytes.start)?..place(bytes.end)?], out)
+    fn decode(&mut self, range: Range<usize>, out: &mut [f32]) -> Result<(), ReadError> {
+        let place = self.codec.byte_range(range, self.values).ok_or(CodecError::Malformed(self.codec))?;
+        if let Some(bytes) = self.codec.as_bytes(out) {
+            self.source.read_at(place.start, bytes).map_err(ReadError::Source)?;
+            return Ok(());
+        }
+        self.bytes.resize(usize::try_from(place.end - place.start).unwrap_or(usize::MAX), 0);
+        self.source.read_at(place.start, &mut self.bytes).map_err(ReadError::Source)?;
+        Ok(self.codec.decode_into(&self.bytes, out)?)
     }
 }
 
@@ -134,6 +196,22 @@ mod tests {
             reader.read(range.clone(), &mut out).unwrap();
             assert_eq!(out, expected[range]);
         }
+    }
+
+    #[test]
+    fn an_update_that_is_longer_than_its_base_is_added_to_the_first_values_alone() {
+        let (update, model) = (layout(3 * 500), layout(2 * 500));
+        let blob = |layout: &Arc<Layout>, value| {
+            let weights = Weights::new(layout.clone(), vec![value; layout.len()]).unwrap();
+            Codec::F32.encode(&weights, &TUNING).unwrap()
+        };
+        let base = Reader::new(Codec::F32, &model, blob(&model, 2.0), None).unwrap().first(500);
+        let mut reader = Reader::new(Codec::F32, &update, blob(&update, 0.5), Some(base)).unwrap();
+        let mut out = vec![f32::NAN; 1500];
+        reader.read(0..1500, &mut out).unwrap();
+        assert!(out[..500].iter().all(|value| *value == 2.5) && out[500..].iter().all(|value| *value == 0.5));
+        reader.read(400..600, &mut out[..200]).unwrap();
+        assert_eq!((out[99], out[100]), (2.5, 0.5));
     }
 
     #[test]
