@@ -26,7 +26,7 @@ mod schedule;
 
 pub use augment::Augment;
 pub use burn_trainer::BurnTrainer;
-pub use config::{Backend, HIDDEN_LAYERS_MAX, HIDDEN_WIDTH_MAX, Optimizer, SettingError, TrainingConfig};
+pub use config::{Backend, Norm, Optimizer, SettingError, TrainingConfig};
 pub use dataset::{DataError, Dataset, Targets, Task};
 pub use models::{Model, ModelError};
 pub use named::UnknownName;
