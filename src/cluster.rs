@@ -17,7 +17,8 @@ use crate::broker::{Broker, BrokerConfig, BrokerError};
 use crate::config::{Part, Settings};
 use crate::events::Entry;
 use crate::node::Outcome;
-use crate::peer::{LocalPeer, PeerError};
+use crate::peer::{LocalPeer, PeerError, read_data};
+use crate::training::ReadError;
 use crate::types::{Address, PeerId};
 
 pub use processes::{Processes, Program};
@@ -47,6 +48,9 @@ pub enum ClusterError {
         /// Why it is none.
         source: io::Error,
     },
+    /// The data cannot be read.
+    #[error(transparent)]
+    Read(#[from] ReadError),
     /// The broker does not start.
     #[error(transparent)]
     Broker(#[from] BrokerError),
@@ -87,8 +91,11 @@ impl Stop {
 impl Cluster {
     /// Opens `settings.peers` peers that will meet at `settings.brokers` and keep their state in `run_dir`.
     pub fn open(settings: &Settings, run_dir: &Path) -> Result<Self, ClusterError> {
+        // Read once, though each peer takes a part of its own.
+        let examples = read_data(settings)?;
         let open = |settings: &Settings| {
-            LocalPeer::open(settings).map_err(|source| ClusterError::Peer { peer: name_in(settings), source })
+            LocalPeer::open_with(settings, Some(&examples))
+                .map_err(|source| ClusterError::Peer { peer: name_in(settings), source })
         };
         let peers = peer_settings(settings, run_dir).iter().map(open).collect::<Result<_, _>>()?;
         Ok(Self { peers })

@@ -18,7 +18,7 @@ mod shared;
 mod value;
 
 pub use keys::{Group, KEYS, Key, NONE, UsedBy, VARIABLE_PREFIX, markdown};
-pub use value::{Kind, Part, Reals, Value};
+pub use value::{Kind, Part, Reals, Value, categories};
 
 /// Variables that carry the prefix and are no keys: the name of the configuration file, and the filter of the log.
 pub const OTHER_VARIABLES: [&str; 2] = ["RODIZIO_CONFIG", "RODIZIO_LOG"];
@@ -92,14 +92,40 @@ pub struct Settings {
     pub topk_ratio: f64,
     /// Seed of weights, partition and order.
     pub seed: u64,
-    /// The data set.
-    pub data: &'static str,
-    /// How the data set is split among peers.
+    /// The data set: see [`Source`](crate::training::Source).
+    pub data: String,
+    /// Examples to evaluate on, if they stand apart.
+    pub val_data: Option<String>,
+    /// Share of a peer's examples held out, between 0 and 1.
+    pub val_fraction: f64,
+    /// The column of a table to tell, by name or by number from 1.
+    pub label: Option<String>,
+    /// What the label is.
+    pub task: &'static str,
+    /// Whether a table's first line names the columns.
+    pub header: &'static str,
+    /// Columns of a table to pass over.
+    pub ignore_columns: Vec<String>,
+    /// All values of some columns: see [`categories`].
+    pub categories: Option<String>,
+    /// Height and width of pictures, in pixels.
+    pub image_size: Option<usize>,
+    /// Channels of pictures.
+    pub image_channels: &'static str,
+    /// How many characters of a text are an example.
+    pub window: usize,
+    /// Characters of a text beyond ASCII to tell apart.
+    pub characters: Option<String>,
+    /// How one data set is split among peers.
     pub partition: &'static str,
     /// Skew of the dirichlet partition.
     pub alpha: f64,
-    /// Share of a peer's examples held out, between 0 and 1.
-    pub val_fraction: f64,
+    /// Classes of a peer in the pathological partition.
+    pub classes_per_peer: usize,
+    /// Shards of a peer in the shards partition.
+    pub shards_per_peer: usize,
+    /// Skew of the power-law partition.
+    pub exponent: f64,
     /// Which part of the data set is this peer's, when it is split for a simulation.
     pub part: Option<Part>,
     /// How long a round waits for the slowest.
@@ -315,10 +341,23 @@ impl Layers {
             model_codec: self.choice("model_codec"),
             topk_ratio: self.set_real("topk_ratio"),
             seed: self.count("seed"),
-            data: self.choice("data"),
+            data: self.text("data"),
+            val_data: self.optional_text("val_data"),
+            val_fraction: self.set_real("val_fraction"),
+            label: self.optional_text("label"),
+            task: self.choice("task"),
+            header: self.choice("header"),
+            ignore_columns: self.texts("ignore_columns"),
+            categories: self.optional_text("categories"),
+            image_size: self.optional_count("image_size"),
+            image_channels: self.choice("image_channels"),
+            window: self.count("window"),
+            characters: self.optional_text("characters"),
             partition: self.choice("partition"),
             alpha: self.set_real("alpha"),
-            val_fraction: self.set_real("val_fraction"),
+            classes_per_peer: self.count("classes_per_peer"),
+            shards_per_peer: self.count("shards_per_peer"),
+            exponent: self.set_real("exponent"),
             part: self.part("part"),
             round_timeout: self.duration("round_timeout"),
             election_timeout: self.duration("election_timeout"),
@@ -344,6 +383,11 @@ impl Layers {
     /// How many peers `run` starts, whatever else the settings say.
     pub fn peers(&self) -> usize {
         self.count("peers")
+    }
+
+    /// Where the examples are, whatever else the settings say.
+    pub fn source_of_data(&self) -> crate::training::Source {
+        crate::training::Source::parse(&self.text("data")).expect("its kind takes only sources")
     }
 
     /// The settings of `run`, which starts all its peers itself: there must be enough of them.
@@ -426,9 +470,9 @@ impl Layers {
         }
     }
 
-    fn optional_count(&self, name: &str) -> Option<u64> {
+    fn optional_count<N: TryFrom<u64>>(&self, name: &str) -> Option<N> {
         match self.value(name) {
-            Value::Count(n) => Some(n),
+            Value::Count(n) => Some(narrow(n)),
             Value::Unset => None,
             other => mistyped(name, &other),
         }
@@ -596,10 +640,25 @@ impl Settings {
             "model_codec" => Value::Choice(self.model_codec),
             "topk_ratio" => Value::Real(self.topk_ratio),
             "seed" => Value::Count(self.seed),
-            "data" => Value::Choice(self.data),
+            "data" => Value::Text(self.data.clone()),
+            "val_data" => or_unset(self.val_data.clone(), Value::Text),
+            "val_fraction" => Value::Real(self.val_fraction),
+            "label" => or_unset(self.label.clone(), Value::Text),
+            "task" => Value::Choice(self.task),
+            "header" => Value::Choice(self.header),
+            "ignore_columns" => {
+                or_unset((!self.ignore_columns.is_empty()).then(|| self.ignore_columns.clone()), Value::Texts)
+            }
+            "categories" => or_unset(self.categories.clone(), Value::Text),
+            "image_size" => or_unset(self.image_size, |size| Value::Count(size as u64)),
+            "image_channels" => Value::Choice(self.image_channels),
+            "window" => Value::Count(self.window as u64),
+            "characters" => or_unset(self.characters.clone(), Value::Text),
             "partition" => Value::Choice(self.partition),
             "alpha" => Value::Real(self.alpha),
-            "val_fraction" => Value::Real(self.val_fraction),
+            "classes_per_peer" => Value::Count(self.classes_per_peer as u64),
+            "shards_per_peer" => Value::Count(self.shards_per_peer as u64),
+            "exponent" => Value::Real(self.exponent),
             "part" => or_unset(self.part, Value::Part),
             "round_timeout" => Value::Duration(self.round_timeout),
             "election_timeout" => Value::Duration(self.election_timeout),
@@ -739,6 +798,9 @@ mod tests {
                 Kind::Path => "some/dir",
                 Kind::Peer => "peer-7",
                 Kind::Part => "2/5",
+                Kind::Data => "csv:x.csv",
+                Kind::Names => "id,name",
+                Kind::Categories => "a=x|y",
                 _ => "a:1883",
             };
             let file = with_file(&format!("{} = {sample:?}", key.name)).unwrap();
@@ -768,6 +830,12 @@ mod tests {
             round_timeout = "1h 30m"
             peer = "peer-2"
             run_dir = 'C:\runs\"x"'
+            data = "csv:C:\\x.csv"
+            val_data = "csv:y.csv"
+            ignore_columns = ["id", "name of it"]
+            categories = "a=x|y; b=1|2"
+            label = 3
+            image_channels = 1
             host_broker = true
             advertise = "192.168.1.20:1883"
         "#;

@@ -10,10 +10,11 @@ use std::time::{Duration, Instant, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
+use crate::aggregation::statistics::{Column, Summary};
 use crate::journal::read_blob;
 use crate::node::{Observation, Outcome, Traffic};
 use crate::protocol::{Committed, Notice, Seconds};
-use crate::rundir::{MODEL, NamedModel, RunDir, RunDirError};
+use crate::rundir::{Inputs, MODEL, NamedModel, RunDir, RunDirError};
 use crate::training::Progress;
 use crate::transfer::Codec;
 use crate::types::{Digest, Metrics, PeerId, Round, Term};
@@ -121,6 +122,16 @@ pub enum Event {
     Founded {
         /// The peers.
         roster: Vec<PeerId>,
+    },
+    /// It is known what the inputs of all founders are like: from each number its mean is subtracted, and the rest is
+    /// divided by its standard deviation. Features that are categories have 0 and 1.
+    Standardised {
+        /// The mean of each feature.
+        mean: Vec<f64>,
+        /// The standard deviation of each feature.
+        std: Vec<f64>,
+        /// Mean and standard deviation of the numbers to tell, if numbers are to be told.
+        target: Option<[f64; 2]>,
     },
     /// The genesis is committed: the federation has its initial weights.
     Initialized {
@@ -387,6 +398,14 @@ impl Event {
     }
 }
 
+fn standardised(summary: &[u8]) -> Option<Event> {
+    let columns = Summary::decode(summary)?.columns;
+    let (targets, features): (Vec<Column>, Vec<Column>) =
+        columns.into_iter().partition(|column| matches!(column, Column::Target(_)));
+    let (mean, std) = features.iter().map(|column| column.scale()).unzip();
+    Some(Event::Standardised { mean, std, target: targets.first().map(|column| column.scale().into()) })
+}
+
 /// How often a peer tells how far its training is.
 const PROGRESS_PERIOD: Duration = Duration::from_millis(100);
 
@@ -409,6 +428,7 @@ impl Witness {
     pub fn see(&mut self, observation: &Observation<'_>) -> Option<Entry> {
         let event = match observation {
             Observation::Notice(notice, traffic) => self.notice(notice, *traffic)?,
+            Observation::Prepared(summary) => standardised(summary)?,
             Observation::Training(round, progress) => self.progress(*round, *progress)?,
             Observation::Connected(broker) => Event::Connected { broker: (*broker).to_owned() },
             Observation::Probed { broker, found, chunk_bytes: [chunk_bytes, chunk_bytes_set] } => Event::Probed {
@@ -556,6 +576,8 @@ pub struct Recorder {
     codec: Codec,
     /// Where each peer keeps its blobs.
     state_dirs: BTreeMap<PeerId, PathBuf>,
+    /// What models are told of their inputs.
+    inputs: Inputs,
     /// The newest model that is known, and who holds it.
     held: Option<(Round, Digest, PeerId)>,
     /// The round of the model that was saved last.
@@ -576,8 +598,15 @@ impl Recorder {
         state_dirs: BTreeMap<PeerId, PathBuf>,
     ) -> Self {
         let federation = federation.to_owned();
-        let (saved, tried) = (Round::GENESIS, Instant::now());
-        Self { run_dir, federation, layout, codec, state_dirs, held: None, saved, failed: false, tried }
+        let (saved, tried, inputs) = (Round::GENESIS, Instant::now(), Inputs::default());
+        Self { run_dir, federation, layout, codec, state_dirs, inputs, held: None, saved, failed: false, tried }
+    }
+
+    /// The same recorder, which writes into each model what its features and its classes are called.
+    #[must_use]
+    pub fn naming(mut self, features: Vec<String>, classes: Vec<String>) -> Self {
+        (self.inputs.features, self.inputs.classes) = (features, classes);
+        self
     }
 
     /// The run directory.
@@ -633,6 +662,10 @@ impl Recorder {
 
     fn save_what_is_told(&mut self, entry: &Entry) -> Result<(), RunDirError> {
         match &entry.event {
+            Event::Standardised { mean, std, target } => {
+                self.inputs.standardised = Some((mean.clone(), std.clone(), *target));
+                Ok(())
+            }
             Event::ModelHeld { round, digest } if self.held.as_ref().is_none_or(|(held, ..)| held < round) => {
                 self.held = Some((*round, *digest, entry.peer.clone()));
                 Ok(())
@@ -668,8 +701,8 @@ impl Recorder {
             }
         };
         let Some(weights) = blob.and_then(|blob| self.codec.decode(&blob, &self.layout).ok()) else { return Ok(()) };
-        let federation = &self.federation;
-        let saved = self.run_dir.save(&NamedModel { weights: &weights, federation, round, digest, metrics });
+        let (federation, inputs) = (&self.federation, &self.inputs);
+        let saved = self.run_dir.save(&NamedModel { weights: &weights, federation, round, digest, metrics, inputs });
         // One that the disk has no room for counts: it is held until there is.
         if saved.as_ref().err().is_none_or(|error| error.obstacle().is_some()) {
             self.saved = round;
@@ -762,6 +795,7 @@ mod tests {
             Event::Waiting { what: None },
             Event::BadMessage { who: None, why: "a \"quoted\"\nline".into() },
             Event::Founded { roster: vec![peer("a")] },
+            Event::Standardised { mean: vec![0.1, -3.0], std: vec![1.0, 1e-9], target: Some([0.0, 2.0]) },
             Event::Interrupted,
         ];
         for event in events {

@@ -9,7 +9,7 @@ use std::ops::ControlFlow;
 use std::path::Path;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, LazyLock, Mutex};
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 use std::thread::available_parallelism;
 use std::time::{Duration, Instant};
 
@@ -108,6 +108,8 @@ impl Meeting {
 pub enum Observation<'a> {
     /// Something of the protocol, with the bytes that passed since the last commit.
     Notice(&'a Notice, Traffic),
+    /// It is known what all founders' inputs are like: the encoded summary by which the trainer was prepared.
+    Prepared(&'a [u8]),
     /// Local training goes on.
     Training(Round, Progress),
     /// A broker was tried. Told once for what was found at its address.
@@ -264,6 +266,7 @@ impl<T: Transport> Node<T> {
             layout: layout.clone(),
             num_examples: self.trainer.num_examples(),
             broker: self.meeting.hosted.as_ref().and_then(|hosted| hosted.advertised.clone()),
+            summary: self.trainer.summary().into(),
         };
         let peer = self.peer.clone();
         let roaming = Roaming::new(self.peer, self.config.election_timeout);
@@ -514,6 +517,11 @@ impl<T: Transport> Driver<'_, T> {
                 }
             }
             Action::Start(job) => self.start(job),
+            Action::Prepare(summary) => {
+                // No job runs yet, and a job that panicked ends the node.
+                self.trainer.lock().unwrap_or_else(PoisonError::into_inner).prepare(&summary);
+                (self.observe)(Observation::Prepared(&summary));
+            }
             Action::CancelTraining(round) => {
                 self.cancelled.fetch_max(round.0, Ordering::Relaxed);
             }

@@ -2,6 +2,7 @@
 //!
 //! `join` runs one of these, a [cluster](crate::cluster) many.
 
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -13,7 +14,10 @@ use crate::events::{Entry, Event, Witness};
 use crate::journal::{Journal, JournalError};
 use crate::node::{self, Hosted, Meeting, Node, NodeError, Outcome, Storage};
 use crate::protocol::{Durable, Topics};
-use crate::training::{BurnTrainer, DataError, Dataset, PartitionError, TrainError, Trainer, histogram};
+use crate::training::{
+    BurnTrainer, DataError, Dataset, Examples, Partition, PartitionError, ReadError, Source, Task, Train, TrainError,
+    Trainer, histogram,
+};
 use crate::transport::mqtt::probe::Probe;
 use crate::transport::mqtt::{MqttConfig, MqttTransport, TransportError};
 use crate::types::{Address, PeerId};
@@ -41,6 +45,10 @@ pub struct LocalPeer {
     journal: Journal,
     durable: Option<Durable>,
     trainer: BurnTrainer,
+    /// What the peers must agree on about their data.
+    data_entries: BTreeMap<String, String>,
+    /// What the columns are called, if the data are a table.
+    feature_names: Vec<String>,
     hosted: Option<Hosted>,
     /// Whether its broker need not be tried.
     trusts_broker: bool,
@@ -55,6 +63,19 @@ pub enum PeerError {
     /// Its state is not what this version writes.
     #[error("{} holds promises that this version cannot read", .0.display())]
     State(PathBuf),
+    /// Its data cannot be read.
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    /// It is not said which of many files is its own.
+    #[error("{pattern} stands for {files} files, and this peer is {}", part.map_or("no part of a run".into(), |part| part.to_string()))]
+    Pattern {
+        /// The pattern.
+        pattern: Source,
+        /// How many files have such a name.
+        files: usize,
+        /// Which part of a run this peer is.
+        part: Option<Part>,
+    },
     /// Its data cannot be used.
     #[error(transparent)]
     Data(#[from] DataError),
@@ -81,6 +102,14 @@ impl LocalPeer {
     /// # Panics
     /// If the settings name no state directory: the caller chooses one.
     pub fn open(settings: &Settings) -> Result<Self, PeerError> {
+        Self::open_with(settings, None)
+    }
+
+    /// The same with data that were read before for all peers of one process.
+    ///
+    /// # Panics
+    /// If the settings name no state directory: the caller chooses one.
+    pub fn open_with(settings: &Settings, examples: Option<&Examples>) -> Result<Self, PeerError> {
         let state_dir = settings.state_dir.clone().expect("the caller has chosen a state directory");
         let (journal, loaded) = Journal::open(&state_dir, &settings.federation, settings.peer.as_ref())?;
         let decode = |bytes: &Vec<u8>| {
@@ -92,10 +121,26 @@ impl LocalPeer {
             journal.blob(manifest.digest)?;
         }
         let name = loaded.peer;
-        let (train, held_out) = own_data(settings)?.split(settings.val_fraction, settings.seed)?;
+        let (train, held_out) = match examples {
+            Some(examples) => own_data(settings, examples)?,
+            None => own_data(settings, &read_data(settings)?)?,
+        };
+        let data_entries = train.shared_entries();
+        let feature_names = train.table().map(|table| table.feature_names()).unwrap_or_default();
         let trainer = BurnTrainer::new(settings.training(), name.clone(), train, held_out)?;
         let (hosted, trusts_broker) = (None, false);
-        Ok(Self { settings: settings.clone(), name, state_dir, journal, durable, trainer, hosted, trusts_broker })
+        Ok(Self {
+            settings: settings.clone(),
+            name,
+            state_dir,
+            journal,
+            durable,
+            trainer,
+            data_entries,
+            feature_names,
+            hosted,
+            trusts_broker,
+        })
     }
 
     /// Its name.
@@ -161,6 +206,22 @@ impl LocalPeer {
         head.is_some_and(|head| head.decree.reason().is_some())
     }
 
+    /// The name of its data.
+    pub fn data(&self) -> &str {
+        &self.settings.data
+    }
+
+    /// What is to be told of each example, in words.
+    pub fn task(&self) -> String {
+        let data = self.trainer.train_data();
+        let features = data.num_features();
+        match data.task() {
+            Task::Classes(classes) => format!("{features} features, {classes} classes"),
+            Task::Numbers => format!("{features} features, a number to tell"),
+            Task::Steps(classes) => format!("{features} characters, the next of {classes} to tell"),
+        }
+    }
+
     /// How many examples it trains on.
     pub fn num_examples(&self) -> u64 {
         self.trainer.num_examples()
@@ -176,9 +237,17 @@ impl LocalPeer {
         self.trainer.train_data().class_names()
     }
 
-    /// How many examples of each label it has to train on.
+    /// What the features are called, if its data are a table.
+    pub fn feature_names(&self) -> &[String] {
+        &self.feature_names
+    }
+
+    /// How many examples of each label it has to train on; empty where examples have no class of their own.
     pub fn histogram(&self) -> Vec<usize> {
         let data = self.trainer.train_data();
+        if data.labels().is_empty() {
+            return Vec::new();
+        }
         let all: Vec<usize> = (0..data.len()).collect();
         histogram(data.labels(), &all, data.num_classes())
     }
@@ -213,6 +282,8 @@ impl LocalPeer {
         let mut stop = std::pin::pin!(stop);
         let meeting = self.meeting();
         let topics = Topics::new(&self.settings.prefix, &self.settings.federation);
+        let mut config = self.settings.shared();
+        config.training.extend(self.data_entries.clone());
         let patience = if self.trusts_broker { OWN_BROKER_PATIENCE } else { BROKER_PATIENCE };
         let connecting = MqttTransport::connect(self.mqtt_config(&topics), patience);
         let transport = tokio::select! {
@@ -221,7 +292,7 @@ impl LocalPeer {
         };
         let node = Node {
             peer: self.name,
-            config: self.settings.shared(),
+            config,
             codecs: self.settings.codecs(),
             topics,
             transport,
@@ -259,15 +330,33 @@ impl LocalPeer {
     }
 }
 
-/// The examples of this peer: the data set, or its part of it.
-fn own_data(settings: &Settings) -> Result<Dataset, PartitionError> {
-    let data = match settings.data {
-        "digits" => Dataset::digits(),
-        other => unreachable!("the key takes only data sets that are known here, and not {other}"),
+/// Reads the data set that the settings name.
+pub fn read_data(settings: &Settings) -> Result<Examples, ReadError> {
+    settings.source().read(settings.held_out_source().as_ref(), &settings.read_options())
+}
+
+/// The examples of this peer to train on and to measure with: the data set, or its part of it.
+fn own_data(settings: &Settings, examples: &Examples) -> Result<(Dataset, Dataset), PeerError> {
+    let train = match (&examples.train, settings.part) {
+        (Train::Whole(all), None) => all.clone(),
+        (Train::Whole(all), Some(part)) => share(all, settings.partition(), part, settings.seed)?,
+        (Train::Each(sets), Some(part)) if part.of == sets.len() => sets[part.index - 1].clone(),
+        (Train::Each(sets), part) => {
+            return Err(PeerError::Pattern { pattern: settings.source(), files: sets.len(), part });
+        }
     };
-    let Some(Part { index, of }) = settings.part else { return Ok(data) };
-    let parts = settings.partition().partition(data.labels(), data.num_classes(), of, settings.seed)?;
-    Ok(data.subset(&parts[index - 1]))
+    let Some(held_out) = &examples.held_out else { return Ok(train.split(settings.val_fraction, settings.seed)?) };
+    // Of what is held out for all, each measures with a part: the mean over all peers is that of the whole.
+    let held_out = match settings.part.filter(|part| part.of <= held_out.len()) {
+        Some(part) => share(held_out, Partition::Iid, part, settings.seed)?,
+        None => held_out.clone(),
+    };
+    Ok((train, held_out))
+}
+
+fn share(data: &Dataset, partition: Partition, part: Part, seed: u64) -> Result<Dataset, PartitionError> {
+    let parts = partition.of(data, part.of, seed)?;
+    Ok(data.subset(&parts[part.index - 1]))
 }
 
 #[cfg(test)]
@@ -283,10 +372,36 @@ mod tests {
     #[test]
     fn the_parts_of_a_data_set_are_the_whole() {
         let dir = tempfile::tempdir().unwrap();
-        let of_part = |part: Option<Part>| own_data(&Settings { part, ..settings(dir.path()) }).unwrap();
-        let parts: Vec<Dataset> = (1..=4).map(|index| of_part(Some(Part { index, of: 4 }))).collect();
-        assert_eq!(parts.iter().map(Dataset::len).sum::<usize>(), of_part(None).len());
+        let examples = read_data(&settings(dir.path())).unwrap();
+        let of_part = |part: Option<Part>| own_data(&Settings { part, ..settings(dir.path()) }, &examples).unwrap();
+        let parts: Vec<_> = (1..=4).map(|index| of_part(Some(Part { index, of: 4 }))).collect();
+        let size = |(train, held_out): &(Dataset, Dataset)| train.len() + held_out.len();
+        assert_eq!(parts.iter().map(size).sum::<usize>(), size(&of_part(None)));
         assert_ne!(parts[0], parts[1]);
+    }
+
+    #[test]
+    fn each_file_of_a_pattern_is_one_peers_and_what_is_held_out_is_shared() {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, ages) in [("a.csv", 0..10), ("b.csv", 10..30), ("test.txt", 30..40)] {
+            let lines: String = ages.map(|age| format!("{age},{}\n", age % 2)).collect();
+            std::fs::write(dir.path().join(name), lines).unwrap();
+        }
+        let data = format!("csv:{}/*.csv", dir.path().display());
+        let val_data = Some(format!("csv:{}/test.txt", dir.path().display()));
+        let of_part = |part: Option<Part>| {
+            let settings = Settings { part, data: data.clone(), val_data: val_data.clone(), ..settings(dir.path()) };
+            own_data(&settings, &read_data(&settings).unwrap())
+        };
+        let sizes: Vec<_> = (1..=2)
+            .map(|index| of_part(Some(Part { index, of: 2 })).unwrap())
+            .map(|(train, held_out)| (train.len(), held_out.len()))
+            .collect();
+        assert_eq!(sizes, [(10, 5), (20, 5)]);
+        for (part, what) in [(None, "no part of a run"), (Some(Part { index: 1, of: 3 }), "1/3")] {
+            let error = of_part(part).unwrap_err().to_string();
+            assert!(error.ends_with(&format!("stands for 2 files, and this peer is {what}")), "{error}");
+        }
     }
 
     #[test]

@@ -18,13 +18,14 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, ErrorKind, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use bytes::Bytes;
 
 use crate::journal::obstacle;
 use crate::training::export::{ExportError, from_safetensors, to_safetensors};
 use crate::types::{Digest, Metrics, Round};
-use crate::weights::Weights;
+use crate::weights::{Layout, TensorSpec, Weights};
 
 /// The name of the effective configuration.
 pub const CONFIG: &str = "config.toml";
@@ -69,6 +70,35 @@ pub struct NamedModel<'a> {
     pub digest: Digest,
     /// Its metrics over all peers, if they are known.
     pub metrics: Option<Metrics>,
+    /// What is known of its inputs.
+    pub inputs: &'a Inputs,
+}
+
+/// What whoever uses a model needs to know of its inputs and outputs.
+#[derive(Clone, Debug, Default)]
+pub struct Inputs {
+    /// What the features are called, if they have names.
+    pub features: Vec<String>,
+    /// What the classes are called.
+    pub classes: Vec<String>,
+    /// The mean and the standard deviation of each feature, and of the numbers to tell, if inputs are standardised.
+    pub standardised: Option<(Vec<f64>, Vec<f64>, Option<[f64; 2]>)>,
+}
+
+impl Inputs {
+    /// The weights with what is subtracted from an input (`input.mean`) and what it is then divided by (`input.std`),
+    /// `[features]` each, and with the like of the numbers to tell (`target.mean` and `target.std`, `[1]`).
+    fn beside(&self, weights: &Weights) -> Weights {
+        let Some((mean, std, target)) = &self.standardised else { return weights.clone() };
+        let targets = target.iter().flat_map(|[mean, std]| [("target.mean", vec![*mean]), ("target.std", vec![*std])]);
+        let own = [("input.mean", mean.clone()), ("input.std", std.clone())].into_iter().chain(targets);
+        let (mut layout, mut values) = (Layout::clone(weights.layout()), weights.values().to_vec());
+        for (name, numbers) in own {
+            layout.tensors.push(TensorSpec { name: name.into(), shape: vec![numbers.len()] });
+            values.extend(numbers.iter().map(|&number| number as f32));
+        }
+        Weights::new(Arc::new(layout), values).expect("each tensor comes with its values")
+    }
 }
 
 /// Why the run directory cannot be used.
@@ -164,7 +194,7 @@ impl RunDir {
     /// # Errors
     /// When it cannot be written. On a full disk it is held, unless a newer one takes its place.
     pub fn save(&mut self, model: &NamedModel<'_>) -> Result<(), RunDirError> {
-        let bytes = Bytes::from(to_safetensors(model.weights, &metadata(model))?);
+        let bytes = Bytes::from(to_safetensors(&model.inputs.beside(model.weights), &metadata(model))?);
         self.models.insert(MODEL, bytes.clone());
         if let Some(loss) = model.metrics.map(|metrics| metrics.loss)
             && self.best.is_none_or(|best| loss < best)
@@ -273,15 +303,15 @@ fn metadata(model: &NamedModel<'_>) -> BTreeMap<String, String> {
             ("val_examples", metrics.num_examples.to_string()),
         ]
     });
-    known.into_iter().chain(measured).map(|(key, value)| (key.to_owned(), value)).collect()
+    let names = [("features", &model.inputs.features), ("classes", &model.inputs.classes)];
+    let named = names.into_iter().filter(|(_, names)| !names.is_empty());
+    let named = named.map(|(key, names)| (key, serde_json::Value::from(names.clone()).to_string()));
+    known.into_iter().chain(named).chain(measured).map(|(key, value)| (key.to_owned(), value)).collect()
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use super::*;
-    use crate::weights::{Layout, TensorSpec};
 
     fn weights(value: f32) -> Weights {
         let tensor = TensorSpec { name: "fc1.weight".into(), shape: vec![2] };
@@ -293,7 +323,14 @@ mod tests {
         let digest = Digest::of(&round.to_le_bytes());
         let weights = weights(round as f32);
         run_dir
-            .save(&NamedModel { weights: &weights, federation: "ward", round: Round(round), digest, metrics })
+            .save(&NamedModel {
+                weights: &weights,
+                federation: "ward",
+                round: Round(round),
+                digest,
+                metrics,
+                inputs: &Inputs::default(),
+            })
             .unwrap();
     }
 

@@ -79,7 +79,20 @@ fn decree() -> impl Strategy<Value = Decree> {
     let who = (round(), digest(), peer(), term());
     (who, outcome, contributors, prop::option::of(metrics()), record, roster(), standbys).prop_map(
         |((round, parent, leader, term), outcome, contributors, parent_metrics, record, next_roster, standbys)| {
-            Decree { round, parent, leader, term, outcome, contributors, parent_metrics, record, next_roster, standbys }
+            let summary = Bytes::from_static(b"inputs");
+            Decree {
+                round,
+                parent,
+                leader,
+                term,
+                outcome,
+                contributors,
+                parent_metrics,
+                record,
+                next_roster,
+                standbys,
+                summary,
+            }
         },
     )
 }
@@ -108,6 +121,10 @@ fn chunks() -> impl Strategy<Value = ChunkSet> {
     prop::collection::btree_set(0..20u32, 0..20).prop_map(|set| ChunkSet::new(set).unwrap())
 }
 
+fn summary() -> impl Strategy<Value = Bytes> {
+    prop::collection::vec(any::<u8>(), 0..40).prop_map(Bytes::from)
+}
+
 fn body() -> impl Strategy<Value = Body> {
     let leading =
         (prop::collection::vec(peer(), 0..5), prop::collection::vec(any::<u8>(), 0..5), prop::option::of(metrics()))
@@ -121,9 +138,9 @@ fn body() -> impl Strategy<Value = Body> {
         Just(Body::Goodbye),
         (roster(), prop::collection::vec((peer(), term()), 0..3))
             .prop_map(|(roster, released)| Body::Call { roster, released }),
-        term().prop_map(|gave_up| Body::Join { gave_up }),
+        (term(), summary()).prop_map(|(gave_up, summary)| Body::Join { gave_up, summary }),
         (peer(), term()).prop_map(|(candidate, call)| Body::Bound { candidate, call }),
-        roster().prop_map(Body::Founded),
+        (roster(), summary()).prop_map(|(roster, summary)| Body::Founded { roster, summary }),
         (peer(), prop::option::of((term(), decree())))
             .prop_map(|(candidate, accepted)| Body::Ballot { candidate, accepted }),
         metrics().prop_map(Body::Evaluation),
@@ -215,7 +232,7 @@ proptest! {
     #[test]
     fn no_conversation_makes_a_peer_panic(messages in prop::collection::vec((envelope(), 0..3000u64), 1..60)) {
         let (me, start) = (PeerId::new("a").unwrap(), Instant::now());
-        let identity = Identity { peer: me, layout: layout(), num_examples: 7, broker: None };
+        let identity = Identity { peer: me, layout: layout(), num_examples: 7, broker: None, summary: Bytes::new() };
         let mut peer = Peer::new(Config::default(), identity, None, &BTreeSet::new(), start);
         let mut now = start;
         peer.handle(Event::Connected, now);

@@ -3,6 +3,7 @@
 //! A new rule is one file here, one variant of [`Rule`] and its arms.
 
 mod fedavg;
+pub mod statistics;
 
 use std::fmt;
 use std::str::FromStr;

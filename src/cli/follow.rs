@@ -13,15 +13,17 @@ use crate::cli::narrator::Narrator;
 use crate::cli::output::{Notice, Output};
 use crate::cli::{Exit, Failure};
 use crate::cluster::Stop;
-use crate::config::{Layers, Settings, Source};
+use crate::config::{Group, Key, Layers, Settings, Source};
 use crate::events::{Entry, Recorder};
 use crate::rundir::{CONFIG, RunDir};
 
 /// How often it is looked whether something lasts.
 const TICK: Duration = Duration::from_millis(200);
 
-/// Keys that change what a run with this directory would give, beside those that peers compare.
-const OWN_KEYS: [&str; 6] = ["data", "partition", "alpha", "val_fraction", "peers", "part"];
+/// Whether a key that peers do not compare changes what a run with this directory would give.
+fn is_own(key: &Key) -> bool {
+    key.group == Group::Data || key.name == "peers"
+}
 
 /// Where the results go: where the user says, or into a new directory.
 pub fn choose_run_dir(layers: &mut Layers, settings: &Settings) -> PathBuf {
@@ -66,7 +68,7 @@ pub fn check_same(run_dir: &Path, earlier: &Settings, settings: &Settings) -> Re
     let compared = |settings: &Settings| {
         let mut entries: BTreeMap<String, String> = settings.shared().entries();
         entries.insert("federation".into(), settings.federation.clone());
-        let own = settings.values().into_iter().filter(|(key, _)| OWN_KEYS.contains(&key.name));
+        let own = settings.values().into_iter().filter(|(key, _)| is_own(key));
         entries.extend(own.map(|(key, value)| (key.name.to_owned(), value.to_string())));
         entries
     };
@@ -189,7 +191,6 @@ impl Audience<'_, '_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Key;
 
     #[test]
     fn a_new_run_directory_is_named_by_federation_and_time() {

@@ -103,7 +103,8 @@ async fn take_part(
     let names = BTreeSet::from([peer.name().clone()]);
     let mut narrator = Narrator::new(names, settings.rounds, Duration::ZERO, started);
     recall(&run_dir, &mut narrator)?;
-    let recorder = Recorder::new(run_dir, &settings.federation, peer.layout(), settings.codecs().model, state_dirs);
+    let recorder = Recorder::new(run_dir, &settings.federation, peer.layout(), settings.codecs().model, state_dirs)
+        .naming(peer.feature_names().to_vec(), peer.class_names().to_vec());
     let mut audience = Audience { recorder, narrator, output };
     let (sender, mut entries) = unbounded_channel();
     let task = cluster::spawn(peer, &stop, &sender);
@@ -164,7 +165,8 @@ fn introduction(peer: &LocalPeer, broker: Option<&Broker>, run_dir: &RunDir) -> 
     }
     text += &format!("state    {}\n", peer.state_dir().display());
     text += &format!("results  {}\n", run_dir.path().display());
-    text += &format!("data     {} to train on, {} held out\n", peer.num_examples(), peer.num_held_out());
+    text += &format!("data     {}: {} to train on, {} held out", peer.data(), peer.num_examples(), peer.num_held_out());
+    text += &format!("; {}\n", peer.task());
     if let Some(broker) = broker {
         text += &how_to_join(broker.addr());
     }

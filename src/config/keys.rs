@@ -115,7 +115,7 @@ impl Key {
 pub fn markdown() -> String {
     let mut text = String::from("| key | default | meaning |\n|---|---|---|\n");
     for key in KEYS {
-        text += &format!("| `{}` | `{}` | {} |\n", key.name, key.default, key.help);
+        text += &format!("| `{}` | `{}` | {} |\n", key.name, key.default, key.help.replace('|', "\\|"));
     }
     text
 }
@@ -219,14 +219,41 @@ pub static KEYS: &[Key] = &[
     key(Group::Training, UsedBy::Peers, "seed", count(0, COUNT_MAX), "42",
         "Seed of the initial weights, the partition, the order of examples and what int8 rounds by"),
 
-    key(Group::Data, UsedBy::Peers, "data", Kind::Choice(&["digits"]), "digits",
-        "The data set"),
-    key(Group::Data, UsedBy::Peers, "partition", Kind::Choice(&["iid", "dirichlet"]), "iid",
-        "How the data set is split among peers: evenly, or with skewed labels"),
-    key(Group::Data, UsedBy::Peers, "alpha", Kind::Real(Reals::Positive), "0.5",
-        "Skew of the dirichlet partition: 0.1 is strong, 100 almost none"),
+    key(Group::Data, UsedBy::Peers, "data", Kind::Data, "digits",
+        "The data set: digits, idx:DIR, csv:FILE, images:DIR or text:FILE; csv:DIR/*.csv: a file for each peer of a run"),
+    key(Group::Data, UsedBy::Peers, "val_data", Kind::Data, NONE,
+        "Examples to evaluate on, of the same kind as data; none: val_fraction of data, or what data itself keeps apart"),
     key(Group::Data, UsedBy::Peers, "val_fraction", Kind::Real(Reals::Between), "0.2",
         "Share of a peer's examples held out to evaluate on"),
+    key(Group::Data, UsedBy::Peers, "label", Kind::Text, NONE,
+        "Column of a CSV file to tell, by name or by number from 1; none: the last"),
+    key(Group::Data, UsedBy::Peers, "task", Kind::Choice(&["auto", "classes", "regression"]), "auto",
+        "What the label of a CSV file is; auto: a number if it has more than 20 different numeric values, else a class"),
+    key(Group::Data, UsedBy::Peers, "header", Kind::Choice(&["auto", "yes", "no"]), "auto",
+        "Whether the first line of a CSV file names the columns"),
+    key(Group::Data, UsedBy::Peers, "ignore_columns", Kind::Names, NONE,
+        "Columns of a CSV file to pass over, such as a patient's number, by name or by number from 1"),
+    key(Group::Data, UsedBy::Peers, "categories", Kind::Categories, NONE,
+        "All values of columns, or all classes, where some peers lack some: 'sex=f|m;blood=A|B|AB|0'"),
+    key(Group::Data, UsedBy::Peers, "image_size", count(1, 4096), NONE,
+        "Height and width to which pictures are resized; none: as they are, all of one size"),
+    key(Group::Data, UsedBy::Peers, "image_channels", Kind::Choice(&["1", "3"]), "3",
+        "How pictures are read: 1 as grey, 3 in colour"),
+    key(Group::Data, UsedBy::Peers, "window", count(1, 65_536), "64",
+        "How many characters of a text are an example"),
+    key(Group::Data, UsedBy::Peers, "characters", Kind::Text, NONE,
+        "Characters of a text beyond ASCII to tell apart; all others count as one"),
+    key(Group::Data, UsedBy::Peers, "partition",
+        Kind::Choice(&["iid", "dirichlet", "pathological", "shards", "power-law"]), "iid",
+        "How one data set is split among peers: evenly, skewed by label (dirichlet, pathological, shards), or in uneven sizes"),
+    key(Group::Data, UsedBy::Peers, "alpha", Kind::Real(Reals::Positive), "0.5",
+        "Skew of the dirichlet partition: 0.1 is strong, 100 almost none"),
+    key(Group::Data, UsedBy::Peers, "classes_per_peer", count(1, 65_536), "2",
+        "How many classes a peer has in the pathological partition"),
+    key(Group::Data, UsedBy::Peers, "shards_per_peer", count(1, 65_536), "2",
+        "How many shards of examples sorted by label a peer has in the shards partition"),
+    key(Group::Data, UsedBy::Peers, "exponent", Kind::Real(Reals::NotNegative), "1",
+        "Skew of the power-law partition: the k-th peer's share goes with k to the power of -exponent"),
     key(Group::Data, UsedBy::Join, "part", Kind::Part, NONE,
         "This peer's part I/N of a data set that is split for a simulation; none: all of it"),
 

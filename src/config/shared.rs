@@ -1,9 +1,9 @@
 //! Settings in the terms of the floors below: what the peers share, what a trainer needs, which data a peer has.
 
 use crate::aggregation::Rule;
-use crate::config::Settings;
+use crate::config::{Settings, categories};
 use crate::protocol::{Config, Policy};
-use crate::training::{Backend, Model, Optimizer, Partition, TrainingConfig};
+use crate::training::{Backend, Model, Optimizer, Partition, PartitionOptions, ReadOptions, Source, TrainingConfig};
 use crate::transfer::Codecs;
 
 /// Each word below was read by a key whose kind lists the words that its type takes; a test goes through them all.
@@ -71,7 +71,39 @@ impl Settings {
 
     /// How the data set is shared out among the parts.
     pub fn partition(&self) -> Partition {
-        Partition::named(self.partition, self.alpha).expect(CHECKED)
+        let options = PartitionOptions {
+            alpha: self.alpha,
+            classes_per_peer: self.classes_per_peer,
+            shards_per_peer: self.shards_per_peer,
+            exponent: self.exponent,
+        };
+        Partition::named(self.partition, &options).expect(CHECKED)
+    }
+
+    /// Where the examples are.
+    pub fn source(&self) -> Source {
+        Source::parse(&self.data).expect(CHECKED)
+    }
+
+    /// Where those to evaluate on are, if they stand apart.
+    pub fn held_out_source(&self) -> Option<Source> {
+        self.val_data.as_deref().map(|data| Source::parse(data).expect(CHECKED))
+    }
+
+    /// How the examples are to be read.
+    pub fn read_options(&self) -> ReadOptions {
+        let choice = |word: &str, yes: &str| (word != "auto").then_some(word == yes);
+        ReadOptions {
+            label: self.label.clone(),
+            header: choice(self.header, "yes"),
+            regression: choice(self.task, "regression"),
+            ignored: self.ignore_columns.clone(),
+            categories: self.categories.as_deref().map(|text| categories(text).expect(CHECKED)).unwrap_or_default(),
+            image_size: self.image_size,
+            channels: self.image_channels.parse().expect(CHECKED),
+            window: self.window,
+            characters: self.characters.clone().unwrap_or_default(),
+        }
     }
 }
 
@@ -91,6 +123,12 @@ mod tests {
         assert_eq!(defaults().training(), TrainingConfig::default());
         assert_eq!(defaults().codecs(), Codecs::default());
         assert_eq!(defaults().partition(), Partition::default());
+        assert_eq!((defaults().source(), defaults().held_out_source()), (Source::Digits, None));
+        assert_eq!(defaults().read_options(), ReadOptions::default());
+    }
+
+    fn word_of(choice: Option<bool>, [yes, no]: [&str; 2]) -> String {
+        choice.map_or("auto", |choice| if choice { yes } else { no }).to_owned()
     }
 
     #[test]
@@ -118,7 +156,9 @@ mod tests {
                     ("codec", settings.codecs().updates.to_string()),
                     ("model_codec", settings.codecs().model.to_string()),
                     ("partition", settings.partition().name().to_owned()),
-                    ("data", settings.data.to_owned()),
+                    ("image_channels", settings.read_options().channels.to_string()),
+                    ("header", word_of(settings.read_options().header, ["yes", "no"])),
+                    ("task", word_of(settings.read_options().regression, ["regression", "classes"])),
                 ];
                 let taken = taken.iter().find(|(name, _)| *name == key.name);
                 assert_eq!(taken.map(|(_, text)| text.as_str()), Some(word), "{}", key.name);

@@ -1,9 +1,11 @@
 //! Values of keys: from text, which every layer gives, and back to text, TOML and JSON.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::training::Source;
 use crate::types::{Address, PEER_ID_BYTES_MAX, PeerId, host_and_port};
 
 /// One of the equal claims to a data set that is split among peers: the `index`-th of `of`, counted from 1. Its text is
@@ -55,6 +57,14 @@ pub enum Kind {
         /// The most.
         max: u64,
     },
+    /// A data set, as [`Source::parse`] takes it.
+    Data,
+    /// Any text that is not empty.
+    Text,
+    /// Texts separated by commas.
+    Names,
+    /// The values of columns, as [`categories`] takes them.
+    Categories,
     /// One level of a topic.
     Level,
     /// Levels of a topic, separated by `/`.
@@ -139,6 +149,13 @@ impl Kind {
             Kind::Counts { max, len_max } => counts(text, max, len_max).map(Value::Counts),
             Kind::Duration { min_ms, max_ms } => span(text, min_ms, max_ms).map(Value::Duration),
             Kind::Size { min, max } => size(text).filter(|n| (min..=max).contains(n)).map(Value::Size),
+            Kind::Data => Source::parse(text).map(|source| Value::Text(source.to_string())),
+            Kind::Text => (!text.is_empty()).then(|| Value::Text(text.into())),
+            Kind::Names => {
+                let names: Vec<String> = text.split(',').map(|name| name.trim().to_owned()).collect();
+                names.iter().all(|name| !name.is_empty()).then_some(Value::Texts(names))
+            }
+            Kind::Categories => categories(text).map(|_| Value::Text(text.into())),
             Kind::Level => is_level(text).then(|| Value::Text(text.into())),
             Kind::Levels { len_max } => {
                 let good = text.split('/').count() <= len_max && text.split('/').all(is_level);
@@ -164,6 +181,10 @@ impl Kind {
             Kind::Policy(_) => "POLICY",
             Kind::Duration { .. } => "TIME",
             Kind::Size { .. } => "SIZE",
+            Kind::Data => "DATA",
+            Kind::Text => "TEXT",
+            Kind::Names => "NAME,NAME",
+            Kind::Categories => "COLUMN=A|B",
             Kind::Level | Kind::Peer => "NAME",
             Kind::Levels { .. } => "TOPIC",
             Kind::Address | Kind::Reachable | Kind::Addresses { .. } => "HOST:PORT",
@@ -191,6 +212,12 @@ impl fmt::Display for Kind {
             }
             Kind::Size { min, max } => {
                 write!(f, "a size from {} to {}, like 256KiB, 1MB or 65536", size_text(min), size_text(max))
+            }
+            Kind::Data => f.write_str(Source::SCHEMES),
+            Kind::Text => f.write_str("a text that is not empty"),
+            Kind::Names => f.write_str("names separated by commas"),
+            Kind::Categories => {
+                f.write_str("columns with their values, like 'sex=f|m; blood=A|B|AB|0', at least two of each")
             }
             Kind::Level => write!(f, "1 to {PEER_ID_BYTES_MAX} of A-Z a-z 0-9 - _ ."),
             Kind::Levels { len_max } => {
@@ -282,6 +309,21 @@ impl fmt::Display for Value {
             Value::Path(path) => path.display().fmt(f),
         }
     }
+}
+
+/// All values of each column that `text` lists: columns are separated by `;`, values by `|`, both apart by `=`.
+pub fn categories(text: &str) -> Option<BTreeMap<String, Vec<String>>> {
+    let mut all = BTreeMap::new();
+    for column in text.split(';').map(str::trim).filter(|column| !column.is_empty()) {
+        let (name, values) = column.split_once('=')?;
+        let values: Vec<String> = values.split('|').map(|value| value.trim().to_owned()).collect();
+        let unique: BTreeSet<&String> = values.iter().collect();
+        let good = unique.len() == values.len() && values.len() >= 2 && !values.iter().any(String::is_empty);
+        if !good || all.insert(name.trim().to_owned(), values).is_some() {
+            return None;
+        }
+    }
+    (!all.is_empty()).then_some(all)
 }
 
 fn whole(text: &str, min: u64, max: u64) -> Option<u64> {
@@ -406,6 +448,9 @@ mod tests {
         takes(&Kind::Peer, &["peer-1"], &["all", "", "a/b"]);
         takes(&Kind::Part, &["1/1", "2/5", "5 / 5"], &["0/5", "6/5", "1", "1/", "/1", "1/10001", "-1/2"]);
         takes(&Kind::Path, &["a b/c"], &[""]);
+        takes(&Kind::Data, &["digits", "csv:a b.csv", "idx:x"], &["", "csv:", "digit", "a.csv"]);
+        takes(&Kind::Names, &["a", "id, name of it"], &["", "a,", ",a"]);
+        takes(&Kind::Categories, &["a=x|y", "a = x | y; b=1|2|3;"], &["", "a", "a=x", "a=x|x", "a=x|", "a=x|y;a=x|y"]);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
+use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use crate::protocol::config::Config;
@@ -37,6 +38,9 @@ pub struct Decree {
     /// The brokers that members of the next roster host, by host, at most [`STANDBYS_MAX`]: where the members meet, in
     /// the order of the hosts' names, when the brokers fail that each was told of.
     pub standbys: BTreeMap<PeerId, Address>,
+    /// What the inputs of the founders are like, encoded (see [`statistics`](crate::aggregation::statistics)): the same in
+    /// all decrees of a federation. Every peer, also one that comes later, prepares its inputs by it.
+    pub summary: Bytes,
 }
 
 /// What becomes of the model.

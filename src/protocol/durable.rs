@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use crate::protocol::decree::Decree;
@@ -49,6 +50,8 @@ pub struct Founding {
     pub joined: Option<(PeerId, Term)>,
     /// The first roster, once founded.
     pub roster: Option<Roster>,
+    /// What the inputs of the first roster's members are like, encoded.
+    pub summary: Bytes,
 }
 
 /// A peer's promises in the round after its head.
@@ -82,6 +85,14 @@ impl Durable {
         match &self.head {
             Some(head) => Some(&head.decree.next_roster),
             None => self.founding.roster.as_ref(),
+        }
+    }
+
+    /// What the founders' inputs are like, once they have founded the federation.
+    pub fn summary(&self) -> Option<&Bytes> {
+        match &self.head {
+            Some(head) => Some(&head.decree.summary),
+            None => self.founding.roster.as_ref().map(|_| &self.founding.summary),
         }
     }
 
@@ -168,6 +179,7 @@ mod tests {
             record: Default::default(),
             next_roster: Roster::of(&[peer("me")].into()),
             standbys: BTreeMap::new(),
+            summary: Bytes::new(),
         }
     }
 

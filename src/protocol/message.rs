@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
+use crate::aggregation::statistics::SUMMARY_BYTES_MAX;
 use crate::protocol::decree::{Decree, STANDBYS_MAX};
 use crate::protocol::roster::{ROSTER_MAX, Roster};
 use crate::transfer::{CHUNK_BYTES_MAX, ChunkSet, Manifest};
@@ -63,6 +64,8 @@ pub enum Body {
     Join {
         /// The sender's own last call, which it gives up.
         gave_up: Term,
+        /// What the sender's inputs are like, encoded: see [`statistics`](crate::aggregation::statistics).
+        summary: Bytes,
     },
     /// Genesis: I cannot join, since I joined this call of another candidate (on `election/0/<candidate>`).
     Bound {
@@ -72,7 +75,12 @@ pub enum Body {
         call: Term,
     },
     /// Genesis: this is the first roster (on `leader/0`).
-    Founded(Roster),
+    Founded {
+        /// The roster.
+        roster: Roster,
+        /// What the inputs of all its members are like, encoded.
+        summary: Bytes,
+    },
     /// My vote in (round, term) for `candidate` (on `election/<round>/<candidate>`).
     Ballot {
         /// Whom it is for.
@@ -251,6 +259,9 @@ impl Envelope {
                 let short = |text: &String| text.len() <= TEXT_BYTES_MAX;
                 limit(hello.entries.iter().all(|(key, value)| short(key) && short(value)), "a configuration value")
             }
+            Body::Join { summary, .. } | Body::Founded { summary, .. } => {
+                limit(summary.len() <= SUMMARY_BYTES_MAX, "the summary of the inputs")
+            }
             Body::Call { released, .. } => limit(released.len() <= ROSTER_MAX, "the list of calls given up"),
             Body::Ballot { accepted: Some((_, decree)), .. } | Body::Proposal(decree) => check_decree(decree),
             Body::Evaluation(metrics) => limit(metrics.is_finite(), "a metric"),
@@ -273,6 +284,9 @@ impl Envelope {
 fn check_decree(decree: &Decree) -> Result<(), MessageError> {
     if decree.contributors.len() > ROSTER_MAX {
         return Err(MessageError::Limit("the list of contributors"));
+    }
+    if decree.summary.len() > SUMMARY_BYTES_MAX {
+        return Err(MessageError::Limit("the summary of the inputs"));
     }
     if decree.standbys.len() > STANDBYS_MAX {
         return Err(MessageError::Limit("the number of standby brokers"));

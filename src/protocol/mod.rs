@@ -102,6 +102,8 @@ pub enum Action {
     },
     /// Do slow work; its end comes back as [`Event::Done`].
     Start(Job),
+    /// Prepare the trainer by what all founders' inputs are like, before any job.
+    Prepare(Bytes),
     /// Training for this round is no longer wanted.
     CancelTraining(Round),
     /// Every other blob may be deleted.
@@ -210,6 +212,9 @@ pub struct Identity {
     pub num_examples: u64,
     /// Where others reach the broker that it hosts, if it hosts one.
     pub broker: Option<Address>,
+    /// What its inputs are like, encoded, at most [`SUMMARY_BYTES_MAX`](crate::aggregation::statistics::SUMMARY_BYTES_MAX)
+    /// bytes: the protocol does not look into it.
+    pub summary: Bytes,
 }
 
 /// Another peer, as far as it was heard.
@@ -273,6 +278,10 @@ pub struct Peer {
     num_examples: u64,
     /// Where others reach the broker that this peer hosts.
     broker: Option<Address>,
+    /// What its inputs are like.
+    summary: Bytes,
+    /// The node knows what all founders' inputs are like.
+    prepared: bool,
     /// The standby brokers that the node was told of last.
     brokers_told: Vec<Address>,
     durable: Durable,
@@ -321,6 +330,8 @@ impl Peer {
             layout: identity.layout,
             num_examples: identity.num_examples,
             broker: identity.broker,
+            summary: identity.summary,
+            prepared: false,
             brokers_told: Vec::new(),
             durable,
             neighbours: BTreeMap::new(),
@@ -446,9 +457,9 @@ impl Peer {
             Body::Hello(hello) => self.on_hello(sender, round, hello, now),
             Body::Goodbye => self.on_goodbye(&sender, now),
             Body::Call { roster, released } => self.on_call(&sender, term, &roster, &released, now),
-            Body::Join { gave_up } => self.on_join(sender, term, gave_up),
+            Body::Join { gave_up, summary } => self.on_join(sender, term, gave_up, summary),
             Body::Bound { candidate, call } => self.on_bound(sender, term, candidate, call),
-            Body::Founded(roster) => self.on_founded(roster, now),
+            Body::Founded { roster, summary } => self.on_founded(roster, summary, now),
             Body::Ballot { candidate, accepted } => self.on_ballot(sender, round, term, &candidate, accepted, now),
             Body::Evaluation(metrics) => self.on_evaluation(sender, round, metrics),
             Body::Leader(leading) => self.on_leader(&sender, round, term, &leading, now),

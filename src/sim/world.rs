@@ -319,12 +319,12 @@ impl<'a> World<'a> {
         simulated.stopped = false;
         simulated.wake = None;
         let held = simulated.held();
-        let (layout, num_examples) = {
+        let (layout, num_examples, summary) = {
             let trainer = simulated.trainer();
-            (trainer.layout(), trainer.num_examples())
+            (trainer.layout(), trainer.num_examples(), trainer.summary())
         };
         let broker = Address::new(&format!("{id}:1883")).ok();
-        let identity = Identity { peer: id.clone(), layout, num_examples, broker };
+        let identity = Identity { peer: id.clone(), layout, num_examples, broker, summary: Bytes::from(summary) };
         let peer = Peer::new(self.config.clone(), identity, simulated.durable.clone(), &held, self.now);
         #[cfg(test)]
         let peer = {
@@ -416,7 +416,8 @@ impl<'a> World<'a> {
                 Ok(())
             }
             // There is one broker, whatever the peers believe.
-            Action::CancelTraining(_) | Action::Brokers(_) => Ok(()),
+            // What a trainer of the simulator has cannot be prepared.
+            Action::CancelTraining(_) | Action::Brokers(_) | Action::Prepare(_) => Ok(()),
             Action::Retain(keep) => {
                 // Memory cannot fail.
                 let _ = self.peers[id].blobs.retain(&keep);

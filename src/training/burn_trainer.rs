@@ -15,6 +15,7 @@ use super::models::{Network, floats};
 use super::optimizer::{Descent, clip_norm};
 use super::random::generator;
 use super::{OnProgress, Progress, TrainError, Trainer};
+use crate::aggregation::statistics::Summary;
 use crate::types::{Metrics, PeerId, Round};
 use crate::weights::{Layout, Weights};
 
@@ -131,6 +132,17 @@ impl Trainer for BurnTrainer {
         self.train.len() as u64
     }
 
+    fn summary(&self) -> Vec<u8> {
+        self.train.summary().map(|summary| summary.encode()).unwrap_or_default()
+    }
+
+    fn prepare(&mut self, summary: &[u8]) {
+        if let Some(summary) = Summary::decode(summary) {
+            self.train = self.train.standardised(&summary);
+            self.held_out = self.held_out.standardised(&summary);
+        }
+    }
+
     fn weights(&self) -> Weights {
         self.weights.clone()
     }
@@ -142,6 +154,7 @@ impl Trainer for BurnTrainer {
     }
 
     fn train(&mut self, round: Round, on_progress: &mut OnProgress<'_>) -> Result<Metrics, TrainError> {
+        self.prepare(&self.summary()); // a table that nobody else has a part of
         let (weights, metrics) = self.descend(round, on_progress)?;
         if let Some(tensor) = weights.first_non_finite() {
             return Err(self.diverged(round, tensor)); // the last step was the one too far
@@ -151,6 +164,7 @@ impl Trainer for BurnTrainer {
     }
 
     fn evaluate(&mut self) -> Result<Metrics, TrainError> {
+        self.prepare(&self.summary()); // likewise
         let device = self.config.backend.device();
         let pass = self.network.pass(self.weights.values(), &device);
         let mut tally = Tally::new(self.held_out.task());

@@ -27,10 +27,12 @@ mod schedule;
 pub use augment::Augment;
 pub use burn_trainer::BurnTrainer;
 pub use config::{Backend, Norm, Optimizer, SettingError, TrainingConfig};
-pub use dataset::{DataError, Dataset, Targets, Task};
+pub use dataset::{
+    COLUMN, Column, DataError, Dataset, Examples, LABEL, ReadError, ReadOptions, Source, Table, Targets, Task, Train,
+};
 pub use models::{Model, ModelError};
 pub use named::UnknownName;
-pub use partition::{EXAMPLES_MIN, Partition, PartitionError, histogram};
+pub use partition::{EXAMPLES_MIN, Partition, PartitionError, PartitionOptions, histogram};
 pub use schedule::Schedule;
 
 /// How far local training has come.
@@ -82,6 +84,16 @@ pub trait Trainer: Send {
 
     /// How many training examples this peer has: its weight in the mean.
     fn num_examples(&self) -> u64;
+
+    /// What this peer's inputs are like, for all peers to know what all inputs are like: an encoded
+    /// [`Summary`](crate::aggregation::statistics::Summary), or nothing where inputs are used as they are.
+    fn summary(&self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    /// Takes the summary of all founders' inputs. It comes before anything is computed, and again after a restart; not at
+    /// all where it is empty.
+    fn prepare(&mut self, _summary: &[u8]) {}
 
     /// The current weights.
     fn weights(&self) -> Weights;

@@ -13,6 +13,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
+use bytes::Bytes;
+
+use crate::aggregation::statistics;
 use crate::protocol::message::Body;
 use crate::protocol::roster::{ROSTER_MAX, Roster};
 use crate::protocol::timer::Timer;
@@ -31,7 +34,8 @@ pub(in crate::protocol) struct Genesis {
     settled: bool,
     /// The roster called for, if this peer is the candidate.
     calling: Option<Roster>,
-    joined: BTreeSet<PeerId>,
+    /// Who joined it, and what the inputs of each are like.
+    joined: BTreeMap<PeerId, Bytes>,
     /// Members that cannot join, and to which call of which other candidate they are bound.
     bound: BTreeMap<PeerId, (PeerId, Term)>,
     /// Candidates that joined this peer's call, and so gave up all of theirs up to this one.
@@ -140,7 +144,7 @@ impl Peer {
     fn join_own_call(&mut self) {
         if self.bound_to_other().is_none() {
             self.durable.founding.joined = Some((self.me.clone(), self.durable.founding.last_call));
-            self.genesis.joined.insert(self.me.clone());
+            self.genesis.joined.insert(self.me.clone(), self.summary.clone());
         }
     }
 
@@ -172,7 +176,7 @@ impl Peer {
         }
         if let Some(founded) = self.durable.founding.roster.clone() {
             // To the caller alone: all members may answer.
-            return self.publish(Topic::Election(Round::GENESIS, sender.clone()), Body::Founded(founded));
+            return self.publish(Topic::Election(Round::GENESIS, sender.clone()), self.founded(founded));
         }
         let sees_others = self.genesis.present.iter().any(|peer| !roster.contains(peer));
         if !roster.contains(&self.me) || !roster.contains(sender) || sees_others || !self.is_compatible(sender) {
@@ -196,17 +200,18 @@ impl Peer {
                 self.genesis.calling = None;
                 self.persist();
                 let gave_up = self.durable.founding.last_call;
-                self.publish_in(call, topic, Body::Join { gave_up });
+                let summary = self.summary.clone();
+                self.publish_in(call, topic, Body::Join { gave_up, summary });
             }
         }
     }
 
-    pub(in crate::protocol) fn on_join(&mut self, sender: PeerId, call: Term, gave_up: Term) {
+    pub(in crate::protocol) fn on_join(&mut self, sender: PeerId, call: Term, gave_up: Term, summary: Bytes) {
         let called = self.genesis.calling.as_ref().is_some_and(|roster| roster.contains(&sender));
         if called && call == self.durable.founding.last_call {
             self.genesis.bound.remove(&sender);
             self.genesis.gave_up.insert(sender.clone(), gave_up);
-            self.genesis.joined.insert(sender);
+            self.genesis.joined.insert(sender, summary);
         }
     }
 
@@ -241,7 +246,7 @@ impl Peer {
             self.timers.clear(Timer::Call);
         }
         let Some(roster) = self.genesis.calling.clone() else { return };
-        if roster.members().iter().all(|peer| self.genesis.joined.contains(peer)) {
+        if roster.members().iter().all(|peer| self.genesis.joined.contains_key(peer)) {
             self.found(roster, now);
         }
     }
@@ -255,15 +260,25 @@ impl Peer {
     }
 
     fn found(&mut self, roster: Roster, now: Instant) {
-        self.publish(Topic::Leader(Round::GENESIS), Body::Founded(roster.clone()));
-        self.on_founded(roster, now);
+        // The members' in the order of their names: whoever founds the roster gets the same bits.
+        let summaries = roster.members().iter().filter_map(|peer| self.genesis.joined.get(peer));
+        let summary = Bytes::from(statistics::merge(summaries.map(Bytes::as_ref)));
+        let body = Body::Founded { roster: roster.clone(), summary: summary.clone() };
+        self.publish(Topic::Leader(Round::GENESIS), body);
+        self.on_founded(roster, summary, now);
     }
 
-    pub(in crate::protocol) fn on_founded(&mut self, roster: Roster, now: Instant) {
+    /// The word that the first roster is founded, from a peer that knows.
+    fn founded(&self, roster: Roster) -> Body {
+        Body::Founded { roster, summary: self.durable.founding.summary.clone() }
+    }
+
+    pub(in crate::protocol) fn on_founded(&mut self, roster: Roster, summary: Bytes, now: Instant) {
         if self.head().is_some() || self.durable.founding.roster.is_some() || !roster.contains(&self.me) {
             return;
         }
         self.durable.founding.roster = Some(roster.clone());
+        self.durable.founding.summary = summary;
         self.genesis.calling = None;
         self.persist();
         self.notify(Notice::Founded(roster));
@@ -279,7 +294,7 @@ impl Peer {
             let Some(roster) = self.durable.founding.roster.clone() else { return };
             let is_gone = |peer: &PeerId| self.neighbours.get(peer).is_some_and(|neighbour| neighbour.gone);
             if roster.members().iter().find(|peer| !is_gone(peer)) == Some(&self.me) {
-                self.publish(Topic::Leader(Round::GENESIS), Body::Founded(roster));
+                self.publish(Topic::Leader(Round::GENESIS), self.founded(roster));
             }
         }
     }

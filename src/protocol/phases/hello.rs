@@ -223,7 +223,13 @@ mod tests {
 
     fn connected(name: &str, now: Instant) -> (Peer, Vec<Bytes>) {
         let peer = PeerId::new(name).unwrap();
-        let identity = Identity { peer, layout: Arc::new(Layout::default()), num_examples: 1, broker: None };
+        let identity = Identity {
+            peer,
+            layout: Arc::new(Layout::default()),
+            num_examples: 1,
+            broker: None,
+            summary: Bytes::new(),
+        };
         let config = Config { min_peers: 1000, ..Config::default() };
         let mut peer = Peer::new(config, identity, None, &BTreeSet::new(), now);
         let hellos = hellos(peer.handle(Event::Connected, now));

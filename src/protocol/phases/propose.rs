@@ -97,6 +97,7 @@ impl Peer {
             record: self.record(parent_metrics.as_ref()),
             standbys: self.next_standbys(&next_roster),
             next_roster,
+            summary: self.durable.summary().cloned().unwrap_or_default(),
         }
     }
 
@@ -162,6 +163,9 @@ impl Peer {
         }
         if let Some(stranger) = decree.standbys.keys().find(|host| !decree.next_roster.contains(host)) {
             return Err(format!("its proposal names a broker of {stranger}, who is not in the next roster"));
+        }
+        if Some(&decree.summary) != self.durable.summary() {
+            return Err("its proposal has another summary of the inputs than the newest decree here".into());
         }
         if decree.model().base.is_some() {
             return Err("its proposal's model is a difference, which a newcomer could not read".into());

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use crate::protocol::decree::Decree;
 use crate::protocol::message::{Head, Update};
-use crate::protocol::{Notice, Peer, Seconds};
+use crate::protocol::{Action, Notice, Peer, Seconds};
 use crate::transfer::Manifest;
 use crate::types::{Digest, Metrics, PeerId, Round, Term};
 
@@ -136,6 +136,7 @@ impl Peer {
         self.open = OpenRound::new(now);
         self.clear_round_timers();
         self.last_waiting = None;
+        self.prepare();
         if self.durable.head.as_ref().is_some_and(|head| head.decree.reason().is_some()) {
             return self.begin_finish(now);
         }
@@ -145,6 +146,15 @@ impl Peer {
         if member {
             let term = self.durable.open.promised;
             self.cast_ballot(term, None, now);
+        }
+    }
+
+    /// Has the trainer prepared once it is known how: for all that this process computes.
+    fn prepare(&mut self) {
+        let summary = self.durable.summary().filter(|summary| !summary.is_empty() && !self.prepared);
+        if let Some(summary) = summary.cloned() {
+            self.prepared = true;
+            self.actions.push(Action::Prepare(summary));
         }
     }
 

@@ -49,6 +49,8 @@ mod tests {
     use std::sync::Arc;
     use std::time::Instant;
 
+    use bytes::Bytes;
+
     use super::*;
     use crate::protocol::decree::{Outcome, Record};
     use crate::protocol::message::{Body, Envelope, Head, Hello, VERSION};
@@ -80,13 +82,15 @@ mod tests {
                 record: Record::default(),
                 next_roster: roster.clone(),
                 standbys: standbys.iter().map(|(peer, host)| (id(peer), address(host))).collect(),
+                summary: Bytes::new(),
             },
             accepts: vec![id("b"), id("c")],
             genesis: Digest::of(b"genesis"),
         });
         let durable = Durable { head, ..Durable::default() };
         let layout = Arc::new(Layout { tensors: Vec::new() });
-        let identity = Identity { peer: id("a"), layout, num_examples: 1, broker: Some(address("own")) };
+        let (broker, summary) = (Some(address("own")), Bytes::new());
+        let identity = Identity { peer: id("a"), layout, num_examples: 1, broker, summary };
         Peer::new(Config::default(), identity, Some(durable), &BTreeSet::new(), Instant::now())
     }
 

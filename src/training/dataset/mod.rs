@@ -1,12 +1,25 @@
 //! Labelled examples in memory, and where they come from: one file a format.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use rand::seq::SliceRandom;
 
 use super::random::generator;
+use crate::aggregation::statistics::Summary;
 
+mod csv;
 mod digits;
+mod idx;
+mod images;
+mod schema;
+mod source;
+mod table;
+mod text;
+
+pub use schema::{COLUMN, LABEL};
+pub use source::{Examples, ReadError, ReadOptions, Source, Train};
+pub use table::{Column, Table};
 
 /// Examples, and what is to be told of each.
 #[derive(Clone, Debug, PartialEq)]
@@ -14,6 +27,8 @@ pub struct Dataset {
     features: Vec<f32>,
     shape: Arc<[usize]>, // this and the names are shared by all subsets, of which every batch is one
     targets: Targets,
+    /// Of examples from a table that are not standardised yet: its columns. Values may be missing (NaN) as long.
+    table: Option<Arc<Table>>,
 }
 
 /// What a model is to tell of each example.
@@ -108,6 +123,24 @@ impl Dataset {
     /// example: `[features]`, `[channels, height, width]` of an image, or `[steps]` of a text, whose features are
     /// token numbers.
     pub fn of(features: Vec<f32>, shape: &[usize], targets: Targets) -> Result<Self, DataError> {
+        let dataset = Self::unchecked_values(features, shape, targets)?;
+        if let Some(at) = dataset.features.iter().position(|value| !value.is_finite()) {
+            return Err(DataError::NotFinite { example: at / dataset.num_features() });
+        }
+        Ok(dataset)
+    }
+
+    /// Takes the values of a table as they were read, row-major `[len, table.num_features()]`, NaN where one is missing.
+    /// They are to be [`standardised`](Self::standardised) before a model can learn from them.
+    pub fn of_table(features: Vec<f32>, table: Table, targets: Targets) -> Result<Self, DataError> {
+        let dataset = Self::unchecked_values(features, &[table.num_features()], targets)?;
+        if let Some(at) = dataset.features.iter().position(|value| value.is_infinite()) {
+            return Err(DataError::NotFinite { example: at / dataset.num_features() });
+        }
+        Ok(Self { table: Some(Arc::new(table)), ..dataset })
+    }
+
+    fn unchecked_values(features: Vec<f32>, shape: &[usize], targets: Targets) -> Result<Self, DataError> {
         let num_features = shape.iter().try_fold(1, |product: usize, &len| product.checked_mul(len)).unwrap_or(0);
         let (values, per_example) = (features.len(), targets.per_example(num_features));
         let examples = targets.count() / per_example.max(1);
@@ -116,10 +149,7 @@ impl Dataset {
             return Err(DataError::Shape { values, examples, num_features });
         }
         targets.check(per_example)?;
-        if let Some(at) = features.iter().position(|value| !value.is_finite()) {
-            return Err(DataError::NotFinite { example: at / num_features });
-        }
-        Ok(Self { features, shape: shape.into(), targets })
+        Ok(Self { features, shape: shape.into(), targets, table: None })
     }
 
     /// 1,797 handwritten digits of 8×8 pixels, scaled to 0..1, as images of one channel: the test part of UCI's *Optical
@@ -213,7 +243,45 @@ impl Dataset {
         let mut features = Vec::with_capacity(indices.len() * num_features);
         indices.iter().for_each(|&index| features.extend_from_slice(row(&self.features, num_features, index)));
         let targets = self.targets.subset(indices, num_features);
-        Self { features, shape: self.shape.clone(), targets }
+        Self { features, shape: self.shape.clone(), targets, table: self.table.clone() }
+    }
+
+    /// The columns of a table whose values are not standardised yet.
+    pub fn table(&self) -> Option<&Table> {
+        self.table.as_deref()
+    }
+
+    /// What peers must agree on about their examples, by name, as text: shape, classes, and the columns of a table that is
+    /// not standardised yet.
+    pub fn shared_entries(&self) -> BTreeMap<String, String> {
+        schema::entries(self)
+    }
+
+    /// What the columns of a table that is not standardised yet are like: all that a peer tells the others of its examples.
+    pub fn summary(&self) -> Option<Summary> {
+        let numbers = match &self.targets {
+            Targets::Numbers(numbers) => Some(numbers.as_slice()),
+            Targets::Classes { .. } | Targets::Steps { .. } => None,
+        };
+        Some(self.table()?.summary(&self.features, numbers))
+    }
+
+    /// The examples of a table as a model learns from them: each number, also one to tell, less the mean and in standard
+    /// deviations of `summary`; a missing number is the mean, a missing category the most frequent one. Other examples are
+    /// left as they are, and so are those of a table that `summary` is not of.
+    #[must_use]
+    pub fn standardised(&self, summary: &Summary) -> Self {
+        let mut ready = self.clone();
+        let to_tell = usize::from(matches!(self.targets, Targets::Numbers(_)));
+        let Some(table) = ready.table.take_if(|table| table.num_features() + to_tell == summary.columns.len()) else {
+            return ready;
+        };
+        let num_features = ready.num_features();
+        ready.features.chunks_exact_mut(num_features).for_each(|example| table.standardise(example, summary));
+        if let (Targets::Numbers(numbers), Some(column)) = (&mut ready.targets, summary.columns.last()) {
+            numbers.iter_mut().for_each(|number| *number = table::scaled(*number, column));
+        }
+        ready
     }
 
     /// Splits into examples to train on and examples held out to measure with, drawn by `seed`.

@@ -1,0 +1,500 @@
+//! Tables of comma-separated values (RFC 4180; also separated by semicolons or tabs).
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::io::{BufRead, BufReader, Seek};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use csv::{ReaderBuilder, StringRecord, Trim};
+
+use super::source::{ReadError, ReadOptions};
+use super::table::{Column, Table};
+use super::{Dataset, Targets};
+use crate::aggregation::statistics::COLUMNS_MAX;
+
+/// Texts that stand for no value.
+const MISSING: [&str; 5] = ["", "?", "NA", "NaN", "nan"];
+
+/// A column with more different texts is no set of categories but names, dates or mistakes.
+const CATEGORIES_MAX: usize = 100;
+
+/// A numeric label with more different values is a number to tell, and no class.
+const CLASSES_MAX: usize = 20;
+
+/// Reads tables of the same columns, of which there is one at least. What values a column has, and which classes there
+/// are, is what all together have.
+pub(super) fn read(paths: &[&Path], options: &ReadOptions) -> Result<Vec<Dataset>, ReadError> {
+    let (first, others) = paths.split_first().expect("the caller names a file");
+    let mut rows = Rows::read(first, options)?;
+    let mut ends = vec![rows.lines.len()];
+    for path in others {
+        rows.append(Rows::read(path, options)?)?;
+        ends.push(rows.lines.len());
+    }
+    let all = rows.dataset(options)?;
+    if others.is_empty() {
+        return Ok(vec![all]);
+    }
+    let starts = [0].into_iter().chain(ends.iter().copied());
+    Ok(starts.zip(&ends).map(|(start, &end)| all.subset(&(start..end).collect::<Vec<_>>())).collect())
+}
+
+/// The lines of a table.
+struct Rows {
+    /// What the columns are called.
+    names: Vec<String>,
+    /// Whether they are called so in the file.
+    named: bool,
+    /// What the first line calls the classes 0, 1, …, where it is one of scikit-learn's.
+    class_names: Option<Vec<String>>,
+    lines: Vec<Line>,
+}
+
+struct Line {
+    path: Arc<PathBuf>,
+    number: u64,
+    cells: StringRecord,
+}
+
+impl Line {
+    fn place(&self, column: &str) -> String {
+        format!("{}, line {}, column {column:?}", self.path.display(), self.number)
+    }
+}
+
+impl Rows {
+    fn read(path: &Path, options: &ReadOptions) -> Result<Self, ReadError> {
+        let mut lines = lines(path)?;
+        let empty = || ReadError::new(path.display(), "there are no examples in it", "each line is an example");
+        let class_names = scikit_class_names(&lines);
+        if class_names.is_some() {
+            lines.remove(0);
+        }
+        let width = lines.first().ok_or_else(empty)?.cells.len();
+        if let Some(line) = lines.iter().find(|line| line.cells.len() != width) {
+            let place = format!("{}, line {}", path.display(), line.number);
+            let what = format!("it has {} values, line {} has {width}", line.cells.len(), lines[0].number);
+            return Err(ReadError::new(
+                place,
+                what,
+                "each line needs as many values as the first; quote values that hold a comma",
+            ));
+        }
+        let named = class_names.is_none() && options.header.unwrap_or_else(|| is_header(&lines));
+        let names = if named {
+            lines.remove(0).cells.iter().map(str::to_owned).collect()
+        } else {
+            (1..=width).map(|number| format!("column {number}")).collect::<Vec<_>>()
+        };
+        if let Some(name) = names.iter().enumerate().find(|(index, name)| names[..*index].contains(name)) {
+            let what = format!("two columns are called {:?}", name.1);
+            return Err(ReadError::new(path.display(), what, "give each column a name of its own"));
+        }
+        if lines.is_empty() {
+            return Err(empty());
+        }
+        Ok(Self { names, named, class_names, lines })
+    }
+
+    fn append(&mut self, other: Rows) -> Result<(), ReadError> {
+        if self.names != other.names {
+            let path = &other.lines[0].path;
+            let what = format!(
+                "its columns are {}, those of {} are {}",
+                other.names.join(", "),
+                self.lines[0].path.display(),
+                self.names.join(", ")
+            );
+            return Err(ReadError::new(
+                path.display(),
+                what,
+                "all files, also that of --val-data, need the same columns",
+            ));
+        }
+        self.lines.extend(other.lines);
+        Ok(())
+    }
+
+    fn dataset(&self, options: &ReadOptions) -> Result<Dataset, ReadError> {
+        let label = match &options.label {
+            Some(label) => self.column(label, "label")?,
+            None => self.names.len() - 1,
+        };
+        let ignored = options.ignored.iter().map(|name| self.column(name, "ignore-columns"));
+        let ignored: BTreeSet<usize> = ignored.collect::<Result<_, _>>()?;
+        if let Some(name) = options.categories.keys().find(|name| !self.names.contains(name)) {
+            return Err(self.no_column(name, "categories"));
+        }
+        let features: Vec<usize> = (0..self.names.len()).filter(|at| *at != label && !ignored.contains(at)).collect();
+        if features.is_empty() {
+            let hint = "a table needs a column beside the label and those that are ignored";
+            return Err(ReadError::new(self.lines[0].path.display(), "no column is left to learn from", hint));
+        }
+        let columns = features.iter().map(|&at| self.describe(at, options)).collect::<Result<Vec<_>, _>>()?;
+        let table = Table { columns, label: self.names[label].clone() };
+        if table.num_features() >= COLUMNS_MAX {
+            let what = format!("its columns make {} features, more than {COLUMNS_MAX}", table.num_features());
+            return Err(ReadError::new(self.lines[0].path.display(), what, "leave some out with --ignore-columns"));
+        }
+        let targets = self.targets(label, options)?;
+        let mut values = Vec::with_capacity(self.lines.len() * table.num_features());
+        for line in &self.lines {
+            for (&at, column) in features.iter().zip(&table.columns) {
+                self.encode(line, at, column, &mut values)?;
+            }
+        }
+        Dataset::of_table(values, table, targets).map_err(|error| {
+            ReadError::new(self.lines[0].path.display(), error.to_string(), "look for numbers beyond all reason")
+        })
+    }
+
+    /// The column that a user names, by name or by number.
+    fn column(&self, name: &str, key: &str) -> Result<usize, ReadError> {
+        let by_number = || name.parse::<usize>().ok().filter(|number| (1..=self.names.len()).contains(number));
+        let found = self.names.iter().position(|own| own == name).or_else(|| by_number().map(|number| number - 1));
+        found.ok_or_else(|| self.no_column(name, key))
+    }
+
+    fn no_column(&self, name: &str, key: &str) -> ReadError {
+        let nearest = self.names.iter().min_by_key(|own| strsim::damerau_levenshtein(own, name));
+        let hint = match nearest.filter(|_| self.named) {
+            Some(nearest) => {
+                format!("--{key} takes a column's name, as {nearest:?}, or its number, 1 to {}", self.names.len())
+            }
+            None => format!(
+                "--{key} takes a column's number, 1 to {}; --header yes if the first line names them",
+                self.names.len()
+            ),
+        };
+        ReadError::new(self.lines[0].path.display(), format!("there is no column {name:?}"), hint)
+    }
+
+    fn cells(&self, at: usize) -> impl Iterator<Item = (&Line, &str)> {
+        self.lines.iter().map(move |line| (line, &line.cells[at])).filter(|(_, cell)| !is_missing(cell))
+    }
+
+    /// Numbers, unless a value is none; then categories, in the order of their texts.
+    fn describe(&self, at: usize, options: &ReadOptions) -> Result<Column, ReadError> {
+        let name = self.names[at].clone();
+        if let Some(categories) = options.categories.get(&name) {
+            return Ok(Column { name, categories: Some(categories.clone()) });
+        }
+        let Some((line, text)) = self.cells(at).find(|(_, cell)| number(cell).is_none()) else {
+            return Ok(Column { name, categories: None });
+        };
+        let categories: BTreeSet<&str> = self.cells(at).map(|(_, cell)| cell).collect();
+        if categories.len() > CATEGORIES_MAX {
+            let what = format!(
+                "{text:?} is no number, and {} different values are too many for categories (at most {CATEGORIES_MAX})",
+                categories.len()
+            );
+            let hint = format!("correct the value, or leave the column out with --ignore-columns {name:?}");
+            return Err(ReadError::new(line.place(&name), what, hint));
+        }
+        Ok(Column { name, categories: Some(categories.into_iter().map(str::to_owned).collect()) })
+    }
+
+    fn encode(&self, line: &Line, at: usize, column: &Column, values: &mut Vec<f32>) -> Result<(), ReadError> {
+        let cell = &line.cells[at];
+        match &column.categories {
+            _ if is_missing(cell) => values.extend(std::iter::repeat_n(f32::NAN, column.width())),
+            None => values.push(number(cell).expect("a column with any other value is one of categories") as f32),
+            Some(categories) => {
+                let category = categories.iter().position(|category| category == cell);
+                let category = category.ok_or_else(|| not_listed(line, &column.name, cell, categories))?;
+                values.extend((0..categories.len()).map(|index| if index == category { 1.0 } else { 0.0 }));
+            }
+        }
+        Ok(())
+    }
+
+    fn targets(&self, at: usize, options: &ReadOptions) -> Result<Targets, ReadError> {
+        let name = &self.names[at];
+        if let Some(line) = self.lines.iter().find(|line| is_missing(&line.cells[at])) {
+            let what = format!("the label is missing ({:?})", &line.cells[at]);
+            return Err(ReadError::new(
+                line.place(name),
+                what,
+                "remove the line, or choose the label's column with --label",
+            ));
+        }
+        let no_number = self.cells(at).find(|(_, cell)| number(cell).is_none());
+        let distinct: BTreeSet<&str> = self.cells(at).map(|(_, cell)| cell).collect();
+        let listed = options.categories.get(name);
+        let many_numbers = no_number.is_none() && listed.is_none() && distinct.len() > CLASSES_MAX;
+        match (options.regression.unwrap_or(many_numbers), no_number) {
+            (true, Some((line, text))) => {
+                let what = format!("{text:?} is no number, as task regression needs");
+                Err(ReadError::new(line.place(name), what, "correct it, or use --task classes"))
+            }
+            (true, None) => {
+                Ok(Targets::Numbers(self.cells(at).filter_map(|(_, cell)| number(cell)).map(|x| x as f32).collect()))
+            }
+            (false, _) => self.classes(at, &distinct, options),
+        }
+    }
+
+    fn classes(&self, at: usize, distinct: &BTreeSet<&str>, options: &ReadOptions) -> Result<Targets, ReadError> {
+        let name = &self.names[at];
+        let mut texts: Vec<String> = distinct.iter().map(|text| (*text).to_owned()).collect();
+        // 10 comes after 9; texts, and texts among numbers, in the order of their letters.
+        texts.sort_by(|a, b| number(a).zip(number(b)).map_or_else(|| a.cmp(b), |(a, b)| a.total_cmp(&b)));
+        let texts = options.categories.get(name).cloned().unwrap_or(texts);
+        let path = self.lines[0].path.display();
+        if texts.len() < 2 {
+            let what = format!("column {name:?}: every example is of class {:?}", texts.join(""));
+            let hint = format!("two classes are needed; if other peers have more, list all: --categories '{name}=A|B'");
+            return Err(ReadError::new(path, what, hint));
+        }
+        if texts.len() > self.lines.len() / 2 && texts.len() > CLASSES_MAX && options.categories.is_empty() {
+            let what = format!("column {name:?}: {} different labels for {} examples", texts.len(), self.lines.len());
+            return Err(ReadError::new(path, what, "choose the label's column with --label"));
+        }
+        let label = |line: &Line| {
+            let cell = &line.cells[at];
+            let label = texts.iter().position(|text| text == cell);
+            Ok(label.ok_or_else(|| not_listed(line, name, cell, &texts))? as u32)
+        };
+        let labels = self.lines.iter().map(label).collect::<Result<_, ReadError>>()?;
+        let names = self.class_names.iter().flatten().enumerate();
+        let renamed: Vec<String> = names
+            .filter(|(index, _)| texts.get(*index) == Some(&index.to_string()))
+            .map(|(_, name)| name.clone())
+            .collect();
+        let names = if renamed.len() == texts.len() { renamed } else { texts };
+        Ok(Targets::Classes { labels, names: names.into() })
+    }
+}
+
+fn not_listed(line: &Line, column: &str, cell: &str, listed: &[String]) -> ReadError {
+    let what = format!("{cell:?} is not among the values listed: {}", listed.join("|"));
+    ReadError::new(line.place(column), what, format!("correct it, or list it in --categories '{column}=…'"))
+}
+
+fn is_missing(cell: &str) -> bool {
+    MISSING.contains(&cell)
+}
+
+/// A cell as a number that a feature can be.
+fn number(cell: &str) -> Option<f64> {
+    cell.parse().ok().filter(|number: &f64| (*number as f32).is_finite())
+}
+
+/// Every line that is not empty.
+fn lines(path: &Path) -> Result<Vec<Line>, ReadError> {
+    let io = |error| ReadError::io(path, &error);
+    let mut file = BufReader::new(File::open(path).map_err(io)?);
+    let separator = separator(&mut file).map_err(io)?;
+    file.rewind().map_err(io)?;
+    let mut reader =
+        ReaderBuilder::new().has_headers(false).flexible(true).trim(Trim::All).delimiter(separator).from_reader(file);
+    let shared = Arc::new(path.to_owned());
+    let mut lines = Vec::new();
+    for record in reader.records() {
+        let cells = record.map_err(|error| failed(path, &error))?;
+        let number = cells.position().map_or(0, csv::Position::line);
+        lines.push(Line { path: shared.clone(), number, cells });
+    }
+    Ok(lines)
+}
+
+fn failed(path: &Path, error: &csv::Error) -> ReadError {
+    match error.kind() {
+        csv::ErrorKind::Io(error) => ReadError::io(path, error),
+        csv::ErrorKind::Utf8 { pos, err } => {
+            let line = pos.as_ref().map_or(0, csv::Position::line);
+            let place = format!("{}, line {line}", path.display());
+            let what = format!("value {} is not UTF-8", err.field() + 1);
+            ReadError::new(place, what, "convert the file to UTF-8, as with iconv")
+        }
+        _ => ReadError::new(path.display(), error.to_string(), "correct the file"),
+    }
+}
+
+/// What separates the values of the first line: the most frequent of the usual characters.
+fn separator(file: &mut impl BufRead) -> std::io::Result<u8> {
+    let start = file.fill_buf()?;
+    let line = start.split(|&byte| byte == b'\n').next().unwrap_or_default();
+    let count = |separator: u8| line.iter().filter(|&&byte| byte == separator).count();
+    Ok([b'\t', b';', b','].into_iter().max_by_key(|&separator| count(separator)).expect("there are three"))
+}
+
+/// The first line of scikit-learn's own tables tells the numbers of examples and of features, and what the classes 0, 1, …
+/// are called.
+fn scikit_class_names(lines: &[Line]) -> Option<Vec<String>> {
+    let (first, second) = (&lines.first()?.cells, &lines.get(1)?.cells);
+    let is_count = |at: usize, count: usize| first.get(at).and_then(|cell| cell.parse().ok()) == Some(count);
+    let is_one = is_count(0, lines.len() - 1) && is_count(1, second.len() - 1) && first.len() >= 4;
+    is_one.then(|| first.iter().skip(2).map(str::to_owned).collect())
+}
+
+/// Whether the first line names the columns: no cell of it is a number or missing, and either some column below is of
+/// numbers, or none of its cells comes again below.
+fn is_header(lines: &[Line]) -> bool {
+    let Some((first, rest)) = lines.split_first() else { return false };
+    if rest.is_empty() || first.cells.iter().any(|cell| is_missing(cell) || number(cell).is_some()) {
+        return false;
+    }
+    let below = |at: usize| rest.iter().map(move |line| &line.cells[at]).filter(|cell| !is_missing(cell));
+    let of_numbers = |at: usize| below(at).next().is_some() && below(at).all(|cell| number(cell).is_some());
+    let comes_again = |at: usize| below(at).any(|cell| *cell == first.cells[at]);
+    (0..first.cells.len()).any(of_numbers) || !(0..first.cells.len()).any(comes_again)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::training::Task;
+
+    fn options() -> ReadOptions {
+        ReadOptions::default()
+    }
+
+    fn read_text(text: impl AsRef<[u8]>, options: &ReadOptions) -> Result<Dataset, ReadError> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("my.csv");
+        fs::write(&path, text).unwrap();
+        Ok(read(&[&path], options)?.remove(0))
+    }
+
+    fn refused(text: impl AsRef<[u8]>, options: &ReadOptions) -> String {
+        let error = read_text(text, options).unwrap_err();
+        let file = error.place.find("my.csv").expect("the file is named");
+        format!("{}: {} ({})", &error.place[file..], error.what, error.hint)
+    }
+
+    const PEOPLE: &str = "age,town,sick\n30,Lund,no\n40,?,yes\n,Oslo,no\n50,Lund,yes\n";
+
+    fn columns(data: &Dataset) -> Vec<(&str, Option<Vec<&str>>)> {
+        let columns = data.table().unwrap().columns.iter();
+        columns
+            .map(|c| (c.name.as_str(), c.categories.as_ref().map(|all| all.iter().map(String::as_str).collect())))
+            .collect()
+    }
+
+    #[test]
+    fn numbers_categories_and_missing_values_are_found_out() {
+        let data = read_text(PEOPLE, &options()).unwrap();
+        assert_eq!(columns(&data), [("age", None), ("town", Some(vec!["Lund", "Oslo"]))]);
+        assert_eq!((data.labels(), data.class_names()), (&[0, 1, 0, 1][..], &["no".to_owned(), "yes".into()][..]));
+        assert_eq!(data.example(0), [30.0, 1.0, 0.0]);
+        assert!(data.example(1)[1..].iter().all(|value| value.is_nan()) && data.example(2)[0].is_nan());
+        let summary = data.summary().unwrap();
+        let ready = data.standardised(&summary);
+        assert_eq!(ready.example(2), [0.0, 0.0, 1.0], "the mean, and the category that it has");
+        assert_eq!(ready.example(1)[1..], [1.0, 0.0], "the most frequent category");
+        let ages: f32 = (0..4).map(|index| ready.example(index)[0].powi(2)).sum();
+        assert!((ages - 3.0).abs() < 1e-5, "three values with a variance of 1");
+        assert!(ready.features().iter().all(|value| value.is_finite()));
+    }
+
+    #[test]
+    fn a_header_is_told_from_a_line_of_values() {
+        assert_eq!(read_text("1,2,a\n3,4,b\n", &options()).unwrap().len(), 2);
+        assert_eq!(read_text("x,y,z\n3,4,b\n1,2,a\n", &options()).unwrap().len(), 2);
+        assert_eq!(read_text("red,big,a\nblue,big,b\n", &options()).unwrap().len(), 2, "big comes again");
+        let forced = ReadOptions { header: Some(true), ..options() };
+        assert_eq!(read_text("red,big,a\nblue,big,b\nred,big,c\n", &forced).unwrap().len(), 2);
+        let with_mark = "\u{feff}x;y;z\r\n3;4;b\r\n\r\n1;2;a\r\n";
+        assert_eq!(columns(&read_text(with_mark, &options()).unwrap())[0].0, "x");
+        let scikit = "3,2,bad,good\n1,2,0\n1,3,1\n4,4,1\n";
+        let data = read_text(scikit, &options()).unwrap();
+        assert_eq!((data.len(), data.class_names()), (3, &["bad".to_owned(), "good".into()][..]));
+    }
+
+    #[test]
+    fn the_label_is_any_column_and_others_can_be_ignored() {
+        let by_name = ReadOptions { label: Some("town".into()), ignored: vec!["1".into()], ..options() };
+        let text = "id,town,size\na,Lund,1\nb,Oslo,2\n";
+        let data = read_text(text, &by_name).unwrap();
+        assert_eq!((columns(&data), data.labels()), (vec![("size", None)], &[0, 1][..]));
+        let by_number = ReadOptions { label: Some("2".into()), ..by_name.clone() };
+        assert_eq!(read_text(text, &by_number), Ok(data));
+        let wrong = refused(text, &ReadOptions { label: Some("twon".into()), ..options() });
+        assert_eq!(
+            wrong,
+            "my.csv: there is no column \"twon\" (--label takes a column's name, as \"town\", or its number, 1 to 3)"
+        );
+        let all = ReadOptions { ignored: vec!["id".into(), "town".into()], ..options() };
+        assert!(refused(text, &all).contains("no column is left"));
+    }
+
+    #[test]
+    fn a_label_of_many_numbers_is_a_number_to_tell() {
+        let many: String = (0..30).map(|i| format!("{i},{}\n", i * 2)).collect();
+        let data = read_text(&many, &options()).unwrap();
+        assert_eq!((data.task(), data.len()), (Task::Numbers, 30));
+        let Targets::Numbers(numbers) = data.standardised(&data.summary().unwrap()).targets().clone() else { panic!() };
+        assert!(
+            numbers.iter().sum::<f32>().abs() < 1e-4
+                && (numbers.iter().map(|x| x * x).sum::<f32>() - 30.0).abs() < 1e-3
+        );
+        let few: String = (0..30).map(|i| format!("{i},{}\n", 9 + i % 3)).collect();
+        assert_eq!(read_text(&few, &options()).unwrap().class_names(), ["9", "10", "11"]);
+        let regression = ReadOptions { regression: Some(true), ..options() };
+        assert_eq!(read_text(&few, &regression).unwrap().task(), Task::Numbers);
+        assert!(refused(PEOPLE, &regression).starts_with("my.csv, line 2, column \"sick\": \"no\" is no number"));
+    }
+
+    #[test]
+    fn categories_that_are_listed_stand_in_their_order_and_no_others_pass() {
+        let mut listed = options();
+        listed.categories.insert("town".into(), ["Rome", "Oslo", "Lund"].map(String::from).into());
+        listed.categories.insert("sick".into(), ["yes", "no"].map(String::from).into());
+        let data = read_text(PEOPLE, &listed).unwrap();
+        assert_eq!((data.example(0), data.labels()), (&[30.0, 0.0, 0.0, 1.0][..], &[1, 0, 1, 0][..]));
+        listed.categories.insert("town".into(), vec!["Lund".into()]);
+        let error = refused(PEOPLE, &listed);
+        assert!(
+            error.starts_with("my.csv, line 4, column \"town\": \"Oslo\" is not among the values listed: Lund"),
+            "{error}"
+        );
+        listed.categories.insert("city".into(), Vec::new());
+        assert!(refused(PEOPLE, &listed).contains("no column \"city\""));
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_used_is_refused_with_line_column_and_value() {
+        assert!(refused("", &options()).contains("no examples"));
+        assert!(refused("a,b\n", &ReadOptions { header: Some(true), ..options() }).contains("no examples"));
+        assert_eq!(
+            refused("a,b\n1,x\n2\n", &options()),
+            "my.csv, line 3: it has 1 values, line 1 has 2 (each line needs as many values as the first; quote values that hold a comma)"
+        );
+        assert!(
+            refused("a,b\n1,x\n2,?\n", &options())
+                .starts_with("my.csv, line 3, column \"b\": the label is missing (\"?\")")
+        );
+        assert!(refused("a,b\n1,x\n2,x\n", &options()).contains("every example is of class \"x\""));
+        assert!(refused("a,a,b\n1,2,x\n", &options()).contains("two columns are called \"a\""));
+        assert!(refused(b"a,b\n1,x\n\xff,y\n", &options()).starts_with("my.csv, line 3: value 1 is not UTF-8"));
+        let names: String = (0..200)
+            .map(|i| format!("{},{},{}\n", if i == 0 { "1O".into() } else { i.to_string() }, i, i % 2))
+            .collect();
+        let error = refused(format!("dose,b,c\n{names}"), &options());
+        assert!(error.starts_with("my.csv, line 2, column \"dose\": \"1O\" is no number"), "{error}");
+        let missing = read(&[Path::new("/no/such/my.csv")], &options()).unwrap_err();
+        assert!(missing.to_string().starts_with("/no/such/my.csv: No such file"));
+    }
+
+    #[test]
+    fn files_that_are_read_together_share_columns_and_classes() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| {
+            fs::write(dir.path().join(name), text).unwrap();
+            dir.path().join(name)
+        };
+        let train = write("train.csv", PEOPLE);
+        let test = write("test.csv", "age,town,sick\n20,Rome,no\n");
+        let [train_data, held_out] = read(&[&train, &test], &options()).unwrap().try_into().unwrap();
+        assert_eq!((train_data.len(), held_out.example(0)), (4, &[20.0, 0.0, 0.0, 1.0][..]));
+        assert_eq!(held_out.class_names(), train_data.class_names());
+        let other = write("other.csv", "age,city,sick\n20,Rome,no\n");
+        assert!(
+            read(&[&train, &other], &options()).unwrap_err().to_string().contains("its columns are age, city, sick")
+        );
+    }
+}
