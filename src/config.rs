@@ -71,6 +71,12 @@ pub struct Settings {
     pub model: &'static str,
     /// Widths of the hidden layers.
     pub hidden: Vec<usize>,
+    /// Channels of the convolutions, or of the stages.
+    pub channels: Vec<usize>,
+    /// What is normalised over.
+    pub norm: &'static str,
+    /// How many values stand for a token.
+    pub embedding_dim: usize,
     /// How a step follows from a gradient.
     pub optimizer: &'static str,
     /// Length of a step.
@@ -345,6 +351,9 @@ impl Layers {
             tolerance: self.set_real("tolerance"),
             model: self.choice("model"),
             hidden: self.counts("hidden"),
+            channels: self.counts("channels"),
+            norm: self.choice("norm"),
+            embedding_dim: self.count("embedding_dim"),
             optimizer: self.choice("optimizer"),
             learning_rate: self.set_real("learning_rate"),
             schedule: self.choice("schedule"),
@@ -692,6 +701,9 @@ impl Settings {
             "tolerance" => Value::Real(self.tolerance),
             "model" => Value::Choice(self.model),
             "hidden" => Value::Counts(self.hidden.iter().map(|width| *width as u64).collect()),
+            "channels" => Value::Counts(self.channels.iter().map(|count| *count as u64).collect()),
+            "norm" => Value::Choice(self.norm),
+            "embedding_dim" => Value::Count(self.embedding_dim as u64),
             "optimizer" => Value::Choice(self.optimizer),
             "learning_rate" => Value::Real(self.learning_rate),
             "schedule" => Value::Choice(self.schedule),

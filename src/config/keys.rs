@@ -150,6 +150,8 @@ const fn duration(min_ms: u64, max_ms: u64) -> Kind {
     Kind::Duration { min_ms, max_ms }
 }
 
+const MODELS: &[&str] = &["linear", "mlp", "cnn", "fedavg-cnn", "resnet-small", "char-lstm"];
+
 /// Every key, by group.
 #[rustfmt::skip]
 pub static KEYS: &[Key] = &[
@@ -196,10 +198,16 @@ pub static KEYS: &[Key] = &[
     key(Group::Stopping, UsedBy::Peers, "tolerance", Kind::Real(Reals::NotNegative), "0",
         "Smallest drop of the validation loss that patience counts as better"),
 
-    key(Group::Training, UsedBy::Peers, "model", Kind::Choice(&["linear", "mlp"]), "mlp",
-        "The model"),
+    key(Group::Training, UsedBy::Peers, "model", Kind::Choice(MODELS), "mlp",
+        "The model: linear or mlp for all but texts, cnn, fedavg-cnn or resnet-small for images, char-lstm for texts"),
     key(Group::Training, UsedBy::Peers, "hidden", Kind::Counts { max: 65_536, len_max: 16 }, "64",
-        "Widths of the hidden layers, first to last"),
+        "Widths of the hidden layers of mlp, cnn and char-lstm, first to last"),
+    key(Group::Training, UsedBy::Peers, "channels", Kind::Counts { max: 4096, len_max: 8 }, "8,16",
+        "Channels of the convolutions of cnn, or of the stages of resnet-small, first to last"),
+    key(Group::Training, UsedBy::Peers, "norm", Kind::Choice(&["group", "batch"]), "group",
+        "What resnet-small normalises over: groups of an example's channels, or the batch (its statistics are averaged)"),
+    key(Group::Training, UsedBy::Peers, "embedding_dim", count(1, 4096), "32",
+        "How many values stand for a token in char-lstm"),
     key(Group::Training, UsedBy::Peers, "optimizer", Kind::Choice(&["sgd", "adam", "adamw"]), "sgd",
         "How a step follows from a gradient"),
     key(Group::Training, UsedBy::Peers, "learning_rate", Kind::Real(Reals::Positive), "0.1",
