@@ -246,6 +246,24 @@ pub struct RoleUsage {
     pub cpu_seconds: Option<f64>,
     /// The most memory that one has held, in bytes.
     pub peak_rss_bytes: Option<u64>,
+    /// The memory that the one held in which it grew most.
+    pub rss_bytes: Option<Growth>,
+}
+
+/// What there was after a tenth of the rounds, when everything has been used once, and after the last one, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Growth {
+    /// After a tenth of the rounds.
+    pub tenth: u64,
+    /// After the last one.
+    pub end: u64,
+}
+
+impl Growth {
+    /// The one that has grown most; `None` if there is none.
+    fn most(all: impl Iterator<Item = Growth>) -> Option<Growth> {
+        all.max_by_key(|growth| growth.end as i128 - growth.tenth as i128)
+    }
 }
 
 impl RoleUsage {
@@ -255,7 +273,7 @@ impl RoleUsage {
             used.iter().map(|(before, after)| Some(after.cpu_seconds? - before.cpu_seconds?)).collect();
         let cpu_seconds = cpu.filter(|cpu| !cpu.is_empty()).map(|cpu| median(&cpu) / measurements.max(1) as f64);
         let peak_rss_bytes = used.iter().map(|(_, after)| after.peak_rss_bytes).max().flatten();
-        Self { role, count: used.len(), cpu_seconds, peak_rss_bytes }
+        Self { role, count: used.len(), cpu_seconds, peak_rss_bytes, rss_bytes: None }
     }
 }
 
@@ -314,6 +332,13 @@ mod tests {
         assert_eq!(median(&[3.0, 1.0, 2.0]), 2.0);
         assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), 2.5);
         assert_eq!(median(&[]), 0.0);
+    }
+
+    #[test]
+    fn what_grew_most_is_told() {
+        let growth = |tenth, end| Growth { tenth, end };
+        assert_eq!(Growth::most([growth(9, 9), growth(5, 7), growth(9, 1)].into_iter()), Some(growth(5, 7)));
+        assert_eq!(Growth::most([].into_iter()), None);
     }
 
     #[test]
