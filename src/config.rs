@@ -1023,4 +1023,46 @@ mod tests {
         );
         assert_ne!(spelled("batch_size = 17"), spelled(""));
     }
+
+    #[test]
+    fn a_strategy_that_its_other_keys_do_not_fit_is_refused_with_what_to_do() {
+        let cases = [
+            ("strategy = 'fedadam'\nserver_optimizer = 'yogi'", "choose strategy fedavg"),
+            ("strategy = 'scaffold'\nserver_optimizer = 'adam'", "server_learning_rate alone is read"),
+            ("strategy = 'fedavgm'\nmodel_codec = 'int8'", "leave model_codec at f32"),
+            ("strategy = 'scaffold'\ncodec = 'topk'", "as f32, f16 or bf16"),
+            ("strategy = 'fednova'\noptimizer = 'adam'", "set optimizer = sgd"),
+        ];
+        for (text, hint) in cases {
+            let Err(ConfigError::Conflict { rule, .. }) = with_file(text) else { panic!("{text} is taken") };
+            assert!(rule.contains(hint), "{text}: {rule}");
+        }
+        assert!(with_file("strategy = 'median'\nserver_optimizer = 'adam'\nmodel_codec = 'f32'").is_ok());
+        assert!(with_file("strategy = 'fedprox'\nmu = 0.5").unwrap().training().mu == 0.5);
+        assert!(with_file("mu = 0.5").unwrap().training().mu == 0.0);
+    }
+
+    #[test]
+    fn a_run_with_too_few_peers_for_its_bad_updates_is_refused() {
+        let run = |text: &str| {
+            let mut layers = Layers::new();
+            layers.file("lab.toml", text).unwrap();
+            layers.settings_of_run()
+        };
+        for (text, needed) in [("strategy = 'krum'", 5), ("strategy = 'bulyan'\npeers = 7", 7)] {
+            let Err(ConfigError::Conflict { rule, .. }) = run(text) else { panic!("{text} is taken") };
+            assert!(rule.contains(&format!("needs {needed} updates a round")), "{text}: {rule}");
+        }
+        assert!(run("strategy = 'krum'\nleader_trains = true").is_ok());
+        assert!(run("strategy = 'bulyan'\npeers = 8").is_ok());
+        assert!(run("strategy = 'krum'\nbyzantine = 0").is_ok());
+    }
+
+    #[test]
+    fn fedprox_is_not_taken_for_fedavg() {
+        let entries = |text: &str| with_file(text).unwrap().shared().entries();
+        assert_eq!(entries("strategy = 'fedprox'")["strategy"], "fedprox");
+        assert_ne!(entries("strategy = 'fedprox'\nmu = 0.5"), entries("strategy = 'fedprox'"));
+        assert_eq!(entries("strategy = 'fedavg'\nserver_optimizer = 'adam'"), entries("strategy = 'fedadam'"));
+    }
 }

@@ -7,7 +7,9 @@ use rodizio::aggregation::{Contribution, Parameters, Share, Strategy};
 use rodizio::jobs::Workshop;
 use rodizio::journal::Blobs;
 use rodizio::protocol::{Done, Job, Residual, Trained};
-use rodizio::training::{BurnTrainer, Dataset, OnProgress, Partition, TrainError, Trainer, TrainingConfig};
+use rodizio::training::{
+    BurnTrainer, Dataset, Model, OnProgress, Partition, ReadOptions, Source, Train, TrainError, Trainer, TrainingConfig,
+};
 use rodizio::transfer::{Codec, Codecs, Manifest};
 use rodizio::types::{Digest, Metrics, PeerId, Round, Term};
 use rodizio::weights::{Layout, Weights};
@@ -183,10 +185,19 @@ fn peer(index: usize) -> PeerId {
 
 /// Trainers on parts of the digits, a fifth of each held out; the first `bad` mean harm.
 fn trainers(config: &TrainingConfig, peers: usize, partition: Partition, bad: usize) -> Vec<Box<dyn Trainer>> {
-    let digits = Dataset::digits();
-    let parts = partition.partition(digits.labels(), digits.num_classes(), peers, config.seed).unwrap();
+    trainers_on(&Dataset::digits(), config, peers, partition, bad)
+}
+
+fn trainers_on(
+    data: &Dataset,
+    config: &TrainingConfig,
+    peers: usize,
+    partition: Partition,
+    bad: usize,
+) -> Vec<Box<dyn Trainer>> {
+    let parts = partition.of(data, peers, config.seed).unwrap();
     let trainer = |(index, part): (usize, &Vec<usize>)| -> Box<dyn Trainer> {
-        let (train, held_out) = digits.subset(part).split(0.2, config.seed).unwrap();
+        let (train, held_out) = data.subset(part).split(0.2, config.seed).unwrap();
         let trainer = BurnTrainer::new(config.clone(), peer(index), train, held_out).unwrap();
         if index < bad { Box::new(Flipped { start: trainer.weights(), trainer }) } else { Box::new(trainer) }
     };
@@ -281,5 +292,48 @@ fn scaffold_sends_half_values_too() {
         }
         let after = federation.accuracy(0..3);
         assert!(after > before + 0.3, "{updates}: {before}, then {after}");
+    }
+}
+
+/// The figures of the README: five peers, ten rounds of one local epoch, on images that the variable `DATA` names.
+///
+/// `DATA=idx:DIR cargo test --release --test strategies figures -- --ignored --nocapture`
+#[test]
+#[ignore = "takes minutes and a data set"]
+fn figures() {
+    let source = std::env::var("DATA").expect("DATA names the data, as --data does");
+    let source = Source::parse(&source).expect("DATA is written as --data is");
+    let Train::Whole(data) = source.read(None, &ReadOptions::default()).unwrap().train else { panic!("one set") };
+    let cnn = TrainingConfig {
+        model: Model::Cnn,
+        learning_rate: 0.05,
+        momentum: 0.9,
+        batch_size: 32,
+        local_epochs: 1,
+        ..TrainingConfig::default()
+    };
+    let run = |what: &str, name: &str, partition: Partition, bad: usize| {
+        // Scaffold's paper has plain steps; ten times as long, they go as far as those with momentum.
+        let plain = TrainingConfig { momentum: 0.0, learning_rate: 0.2, ..cnn.clone() };
+        let config = match name {
+            "scaffold" => plain,
+            "fedprox" => TrainingConfig { mu: 0.01, ..cnn.clone() },
+            _ => cnn.clone(),
+        };
+        let started = std::time::Instant::now();
+        let trainers = trainers_on(&data, &config, 5, partition, bad);
+        let mut federation = Federation::new(named(name), Codecs::default(), trainers);
+        (0..10).for_each(|_| federation.round());
+        let accuracy = federation.accuracy(bad..5);
+        println!("| {what} | {name} | {accuracy:.4} | {:.1} |", started.elapsed().as_secs_f64());
+    };
+    println!("| data | strategy | accuracy | seconds |");
+    for (what, partition) in [("iid", Partition::Iid), ("dirichlet 0.3", Partition::Dirichlet { alpha: 0.3 })] {
+        for name in ["fedavg", "fedprox", "fedadam", "scaffold"] {
+            run(what, name, partition, 0);
+        }
+    }
+    for name in ["fedavg", "median", "trimmed-mean", "krum", "multi-krum", "bulyan", "norm-clip"] {
+        run("iid, one of five reversed ×10", name, Partition::Iid, 1);
     }
 }
