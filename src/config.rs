@@ -71,6 +71,12 @@ pub struct Settings {
     pub model: &'static str,
     /// Widths of the hidden layers.
     pub hidden: Vec<usize>,
+    /// Channels of the convolutions, or of the stages.
+    pub channels: Vec<usize>,
+    /// What is normalised over.
+    pub norm: &'static str,
+    /// How many values stand for a token.
+    pub embedding_dim: usize,
     /// How a step follows from a gradient.
     pub optimizer: &'static str,
     /// Length of a step.
@@ -349,6 +355,9 @@ impl Layers {
             tolerance: self.set_real("tolerance"),
             model: self.choice("model"),
             hidden: self.counts("hidden"),
+            channels: self.counts("channels"),
+            norm: self.choice("norm"),
+            embedding_dim: self.count("embedding_dim"),
             optimizer: self.choice("optimizer"),
             learning_rate: self.set_real("learning_rate"),
             schedule: self.choice("schedule"),
@@ -698,6 +707,9 @@ impl Settings {
             "tolerance" => Value::Real(self.tolerance),
             "model" => Value::Choice(self.model),
             "hidden" => Value::Counts(self.hidden.iter().map(|width| *width as u64).collect()),
+            "channels" => Value::Counts(self.channels.iter().map(|count| *count as u64).collect()),
+            "norm" => Value::Choice(self.norm),
+            "embedding_dim" => Value::Count(self.embedding_dim as u64),
             "optimizer" => Value::Choice(self.optimizer),
             "learning_rate" => Value::Real(self.learning_rate),
             "schedule" => Value::Choice(self.schedule),
@@ -1016,5 +1028,47 @@ mod tests {
             spelled("hidden = [64,32]\nlearning_rate = 1e-1")
         );
         assert_ne!(spelled("batch_size = 17"), spelled(""));
+    }
+
+    #[test]
+    fn a_strategy_that_its_other_keys_do_not_fit_is_refused_with_what_to_do() {
+        let cases = [
+            ("strategy = 'fedadam'\nserver_optimizer = 'yogi'", "choose strategy fedavg"),
+            ("strategy = 'scaffold'\nserver_optimizer = 'adam'", "server_learning_rate alone is read"),
+            ("strategy = 'fedavgm'\nmodel_codec = 'int8'", "leave model_codec at f32"),
+            ("strategy = 'scaffold'\ncodec = 'topk'", "as f32, f16 or bf16"),
+            ("strategy = 'fednova'\noptimizer = 'adam'", "set optimizer = sgd"),
+        ];
+        for (text, hint) in cases {
+            let Err(ConfigError::Conflict { rule, .. }) = with_file(text) else { panic!("{text} is taken") };
+            assert!(rule.contains(hint), "{text}: {rule}");
+        }
+        assert!(with_file("strategy = 'median'\nserver_optimizer = 'adam'\nmodel_codec = 'f32'").is_ok());
+        assert!(with_file("strategy = 'fedprox'\nmu = 0.5").unwrap().training().mu == 0.5);
+        assert!(with_file("mu = 0.5").unwrap().training().mu == 0.0);
+    }
+
+    #[test]
+    fn a_run_with_too_few_peers_for_its_bad_updates_is_refused() {
+        let run = |text: &str| {
+            let mut layers = Layers::new();
+            layers.file("lab.toml", text).unwrap();
+            layers.settings_of_run()
+        };
+        for (text, needed) in [("strategy = 'krum'", 5), ("strategy = 'bulyan'\npeers = 7", 7)] {
+            let Err(ConfigError::Conflict { rule, .. }) = run(text) else { panic!("{text} is taken") };
+            assert!(rule.contains(&format!("needs {needed} updates a round")), "{text}: {rule}");
+        }
+        assert!(run("strategy = 'krum'\nleader_trains = true").is_ok());
+        assert!(run("strategy = 'bulyan'\npeers = 8").is_ok());
+        assert!(run("strategy = 'krum'\nbyzantine = 0").is_ok());
+    }
+
+    #[test]
+    fn fedprox_is_not_taken_for_fedavg() {
+        let entries = |text: &str| with_file(text).unwrap().shared().entries();
+        assert_eq!(entries("strategy = 'fedprox'")["strategy"], "fedprox");
+        assert_ne!(entries("strategy = 'fedprox'\nmu = 0.5"), entries("strategy = 'fedprox'"));
+        assert_eq!(entries("strategy = 'fedavg'\nserver_optimizer = 'adam'"), entries("strategy = 'fedadam'"));
     }
 }

@@ -1,13 +1,14 @@
 //! Slow work: what a [`Job`] does, with a trainer and a store of blobs. The node and the simulator run the same.
 
-use std::ops::{ControlFlow, Range};
+mod aggregate;
+mod control;
+
+use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 
-use crate::aggregation::{
-    AggregateError, Inspection, Parent, Part, STEP_SUMS, Section, Share, Strategy, advance_control,
-};
+use crate::aggregation::{STEP_SUMS, Strategy};
 use crate::journal::{Blob, Blobs, Draft, JournalError};
 use crate::protocol::{Done, Job, Residual, Trained};
 use crate::training::{Progress, Trainer};
@@ -116,53 +117,18 @@ impl Workshop {
     ) -> Result<Training, String> {
         self.load_into(trainer, model)?;
         *self.loaded() = None;
-        let controls = self.strategy.has_control().then(|| self.controls(model, control)).transpose()?;
-        let correction = controls.as_ref().map(|controls| controls.correction());
-        trainer.set_correction(correction).map_err(sentence)?;
+        let drift = self.strategy.has_control().then(|| self.drift(model, control, trainer.weights())).transpose()?;
+        trainer.set_correction(drift.as_ref().map(control::Drift::correction)).map_err(sentence)?;
         let metrics = trainer.train(round, on_batch).map_err(sentence)?;
-        let weights = trainer.weights();
         let step_sum = trainer.step_sum().clamp(*STEP_SUMS.start(), *STEP_SUMS.end());
-        let (weights, control) = match controls {
-            Some(controls) => {
-                let start = self.load_model(model)?;
-                let (weights, control) = self.with_control(controls, &start, weights, step_sum);
-                (weights, Some(control))
-            }
-            None => (weights, None),
+        let (weights, control) = match drift {
+            Some(drift) => self.with_control(drift, trainer.weights(), step_sum),
+            None => (trainer.weights(), None),
         };
         if let Some(tensor) = weights.first_non_finite() {
             return Err(format!("after training {tensor} holds values that are not finite; lower the learning rate"));
         }
         Ok(Training { weights, control, step_sum, metrics })
-    }
-
-    /// The common control variate, which stands in the model's blob, and the peer's own. One whose damaged file somebody has
-    /// removed is gone: it begins anew.
-    fn controls(&self, model: &Manifest, own: Option<Digest>) -> Result<Controls, String> {
-        let common = self.section(model, Section::Control)?;
-        let blob = own.map(|own| self.blobs.open(own)).transpose().map_err(sentence)?.flatten();
-        let own = match blob {
-            Some(blob) => {
-                values_of(Reader::new(Codec::F32, &self.layout, blob, None).map_err(sentence)?, 0, &self.layout)?
-            }
-            None => Weights::zeros(self.layout.clone()),
-        };
-        Ok(Controls { common, own })
-    }
-
-    /// What an update brings where the strategy has control variates: the weights, and behind them by how much the peer's
-    /// control variate changes; and that control variate. Buffers have no gradient to be controlled.
-    fn with_control(&self, controls: Controls, start: &Weights, end: Weights, step_sum: f64) -> (Weights, Weights) {
-        let Controls { common, own } = controls;
-        let mut advanced = own.clone();
-        advance_control(advanced.values_mut(), common.values(), start.values(), end.values(), step_sum);
-        for buffer in self.layout.buffers() {
-            advanced.values_mut()[buffer].fill(0.0);
-        }
-        let mut values = end.into_values();
-        values.extend(advanced.values().iter().zip(own.values()).map(|(new, old)| new - old));
-        let update = Weights::new(self.strategy.update_layout(&self.layout), values);
-        (update.expect("the control variate is as long as the model"), advanced)
     }
 
     /// Gives the trainer a model, unless it is the one that it has: a model is evaluated, and then trained on.
@@ -182,58 +148,15 @@ impl Workshop {
         self.loaded.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes the blob of the next model: goes through all updates at once, range by range, so that neither they nor the model
-    /// are in memory as a whole. Where something is remembered behind the model, once for each section, in the blob's order.
-    fn aggregate(
-        &self,
-        round: Round,
-        parent: &Manifest,
-        members: usize,
-        parts: &[(Manifest, Share)],
-        on_full: OnFull<'_>,
-    ) -> Result<Manifest, String> {
-        let shares = parts.iter().map(|(_, share)| *share).collect();
-        let inspection = Inspection::new(self.strategy, &self.layout, shares, members).map_err(sentence)?;
-        let update = |(update, share): &(Manifest, Share)| Ok((self.reader(update)?, *share, Vec::new()));
-        let section = |section| Ok((section, self.reader(parent)?, Vec::new()));
-        let read_sections = self.strategy.reads_parent().then(|| self.strategy.sections());
-        let mut inputs = Inputs {
-            values: self.layout.len(),
-            updates: parts.iter().map(update).collect::<Result<_, String>>()?,
-            parent: read_sections.into_iter().flatten().map(section).collect::<Result<_, String>>()?,
-        };
-        let aggregation = inputs.inspect(inspection)?.decide();
-        let layout = self.strategy.model_layout(&self.layout);
-        let mut writer = self.writer(layout.clone(), self.codecs.model, self.codecs.for_model(round), on_full)?;
-        let mut model = Vec::new();
-        for (index, section) in self.strategy.sections().enumerate() {
-            for range in ranges(self.layout.len()) {
-                inputs.read(section, range.clone())?;
-                model.resize(range.len(), 0.0);
-                aggregation.fill(section, range.start, &inputs.parts(), &inputs.parent(), &mut model);
-                if let Some(place) = first_non_finite(&model) {
-                    let tensor = layout.tensor_of(index * self.layout.len() + range.start + place).unwrap_or_default();
-                    return Err(sentence(AggregateError::NotFinite(tensor.to_owned())));
-                }
-                writer.write(&model, on_full)?;
-            }
-        }
-        writer.finish(on_full)
-    }
-
     /// An update that is held, with all that it brings.
     pub fn load_update(&self, update: &Manifest) -> Result<Weights, String> {
-        values_of(self.reader(update)?, 0, &self.strategy.update_layout(&self.layout))
+        let layout = self.strategy.update_layout(&self.layout);
+        load(self.read_as(&layout, update)?, 0, layout)
     }
 
     /// A model that is held, without what the strategy remembers beside it.
     pub fn load_model(&self, model: &Manifest) -> Result<Weights, String> {
-        values_of(self.reader(model)?, 0, &self.layout)
-    }
-
-    fn section(&self, model: &Manifest, section: Section) -> Result<Weights, String> {
-        let index = self.strategy.sections().position(|other| other == section).unwrap_or_default();
-        values_of(self.reader(model)?, index * self.layout.len(), &self.layout)
+        load(self.read_as(&self.strategy.model_layout(&self.layout), model)?, 0, self.layout.clone())
     }
 
     /// What a blob holds. Only updates are differences; and of updates and models that are none, each has its own length, or
@@ -247,20 +170,14 @@ impl Workshop {
         }
     }
 
-    /// Reads a blob that is held by ranges, and adds the model that it is a difference from, if it is one.
-    pub fn reader(&self, manifest: &Manifest) -> Result<Reader, String> {
+    /// Reads a blob of `layout` that is held by ranges, and adds the model that it is a difference from, if it is one.
+    fn read_as(&self, layout: &Arc<Layout>, manifest: &Manifest) -> Result<Reader, String> {
         let base = self.base(manifest)?;
-        Reader::new(manifest.codec, &self.layout_of(manifest), self.open(manifest.digest)?, base).map_err(sentence)
+        Reader::new(manifest.codec, layout, self.open(manifest.digest)?, base).map_err(sentence)
     }
 
     /// Writes weights of `layout` by ranges, which become a blob. While the disk has no room, `on_full` is called.
-    pub fn writer(
-        &self,
-        layout: Arc<Layout>,
-        codec: Codec,
-        tuning: Tuning,
-        on_full: OnFull<'_>,
-    ) -> Result<Writer, String> {
+    fn writer(&self, layout: Arc<Layout>, codec: Codec, tuning: Tuning, on_full: OnFull<'_>) -> Result<Writer, String> {
         Ok(Writer {
             layout,
             codec,
@@ -311,7 +228,7 @@ impl Workshop {
         if !codec.writes_difference() {
             return Ok((self.keep(&weights, codec, &tuning, on_full)?, None));
         }
-        self.subtract(&mut weights, model)?;
+        self.subtract(&mut weights, self.read_as(&self.strategy.model_layout(&self.layout), model)?)?;
         if codec == Codec::TopK {
             self.add_residual(&mut weights, residual)?;
         }
@@ -319,7 +236,7 @@ impl Workshop {
         if codec != Codec::TopK {
             return Ok((Manifest { base: Some(model.digest), ..update }, None));
         }
-        self.subtract(&mut weights, &update)?;
+        self.subtract(&mut weights, self.read_as(&self.layout, &update)?)?;
         let unsent = self.keep_own(&weights, on_full)?;
         Ok((Manifest { base: Some(model.digest), ..update }, Some(unsent)))
     }
@@ -330,9 +247,9 @@ impl Workshop {
         self.keep(weights, Codec::F32, &tuning, on_full).map(|manifest| manifest.digest)
     }
 
-    /// Takes away the values of a blob that is held, range by range.
-    fn subtract(&self, weights: &mut Weights, manifest: &Manifest) -> Result<(), String> {
-        let (mut reader, mut values) = (self.reader(manifest)?, Vec::new());
+    /// Takes away the values of a blob that is held from as many weights, range by range.
+    fn subtract(&self, weights: &mut Weights, mut reader: Reader) -> Result<(), String> {
+        let mut values = Vec::new();
         for range in ranges(self.layout.len()) {
             values.resize(range.len(), 0.0);
             reader.read(range.clone(), &mut values).map_err(sentence)?;
@@ -368,6 +285,15 @@ impl Workshop {
         }
         writer.finish(on_full)
     }
+}
+
+/// What local training made.
+struct Training {
+    /// The update: the weights, and what travels with them.
+    weights: Weights,
+    control: Option<Weights>,
+    step_sum: f64,
+    metrics: Metrics,
 }
 
 impl Receiving {
@@ -423,83 +349,10 @@ impl Writer {
     }
 }
 
-/// What local training made.
-struct Training {
-    /// The update: the weights, and what travels with them.
-    weights: Weights,
-    control: Option<Weights>,
-    step_sum: f64,
-    metrics: Metrics,
-}
-
-/// The control variates that a training begins with.
-struct Controls {
-    common: Weights,
-    own: Weights,
-}
-
-impl Controls {
-    /// What is added to every gradient.
-    fn correction(&self) -> Vec<f32> {
-        self.common.values().iter().zip(self.own.values()).map(|(common, own)| common - own).collect()
-    }
-}
-
-/// What an aggregation reads, and room for one range of each.
-struct Inputs {
-    /// How many values the model has.
-    values: usize,
-    updates: Vec<(Reader, Share, Vec<f32>)>,
-    /// The sections of the parent's blob, each read at its own place.
-    parent: Vec<(Section, Reader, Vec<f32>)>,
-}
-
-impl Inputs {
-    /// The look at whole updates, if the rule needs one.
-    fn inspect(&mut self, mut inspection: Inspection) -> Result<Inspection, String> {
-        if inspection.is_needed() {
-            for range in ranges(self.values) {
-                self.read(Section::Model, range)?;
-                inspection.look(&self.parts(), self.parent().model);
-            }
-        }
-        Ok(inspection)
-    }
-
-    /// Reads a range of every update's model, or of what stands behind it, and of every section of the parent.
-    fn read(&mut self, section: Section, range: Range<usize>) -> Result<(), String> {
-        let place = |first: usize| first + range.start..first + range.end;
-        let behind = if section == Section::Control { self.values } else { 0 };
-        for (reader, _, values) in &mut self.updates {
-            values.resize(range.len(), 0.0);
-            reader.read(place(behind), values).map_err(sentence)?;
-        }
-        for (index, (_, reader, values)) in self.parent.iter_mut().enumerate() {
-            values.resize(range.len(), 0.0);
-            reader.read(place(index * self.values), values).map_err(sentence)?;
-        }
-        Ok(())
-    }
-
-    /// The range of the updates that was read last.
-    fn parts(&self) -> Vec<Part<'_>> {
-        self.updates.iter().map(|(_, share, values)| Part { share: *share, values }).collect()
-    }
-
-    /// The range of the parent that was read last.
-    fn parent(&self) -> Parent<'_> {
-        let mut parent = Parent::default();
-        for (section, _, values) in &self.parent {
-            parent.set(*section, values);
-        }
-        parent
-    }
-}
-
 /// As many values as `layout` has, from value `first` of a blob on.
-fn values_of(mut reader: Reader, first: usize, layout: &Arc<Layout>) -> Result<Weights, String> {
-    let mut weights = Weights::zeros(layout.clone());
-    for range in ranges(layout.len()) {
+fn load(mut reader: Reader, first: usize, layout: Arc<Layout>) -> Result<Weights, String> {
+    let mut weights = Weights::zeros(layout);
+    for range in ranges(weights.values().len()) {
         reader.read(first + range.start..first + range.end, &mut weights.values_mut()[range]).map_err(sentence)?;
     }
     Ok(weights)
@@ -536,6 +389,7 @@ fn sentence(error: impl std::fmt::Display) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::aggregation::Share;
     use crate::journal::Journal;
     use crate::training::{OnProgress, TrainError};
     use crate::weights::TensorSpec;

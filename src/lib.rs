@@ -52,6 +52,16 @@
 //!   a codec's error is relative to what was learned. Models are never differences: a newcomer can read one alone.
 //! - **The residual of `topk` is settled by the decree**: what was sent in vain returns to it. A peer that missed the commit
 //!   of its round and learns of a later one does not know, and takes its update for counted: nothing is sent twice.
+//! - **Inputs are standardised by what all founders have**: each one's join carries a summary of its columns (counts, means,
+//!   sums of squared differences), the candidate merges them in `PeerId` order ([`aggregation::statistics`]), and every
+//!   decree carries the result, so that Paxos makes it one and newcomers get it with the head. The constants are no part of
+//!   the layout: a codec would round them each round. They stand beside the model's tensors in exported files.
+//! - **Categories and classes are part of the settings that peers compare**, and not merged in the genesis: they decide the
+//!   layout of the model, which peers compare before it. A peer that lacks some lists them (`categories`).
+//! - **What a strategy remembers stands in the model's blob** ([`aggregation::Section`]) and is computed by the leader alone, not
+//!   by every peer from a committed aggregate: one mechanism decides, pulls, verifies, keeps and serves it, members need not
+//!   compute, and a newcomer needs it anyway. It costs one or two models more in a broadcast.
+//! - **Only some members may train** (`fraction_train`): who does is drawn by the round's lot, more in each further term.
 //! - **A finish names the last model**, so that a peer that was away can still pull it.
 
 pub mod aggregation;

@@ -365,3 +365,98 @@ async fn the_run_directory_has_every_event_and_a_model_as_pytorch_names_it() {
         }
     }
 }
+
+/// A table of patients: ages around `age`, some missing, in one of two towns.
+fn patients(age: f64, count: usize, towns: [&str; 2]) -> (String, Vec<f64>) {
+    let (mut text, mut ages) = ("age,town,sick\n".to_owned(), Vec::new());
+    for index in 0..count {
+        let own = age + (index * 7 % 20) as f64;
+        let sick = if own > 50.0 { "yes" } else { "no" };
+        let shown = if index % 9 == 8 { "?".to_owned() } else { own.to_string() };
+        if shown != "?" {
+            ages.push(own);
+        }
+        text += &format!("{shown},{},{sick}\n", towns[index % 2]);
+    }
+    (text, ages)
+}
+
+/// The settings of a peer whose table is `name`, written into the directory, and what the ages in it are.
+fn with_table(place: &Place, settings: &Settings, name: &str, age: f64, towns: [&str; 2]) -> (Settings, Vec<f64>) {
+    let (text, ages) = patients(age, 40, towns);
+    let path = |name: &str| format!("csv:{}", place.dir.path().join(name).display());
+    std::fs::write(place.dir.path().join(name), text).unwrap();
+    std::fs::write(place.dir.path().join("test.csv"), patients(45.0, 10, ["Lund", "Oslo"]).0).unwrap();
+    // All lines of a table are to train on, so that a test knows them.
+    (Settings { data: path(name), val_data: Some(path("test.csv")), part: None, ..settings.clone() }, ages)
+}
+
+fn start_alone(place: &Place, name: &str, settings: &Settings) -> Running {
+    let state_dir = Some(place.dir.path().join(format!("state-{name}")));
+    let peer = LocalPeer::open(&Settings { peer: Some(peer(name)), state_dir, ..settings.clone() }).unwrap();
+    cluster::spawn(peer, &place.stop, &place.sender)
+}
+
+/// How a peer standardises its inputs.
+fn standardised(entry: &Entry, of: &str) -> Option<(Vec<f64>, Vec<f64>)> {
+    match &entry.event {
+        Event::Standardised { mean, std, .. } if entry.peer.as_str() == of => Some((mean.clone(), std.clone())),
+        _ => None,
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tables_that_nobody_shares_are_standardised_as_if_they_were_one() {
+    let mut place = Place::new().await;
+    let base = Settings { hidden: vec![4], ..place.settings(2, ENDLESS) };
+    let (young, mut ages) = with_table(&place, &base, "young.csv", 20.0, ["Lund", "Oslo"]);
+    let (old, of_old) = with_table(&place, &base, "old.csv", 60.0, ["Oslo", "Lund"]);
+    ages.extend(of_old);
+    let (mean, count) = (ages.iter().sum::<f64>() / ages.len() as f64, ages.len() as f64);
+    let std = (ages.iter().map(|age| (age - mean).powi(2)).sum::<f64>() / count).sqrt();
+
+    let mut running = vec![start_alone(&place, "a", &young), start_alone(&place, "b", &old)];
+    let told = place.until("how a standardises", |entry| standardised(entry, "a")).await;
+    assert!((told.0[0] - mean).abs() < 1e-9 && (told.1[0] - std).abs() < 1e-9, "{told:?}, not {mean} and {std}");
+    assert_eq!((&told.0[1..], &told.1[1..]), (&[0.0, 0.0][..], &[1.0, 1.0][..]), "towns are 0 or 1");
+    place.until_committed(1).await;
+    assert_eq!(place.heard.iter().find_map(|entry| standardised(entry, "b")), Some(told.clone()));
+
+    // Who comes later learns of it, though its own ages are others.
+    let (late, _) = with_table(&place, &base, "late.csv", 200.0, ["Lund", "Oslo"]);
+    running.push(start_alone(&place, "c", &late));
+    assert_eq!(place.until("how c standardises", |entry| standardised(entry, "c")).await, told);
+    let contributes = |entry: &Entry| commit(entry).filter(|commit| commit.contributors.contains(&peer("c"))).cloned();
+    place.until("an update of c", contributes).await;
+
+    // Who knows of another town is told so.
+    let (stranger, _) = with_table(&place, &base, "stranger.csv", 50.0, ["Lund", "Rome"]);
+    let stranger = start_alone(&place, "d", &stranger);
+    let outcomes = place.ends(vec![stranger]).await;
+    let Outcome::Refused { difference, .. } = &outcomes[0] else { panic!("{outcomes:?}") };
+    let said = (difference.key.as_str(), difference.theirs.as_str(), difference.mine.as_str());
+    assert_eq!(said, ("column town", "Lund|Oslo", "Lund|Oslo|Rome"));
+    place.request.send(true).unwrap();
+    place.ends(running).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_model_of_tables_carries_how_its_inputs_are_standardised() {
+    let place = Place::new().await;
+    let base = Settings { hidden: vec![4], target_accuracy: None, ..place.settings(2, 3) };
+    std::fs::create_dir(place.dir.path().join("tables")).unwrap();
+    let (settings, mut ages) = with_table(&place, &base, "tables/young.csv", 20.0, ["Lund", "Oslo"]);
+    ages.extend(with_table(&place, &base, "tables/old.csv", 60.0, ["Lund", "Rome"]).1);
+    let data = format!("csv:{}/*.csv", place.dir.path().join("tables").display());
+    let dir = place.dir.path().join("run");
+    let ended = recorded(&Settings { data, ..settings }, &dir).await;
+    assert!(ended.iter().all(|(_, outcome)| matches!(outcome, Outcome::Finished { .. })), "{ended:?}");
+    let bytes = std::fs::read(dir.join(MODEL)).unwrap();
+    let model = SafeTensors::deserialize(&bytes).unwrap();
+    let mean = model.tensor("input.mean").unwrap();
+    // An age, and one of the three towns that the two tables have together.
+    assert_eq!((mean.shape(), model.tensor("fc1.weight").unwrap().shape()), (&[4][..], &[4, 4][..]));
+    let pooled = (ages.iter().sum::<f64>() / ages.len() as f64) as f32;
+    assert_eq!(mean.data()[..4], pooled.to_le_bytes());
+    assert_eq!(model.tensor("input.std").unwrap().shape(), [4]);
+}

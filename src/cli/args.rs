@@ -343,6 +343,8 @@ Examples:
       Five peers train on the built-in digits, 20 rounds
   rodizio run --peers 10 --partition dirichlet --alpha 0.1
       Ten peers whose labels are strongly skewed
+  rodizio run --data csv:wards/*.csv --label diagnosis
+      A peer for each file of a table
   rodizio run --target-accuracy 0.95 --patience 5 --json
       Stop when good enough or when nothing improves; the result as JSON
   rodizio run --processes --run-dir runs/first --config configs/lab.toml
@@ -361,6 +363,8 @@ Examples:
       Take part as clinic-3
   rodizio join --host-broker --listen 0.0.0.0:1883 --min-peers 3
       Run a broker for the others as well; training starts with three peers
+  rodizio join --broker lab:1883 --data csv:my.csv --label diagnosis
+      Take part with a table of one's own
   rodizio join --part 2/5
       One of five peers that share out the data set, with the broker of this machine
   rodizio join --broker lab:1883,spare:1883

@@ -17,7 +17,7 @@ use crate::node::{NodeError, Outcome};
 use crate::peer::PeerError;
 use crate::protocol::{Difference, Waiting};
 use crate::rundir::RunDirError;
-use crate::training::{COLUMN, PartitionError, ReadError};
+use crate::training::{COLUMN, LABEL, PartitionError, ReadError};
 use crate::transport::mqtt::TransportError;
 use crate::types::PeerId;
 
@@ -101,15 +101,10 @@ impl Failure {
                 let error =
                     anyhow!("the federation has {key} = {theirs}, this peer has {key} = {mine} (told by {peer})");
                 let hint = match Key::find(key) {
-                    _ if key.starts_with(COLUMN) || key == "classes" => {
-                        let name = key.trim_start_matches(COLUMN);
-                        let name = if key == "classes" { "class" } else { name };
-                        format!(
-                            "list all values, alike at all peers, with --categories '{name}=A|B', or train apart with another --federation"
-                        )
-                    }
-                    None if ["columns", "example shape"].contains(&key.as_str()) => {
-                        "the data of all peers need the same columns or shape; see the keys of group Data".to_owned()
+                    None if categories_of(difference).is_some() => categories_of(difference).unwrap_or_default(),
+                    None if ["columns", "example shape"].contains(&key.as_str()) || key.starts_with(COLUMN) => {
+                        "the data of all peers need the same columns or shape: see `Data` in `rodizio join --help`"
+                            .into()
                     }
                     Some(key) => format!("--{} {theirs} takes part, another --federation trains apart", key.flag()),
                     None => "take part with the same model, or train apart with another --federation".to_owned(),
@@ -147,6 +142,20 @@ impl Failure {
             None => Ok(()),
         }
     }
+}
+
+/// How peers agree on the values of a column, if that is what differs.
+fn categories_of(difference: &Difference) -> Option<String> {
+    let Difference { key, theirs, mine } = difference;
+    let column = if key == "classes" { "class" } else { key.strip_prefix(COLUMN)? };
+    let listed = |text: &str| -> Option<Vec<String>> {
+        let text = text.strip_prefix(LABEL).unwrap_or(text);
+        text.contains('|').then(|| text.split('|').map(str::to_owned).collect())
+    };
+    let mut all = listed(theirs)?;
+    let own = listed(mine)?;
+    all.extend(own.into_iter().filter(|value| !listed(theirs).unwrap_or_default().contains(value)));
+    Some(format!("start all peers with the same list, like --categories '{column}={}'", all.join("|")))
 }
 
 impl From<ConfigError> for Failure {
@@ -262,6 +271,20 @@ impl From<io::Error> for Failure {
 mod tests {
     use super::*;
     use crate::cli::tests::Captured;
+
+    #[test]
+    fn peers_whose_categories_differ_are_told_the_list_of_all() {
+        let refused = |key: &str, theirs: &str, mine: &str| {
+            let difference = Difference { key: key.into(), theirs: theirs.into(), mine: mine.into() };
+            let peer = PeerId::new("a").unwrap();
+            Failure::of_outcome(&Outcome::Refused { peer, difference }).unwrap().hint.unwrap()
+        };
+        let hint = refused("column town", "Lund|Oslo", "Oslo|Rome");
+        assert_eq!(hint, "start all peers with the same list, like --categories 'town=Lund|Oslo|Rome'");
+        assert!(refused("column sick", "label: no|yes", "label: maybe|no").ends_with("'sick=no|yes|maybe'"));
+        assert!(refused("classes", "cat|dog", "cat|fox").ends_with("'class=cat|dog|fox'"));
+        assert!(refused("column age", "numbers", "unknown").contains("same columns"));
+    }
 
     #[test]
     fn a_failure_is_an_error_line_with_its_causes_and_a_hint_line() {

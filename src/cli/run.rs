@@ -33,6 +33,13 @@ const GUESTS_MAX: Duration = Duration::from_secs(30);
 /// So many peers are listed; the rest is summed up.
 const LISTED_MAX: usize = 20;
 
+/// With more labels than fit side by side only the most frequent are listed, so many of them.
+const LABELS_MAX: usize = 12;
+const FREQUENT: usize = 4;
+
+/// The longest name of a label in a table, in characters.
+const LABEL_CHARS_MAX: usize = 12;
+
 /// A wait that is shorter is part of starting, and not told.
 const PATIENCE: Duration = Duration::from_secs(1);
 
@@ -132,7 +139,15 @@ async fn cluster(
         }
     };
     let dir = run_dir.path().to_owned();
-    let cluster = Cluster::open(&settings, &dir)?;
+    let cluster = match Cluster::open(&settings, &dir) {
+        Ok(cluster) => cluster,
+        Err(error) => {
+            if is_new {
+                run_dir.remove();
+            }
+            return Err(error.into());
+        }
+    };
     let cluster = if broker.is_some() { cluster.at_its_own_broker() } else { cluster };
     output.show(&Notice::Info { text: introduction(&settings, broker.as_ref(), &dir, cluster.peers()) })?;
     if cluster.peers().iter().all(LocalPeer::has_finished) {
@@ -262,34 +277,71 @@ fn introduction(settings: &Settings, broker: Option<&Broker>, dir: &Path, peers:
     text + &labels(peers)
 }
 
-/// How many examples of each label each peer trains on.
+/// How many examples of each label each peer trains on, and all of them; with many labels only the most frequent.
 fn labels(peers: &[LocalPeer]) -> String {
     let Some(first) = peers.first() else { return String::new() };
+    let counted: Vec<(String, Vec<usize>)> =
+        peers.iter().map(|peer| (peer.name().to_string(), peer.lesson().histogram.clone())).collect();
+    let has_labels = counted.iter().any(|(_, counts)| !counts.is_empty());
+    let names: Vec<String> =
+        if has_labels { first.lesson().class_names.iter().map(|name| short(name)).collect() } else { vec![] };
+    let row = |name: &str, train: u64, held_out: Option<usize>, counts: &[usize]| {
+        let labels = if names.len() <= LABELS_MAX {
+            counts.iter().map(usize::to_string).collect()
+        } else {
+            vec![counts.iter().filter(|&&count| count > 0).count().to_string(), most_frequent(counts, &names)]
+        };
+        let held_out = held_out.map(|count| count.to_string());
+        [name.to_owned(), train.to_string()].into_iter().chain(held_out).chain(labels).collect::<Vec<_>>()
+    };
+    let label_heads =
+        if names.len() <= LABELS_MAX { names.clone() } else { vec!["classes".into(), "most frequent".into()] };
     let held_out = first.lesson().num_held_out.map(|_| "held out");
-    let head = ["peer", "train"].into_iter().chain(held_out).map(str::to_owned);
-    let mut rows = vec![head.chain(first.lesson().class_names.iter().cloned()).collect::<Vec<_>>()];
-    rows.extend(peers.iter().take(LISTED_MAX).map(|peer| {
-        let lesson = peer.lesson();
-        let held_out = lesson.num_held_out.map(|count| count.to_string());
-        let labels = lesson.histogram.iter().map(|count| count.to_string());
-        [peer.name().to_string(), peer.num_examples().to_string()].into_iter().chain(held_out).chain(labels).collect()
-    }));
-    let widths: Vec<usize> = (0..rows[0].len())
-        .map(|column| rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max().unwrap_or(0))
-        .collect();
+    let head = ["peer", "train"].into_iter().chain(held_out).map(str::to_owned).chain(label_heads);
+    let mut rows: Vec<Vec<String>> = vec![head.collect()];
+    let listed = peers.iter().zip(&counted).take(LISTED_MAX);
+    rows.extend(listed.map(|(peer, (name, counts))| row(name, peer.num_examples(), peer.lesson().num_held_out, counts)));
+    let mut total = vec![0; names.len()];
+    counted.iter().for_each(|(_, counts)| total.iter_mut().zip(counts).for_each(|(sum, count)| *sum += count));
+    let train = peers.iter().map(LocalPeer::num_examples).sum();
+    let all = row("all", train, peers.iter().map(|peer| peer.lesson().num_held_out).sum(), &total);
+    let mut lines = aligned(&[rows, vec![all]].concat());
+    if peers.len() > LISTED_MAX {
+        lines.insert(lines.len() - 1, format!("and {} more", peers.len() - LISTED_MAX));
+    }
+    lines.join("\n") + "\n"
+}
+
+/// `7 120, 3 80, 9 12, …`: the labels that most examples have.
+fn most_frequent(counts: &[usize], names: &[String]) -> String {
+    let mut order: Vec<usize> = (0..counts.len()).filter(|&label| counts[label] > 0).collect();
+    order.sort_by_key(|&label| (std::cmp::Reverse(counts[label]), label));
+    let some = order.iter().take(FREQUENT).map(|&label| format!("{}: {}", names[label], counts[label]));
+    let more = (order.len() > FREQUENT).then(|| "…".to_owned());
+    some.chain(more).collect::<Vec<_>>().join(", ")
+}
+
+/// A name that leaves room for others in a line.
+fn short(name: &str) -> String {
+    if name.chars().count() <= LABEL_CHARS_MAX {
+        return name.to_owned();
+    }
+    name.chars().take(LABEL_CHARS_MAX - 1).chain(['…']).collect()
+}
+
+/// A line a row, the first column flush left, and so a last one of text.
+fn aligned(rows: &[Vec<String>]) -> Vec<String> {
+    let width = |column: usize| rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max();
+    let widths: Vec<usize> = (0..rows[0].len()).map(|column| width(column).unwrap_or(0)).collect();
     let line = |row: &Vec<String>| {
         let cells = row.iter().zip(&widths).enumerate();
-        let padded = cells.map(|(column, (cell, width))| match column {
-            0 => format!("{cell:<width$}"),
+        let padded = cells.map(|(column, (cell, width))| match cell.parse::<u64>() {
+            Err(_) if column == 0 || cell.contains(": ") => format!("{cell:<width$}"),
             _ => format!("{cell:>width$}"),
         });
         padded.collect::<Vec<_>>().join("  ")
     };
-    let mut text: String = rows.iter().map(|row| line(row) + "\n").collect();
-    if peers.len() > LISTED_MAX {
-        text += &format!("and {} more\n", peers.len() - LISTED_MAX);
-    }
-    text
+    rows.iter().map(line).collect()
 }
 
 /// A number with commas between thousands.
@@ -346,10 +398,22 @@ mod tests {
         let cluster = Cluster::open(&settings, dir.path()).unwrap();
         let text = labels(cluster.peers());
         let lines: Vec<_> = text.lines().collect();
-        assert_eq!(lines.len(), 1 + LISTED_MAX + 1);
+        assert_eq!(lines.len(), 1 + LISTED_MAX + 2);
         let head: Vec<_> = lines[0].split_whitespace().collect();
         assert_eq!(head[..5], ["peer", "train", "held", "out", "0"], "{text}");
         assert_eq!(lines[21], "and 2 more");
         assert!(lines[..21].iter().all(|line| line.len() == lines[0].len()), "{text}");
+        assert!(lines[22].starts_with("all ") && lines[22].len() == lines[0].len(), "{text}");
+        let all: Vec<usize> = lines[22].split_whitespace().skip(1).map(|cell| cell.parse().unwrap()).collect();
+        assert_eq!((all[0] + all[1], all[2..].iter().sum::<usize>()), (1797, all[0]));
+    }
+
+    #[test]
+    fn of_many_labels_the_most_frequent_are_listed() {
+        let names: Vec<String> = (0..100).map(|label| short(&format!("label number {label}"))).collect();
+        let counts: Vec<usize> = (0..100).map(|label| label * 7 % 50).collect();
+        assert_eq!(most_frequent(&counts, &names[..]).matches(": ").count(), FREQUENT);
+        assert_eq!(most_frequent(&[0, 3, 9], &["a".into(), "b".into(), "c".into()]), "c: 9, b: 3");
+        assert_eq!(names[0], "label numbe…");
     }
 }

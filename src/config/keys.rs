@@ -150,6 +150,8 @@ const fn duration(min_ms: u64, max_ms: u64) -> Kind {
     Kind::Duration { min_ms, max_ms }
 }
 
+const MODELS: &[&str] = &["linear", "mlp", "cnn", "fedavg-cnn", "resnet-small", "char-lstm"];
+
 /// Every key, by group.
 #[rustfmt::skip]
 pub static KEYS: &[Key] = &[
@@ -173,7 +175,7 @@ pub static KEYS: &[Key] = &[
     key(Group::Strategy, UsedBy::Peers, "server_optimizer", Kind::Choice(&["momentum", "adagrad", "adam", "yogi"]), NONE,
         "The optimizer that steps from the global model to what the strategy makes of the updates; none: the strategy's own"),
     key(Group::Strategy, UsedBy::Peers, "server_learning_rate", Kind::Real(Reals::Positive), NONE,
-        "Length of the server optimizer's step; none: 1, and 0.03 for adagrad, adam and yogi"),
+        "Length of the server optimizer's step; none: 1, of adagrad 0.3, of adam and yogi 0.1"),
     key(Group::Strategy, UsedBy::Peers, "server_momentum", Kind::Real(Reals::ShareBelowOne), "0.9",
         "Share of the last direction that a server optimizer keeps"),
     key(Group::Strategy, UsedBy::Peers, "server_beta2", Kind::Real(Reals::ShareBelowOne), "0.99",
@@ -196,10 +198,16 @@ pub static KEYS: &[Key] = &[
     key(Group::Stopping, UsedBy::Peers, "tolerance", Kind::Real(Reals::NotNegative), "0",
         "Smallest drop of the validation loss that patience counts as better"),
 
-    key(Group::Training, UsedBy::Peers, "model", Kind::Choice(&["linear", "mlp"]), "mlp",
-        "The model"),
+    key(Group::Training, UsedBy::Peers, "model", Kind::Choice(MODELS), "mlp",
+        "The model: linear or mlp for all but texts, cnn, fedavg-cnn or resnet-small for images, char-lstm for texts"),
     key(Group::Training, UsedBy::Peers, "hidden", Kind::Counts { max: 65_536, len_max: 16 }, "64",
-        "Widths of the hidden layers, first to last"),
+        "Widths of the hidden layers of mlp, cnn and char-lstm, first to last"),
+    key(Group::Training, UsedBy::Peers, "channels", Kind::Counts { max: 4096, len_max: 8 }, "8,16",
+        "Channels of the convolutions of cnn, or of the stages of resnet-small, first to last"),
+    key(Group::Training, UsedBy::Peers, "norm", Kind::Choice(&["group", "batch"]), "group",
+        "What resnet-small normalises over: groups of an example's channels, or the batch (its statistics are averaged)"),
+    key(Group::Training, UsedBy::Peers, "embedding_dim", count(1, 4096), "32",
+        "How many values stand for a token in char-lstm"),
     key(Group::Training, UsedBy::Peers, "optimizer", Kind::Choice(&["sgd", "adam", "adamw"]), "sgd",
         "How a step follows from a gradient"),
     key(Group::Training, UsedBy::Peers, "learning_rate", Kind::Real(Reals::Positive), "0.1",

@@ -66,6 +66,9 @@ impl Settings {
         TrainingConfig {
             model: self.model.parse::<Model>().expect(CHECKED),
             hidden: self.hidden.clone(),
+            channels: self.channels.clone(),
+            norm: self.norm.parse().expect(CHECKED),
+            embedding_dim: self.embedding_dim,
             optimizer: self.optimizer.parse::<Optimizer>().expect(CHECKED),
             learning_rate: self.learning_rate,
             schedule: self.schedule.parse().expect(CHECKED),
@@ -178,6 +181,7 @@ mod tests {
                     ("server_optimizer", shared.strategy.optimizer.method.to_string()),
                     ("model", training.model.to_string()),
                     ("optimizer", training.optimizer.to_string()),
+                    ("norm", training.norm.to_string()),
                     ("schedule", training.schedule.to_string()),
                     ("augment", training.augment.to_string()),
                     ("backend", training.backend.to_string()),

@@ -28,6 +28,8 @@ pub struct Report {
     pub model: Digest,
     /// Who led each committed round, from the genesis on.
     pub leaders: Vec<PeerId>,
+    /// How many updates each round's model was made of.
+    pub contributors: Vec<usize>,
     /// How many terms above 0 were needed, over all committed rounds.
     pub reelections: u64,
     /// How many crashes, cuts and restarts there were.

@@ -261,6 +261,7 @@ impl<'a> World<'a> {
             rounds: newest.map_or(Round::GENESIS, last),
             model,
             leaders: self.check.decrees().map(|decree| decree.leader.clone()).collect(),
+            contributors: self.check.decrees().map(|decree| decree.contributors.len()).collect(),
             reelections: self.reelections,
             faults: self.faults,
             messages: self.messages,

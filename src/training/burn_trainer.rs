@@ -455,6 +455,30 @@ mod tests {
     }
 
     #[test]
+    fn a_correction_is_added_to_every_gradient_and_weights_are_held_to_their_start() {
+        let plain = TrainingConfig { momentum: 0.0, local_epochs: 1, learning_rate: 0.5, ..Default::default() };
+        let mut without = whole_batch(&plain);
+        without.train(Round(1), &mut go_on).unwrap();
+        assert_eq!(without.step_sum(), 0.5);
+        let mut with = whole_batch(&plain);
+        let values = with.weights().values().len();
+        with.set_correction(Some(vec![0.25; values])).unwrap();
+        with.train(Round(1), &mut go_on).unwrap();
+        let pairs = without.weights().into_values().into_iter().zip(with.weights().into_values());
+        assert!(pairs.into_iter().all(|(without, with)| (without - with - 0.125).abs() < 1e-5));
+        assert!(with.set_correction(Some(vec![0.0; values + 1])).is_err());
+
+        let moved = |mu| {
+            let mut trainer = whole_batch(&TrainingConfig { mu, local_epochs: 20, ..plain.clone() });
+            let start = trainer.weights();
+            trainer.train(Round(1), &mut go_on).unwrap();
+            let end = trainer.weights();
+            start.values().iter().zip(end.values()).map(|(start, end)| f64::from(start - end).powi(2)).sum::<f64>()
+        };
+        assert!(moved(1.0) < 0.5 * moved(0.0), "{} {}", moved(1.0), moved(0.0));
+    }
+
+    #[test]
     fn a_round_that_is_stopped_leaves_the_weights_alone() {
         let mut trainer = two_batches("a", 1);
         let before = bits(&trainer);

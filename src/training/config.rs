@@ -8,10 +8,16 @@ use super::named::named;
 use super::schedule::Schedule;
 
 /// The most hidden layers a model may have.
-pub const HIDDEN_LAYERS_MAX: usize = 16;
+const HIDDEN_LAYERS_MAX: usize = 16;
 
 /// The widest a hidden layer may be.
-pub const HIDDEN_WIDTH_MAX: usize = 65_536;
+const HIDDEN_WIDTH_MAX: usize = 65_536;
+
+/// The most convolutions of a `cnn`, or stages of a `resnet-small`: each halves the image.
+const STAGES_MAX: usize = 8;
+
+/// The most channels of a convolution, and the most values for a token.
+const CHANNELS_MAX: usize = 4096;
 
 /// How to train. All but [`backend`](Self::backend) must be the same at every peer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -20,8 +26,18 @@ pub struct TrainingConfig {
     /// Which model.
     pub model: Model,
 
-    /// The widths of the hidden layers, first to last. Empty: no hidden layer, a linear classifier.
+    /// The widths of the hidden layers of [`Mlp`](Model::Mlp), and behind the convolutions of [`Cnn`](Model::Cnn), first
+    /// to last; empty: none. For [`CharLstm`](Model::CharLstm) an LSTM's layers, which are all of one width.
     pub hidden: Vec<usize>,
+
+    /// The channels of each convolution of [`Cnn`](Model::Cnn), or of each stage of [`ResnetSmall`](Model::ResnetSmall).
+    pub channels: Vec<usize>,
+
+    /// What [`ResnetSmall`](Model::ResnetSmall) normalises over.
+    pub norm: Norm,
+
+    /// How many values stand for a token in [`CharLstm`](Model::CharLstm).
+    pub embedding_dim: usize,
 
     /// How gradients become steps. Its state (momentum, moments) starts anew each round and stays with the peer.
     pub optimizer: Optimizer,
@@ -98,6 +114,20 @@ pub enum Optimizer {
 
 named!(Optimizer, "optimizer", Sgd => "sgd", Adam => "adam", AdamW => "adamw");
 
+/// What a normalisation layer takes mean and variance of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum Norm {
+    /// Groups of channels of one example (Wu and He, 2018): no peer's statistics are in the model, which is why it holds up
+    /// where the peers' data differ (Hsieh et al., 2020).
+    #[default]
+    Group,
+    /// Each channel of a batch (Ioffe and Szegedy, 2015). The running statistics are part of the model, and averaged.
+    Batch,
+}
+
+named!(Norm, "norm", Group => "group", Batch => "batch");
+
 /// What computes tensors. Both run every operation on the thread that asks for it: a peer trains on one core, and
 /// several peers in one process share the cores between them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -132,6 +162,9 @@ impl Default for TrainingConfig {
         Self {
             model: Model::default(),
             hidden: vec![64],
+            channels: vec![8, 16],
+            norm: Norm::default(),
+            embedding_dim: 32,
             optimizer: Optimizer::default(),
             learning_rate: 0.1,
             schedule: Schedule::default(),
@@ -165,6 +198,12 @@ impl TrainingConfig {
         let widths_fit = self.hidden.iter().all(|width| (1..=HIDDEN_WIDTH_MAX).contains(width));
         expect(layers_fit, "hidden", widths(&self.hidden), "at most 16 layers")?;
         expect(widths_fit, "hidden", widths(&self.hidden), "widths from 1 to 65536")?;
+        let channels_fit = (1..=STAGES_MAX).contains(&self.channels.len())
+            && self.channels.iter().all(|channels| (1..=CHANNELS_MAX).contains(channels));
+        expect(channels_fit, "channels", widths(&self.channels), "1 to 8 numbers from 1 to 4096")?;
+        let embedding_dim = self.embedding_dim;
+        let dim_fits = (1..=CHANNELS_MAX).contains(&embedding_dim);
+        expect(dim_fits, "embedding_dim", embedding_dim.to_string(), "from 1 to 4096")?;
         expect(lr.is_finite() && lr > 0.0, "learning_rate", lr.to_string(), "a number above 0")?;
         expect((0.0..1.0).contains(&momentum), "momentum", momentum.to_string(), "from 0 to below 1")?;
         expect(!self.nesterov || momentum > 0.0, "nesterov", "true".into(), "false without a momentum")?;
@@ -236,6 +275,9 @@ mod tests {
             ("schedule_rounds", TrainingConfig { schedule_rounds: 0, ..base() }),
             ("weight_decay", TrainingConfig { weight_decay: -0.1, ..base() }),
             ("max_grad_norm", TrainingConfig { max_grad_norm: Some(0.0), ..base() }),
+            ("channels", TrainingConfig { channels: vec![], ..base() }),
+            ("channels", TrainingConfig { channels: vec![8, 5000], ..base() }),
+            ("embedding_dim", TrainingConfig { embedding_dim: 0, ..base() }),
             ("hidden", TrainingConfig { hidden: vec![64, 0], ..base() }),
             ("hidden", TrainingConfig { hidden: vec![1; 17], ..base() }),
         ];

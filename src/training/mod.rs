@@ -29,9 +29,9 @@ mod schedule;
 
 pub use augment::Augment;
 pub use burn_trainer::BurnTrainer;
-pub use config::{Backend, HIDDEN_LAYERS_MAX, HIDDEN_WIDTH_MAX, Optimizer, SettingError, TrainingConfig};
+pub use config::{Backend, Norm, Optimizer, SettingError, TrainingConfig};
 pub use dataset::{
-    COLUMN, Column, DataError, Dataset, Examples, ReadError, ReadOptions, Source, Table, Targets, Task, Train,
+    COLUMN, Column, DataError, Dataset, Examples, LABEL, ReadError, ReadOptions, Source, Table, Targets, Task, Train,
 };
 pub use models::{Model, ModelError};
 pub use named::UnknownName;

@@ -65,7 +65,7 @@ pub enum ReadError {
 pub struct Reader {
     codec: Codec,
     values: usize,
-    /// To how many of them, from the first on, differences are added where this is a base.
+    /// How many of them are read, from the first on; those behind are 0.
     visible: usize,
     source: Box<dyn Source>,
     /// The bytes of a range.
@@ -96,48 +96,34 @@ impl Reader {
         Ok(Self { codec, values, visible: values, source: Box::new(source), bytes: Vec::new(), whole, base })
     }
 
-    /// The same, but as a base only its first values are added to: what lies behind them is none of an update's.
+    /// The same, with 0 for all but the first values: what stands behind them in the blob is not for the reader.
     #[must_use]
     pub fn first(mut self, values: usize) -> Self {
         self.visible = values.min(self.values);
         self
     }
 
-    /// Fills `out` with the values of one of the [`ranges`], which is as long; with those of any other range if a block of the
-    /// codec is one value.
+    /// Fills `out` with the values of one of the [`ranges`], which is as long; with those of any other range where each value of
+    /// the codec stands for itself.
     ///
     /// # Errors
-    /// If the range does not begin and end at a border of blocks, or the source fails.
+    /// If the range does not begin and end at a border of the codec's blocks, or the source fails.
     pub fn read(&mut self, range: Range<usize>, out: &mut [f32]) -> Result<(), ReadError> {
+        let seen = range.start.min(self.visible)..range.end.min(self.visible);
+        let (shown, hidden) = out.split_at_mut(seen.len());
+        hidden.fill(0.0);
         match &self.whole {
-            Some(whole) => out.copy_from_slice(&whole.values()[range.clone()]),
-            None => self.decode(range.clone(), out)?,
+            Some(whole) => shown.copy_from_slice(&whole.values()[seen]),
+            None => self.decode(seen, shown)?,
         }
         self.add_base(range, out)
     }
 
     /// Adds what the blob is a difference from, if it is one.
     fn add_base(&mut self, range: Range<usize>, out: &mut [f32]) -> Result<(), ReadError> {
-        match &mut self.base {
-            Some((base, values)) => base.add_to(range, values, out),
-            None => Ok(()),
-        }
-    }
-
-    /// Adds the values of a range to `out`, which is as long, by way of `values`. Where `out` is longer than what
-    /// [`first`](Self::first) leaves to see, the rest stands as it is.
-    pub(super) fn add_to(
-        &mut self,
-        range: Range<usize>,
-        values: &mut Vec<f32>,
-        out: &mut [f32],
-    ) -> Result<(), ReadError> {
-        let end = range.end.min(self.visible);
-        if range.start >= end {
-            return Ok(());
-        }
-        values.resize(end - range.start, 0.0);
-        self.read(range.start..end, values)?;
+        let Some((base, values)) = &mut self.base else { return Ok(()) };
+        values.resize(range.len(), 0.0);
+        base.read(range, values)?;
         for (value, base) in out.iter_mut().zip(values) {
             *value += *base;
         }
@@ -210,6 +196,22 @@ mod tests {
             reader.read(range.clone(), &mut out).unwrap();
             assert_eq!(out, expected[range]);
         }
+    }
+
+    #[test]
+    fn an_update_that_is_longer_than_its_base_is_added_to_the_first_values_alone() {
+        let (update, model) = (layout(3 * 500), layout(2 * 500));
+        let blob = |layout: &Arc<Layout>, value| {
+            let weights = Weights::new(layout.clone(), vec![value; layout.len()]).unwrap();
+            Codec::F32.encode(&weights, &TUNING).unwrap()
+        };
+        let base = Reader::new(Codec::F32, &model, blob(&model, 2.0), None).unwrap().first(500);
+        let mut reader = Reader::new(Codec::F32, &update, blob(&update, 0.5), Some(base)).unwrap();
+        let mut out = vec![f32::NAN; 1500];
+        reader.read(0..1500, &mut out).unwrap();
+        assert!(out[..500].iter().all(|value| *value == 2.5) && out[500..].iter().all(|value| *value == 0.5));
+        reader.read(400..600, &mut out[..200]).unwrap();
+        assert_eq!((out[99], out[100]), (2.5, 0.5));
     }
 
     #[test]

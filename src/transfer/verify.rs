@@ -119,8 +119,10 @@ impl Verifier {
         self.manifest.codec.decode_into(bytes, &mut self.values)?;
         if let Some((base, values)) = &mut self.base {
             for part in ranges_of(range.clone()) {
+                values.resize(part.len(), 0.0);
+                base.read(part.clone(), values).map_err(VerifyError::Base)?;
                 let own = &mut self.values[part.start - range.start..part.end - range.start];
-                base.add_to(part, values, own).map_err(VerifyError::Base)?;
+                own.iter_mut().zip(&*values).for_each(|(value, base)| *value += *base);
             }
         }
         // No early exit, so that many are looked at at a time.

@@ -17,7 +17,7 @@ mod source;
 mod table;
 mod text;
 
-pub use schema::COLUMN;
+pub use schema::{COLUMN, LABEL};
 pub use source::{Examples, ReadError, ReadOptions, Source, Train};
 pub use table::{Column, Table};
 

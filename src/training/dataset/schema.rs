@@ -15,6 +15,9 @@ const CUT_BYTES: usize = 64;
 /// What stands before a column's name in the name of its entry.
 pub const COLUMN: &str = "column ";
 
+/// What stands before the value of the column to tell.
+pub const LABEL: &str = "label: ";
+
 /// The entries of `data`, by name.
 pub(super) fn entries(data: &Dataset) -> BTreeMap<String, String> {
     let shape: Vec<String> = data.shape().iter().map(usize::to_string).collect();
@@ -35,7 +38,7 @@ pub(super) fn entries(data: &Dataset) -> BTreeMap<String, String> {
         Some(categories) => clipped(&categories.join("|")),
         None => "numbers".into(),
     };
-    entries.insert(named(&table.label), format!("label: {label}"));
+    entries.insert(named(&table.label), format!("{LABEL}{label}"));
     let names: Vec<&str> = table.columns.iter().map(|column| column.name.as_str()).collect();
     if names.len() <= COLUMNS_LISTED_MAX {
         entries.extend(table.columns.iter().map(|column| (named(&column.name), kind(&column.categories))));

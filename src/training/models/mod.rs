@@ -14,13 +14,19 @@ use super::named::named;
 use super::random::generator;
 use crate::weights::Weights;
 
+mod char_lstm;
+mod cnn;
 mod layers;
 mod linear;
 mod mlp;
+mod resnet;
 mod tensors;
 
+use char_lstm::CharLstm;
+use cnn::Cnn;
 use linear::Linear;
 use mlp::Mlp;
+use resnet::Resnet;
 use tensors::Declared;
 pub(super) use tensors::{Pass, floats};
 
@@ -33,9 +39,25 @@ pub enum Model {
     /// Fully connected layers with ReLU between them.
     #[default]
     Mlp,
+    /// 3 × 3 convolutions with pooling, then fully connected layers, for images.
+    Cnn,
+    /// The convolutional network of McMahan et al. (2017), for images.
+    FedavgCnn,
+    /// A residual network of 4 convolutions a stage, for images.
+    ResnetSmall,
+    /// A long short-term memory that tells the next token of a text.
+    CharLstm,
 }
 
-named!(Model, "model", Linear => "linear", Mlp => "mlp");
+named!(
+    Model, "model",
+    Linear => "linear",
+    Mlp => "mlp",
+    Cnn => "cnn",
+    FedavgCnn => "fedavg-cnn",
+    ResnetSmall => "resnet-small",
+    CharLstm => "char-lstm"
+);
 
 /// Data that a model cannot learn from.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -70,6 +92,9 @@ pub(super) struct Network {
 enum Architecture {
     Linear(Linear),
     Mlp(Mlp),
+    Cnn(Cnn),
+    Resnet(Resnet),
+    CharLstm(CharLstm),
 }
 
 impl Network {
@@ -81,13 +106,44 @@ impl Network {
             Task::Classes(_) | Task::Numbers => Ok(task.outputs()),
             Task::Steps(_) => Err(needs("a class or a number for each example (for texts there is char-lstm)")),
         };
+        let image =
+            || <[usize; 3]>::try_from(shape).map_err(|_| needs("images, as from the data sets idx: and images:"));
+        let (channels, hidden) = (&config.channels, &config.hidden);
         let architecture = match config.model {
             Model::Linear => Architecture::Linear(Linear::new(num_features, of_one_output()?)),
-            Model::Mlp => Architecture::Mlp(Mlp::new(num_features, &config.hidden, of_one_output()?)),
+            Model::Mlp => Architecture::Mlp(Mlp::new(num_features, hidden, of_one_output()?)),
+            Model::Cnn => {
+                let cnn = Cnn::new(image()?, 3, channels, hidden, of_one_output()?);
+                let needed = "images with 2 pixels to halve for each of its channels";
+                Architecture::Cnn(cnn.ok_or_else(|| needs(needed))?)
+            }
+            Model::FedavgCnn => {
+                let cnn = Cnn::of_fedavg(image()?, of_one_output()?);
+                Architecture::Cnn(cnn.ok_or_else(|| needs("images of at least 4 × 4 pixels"))?)
+            }
+            Model::ResnetSmall => {
+                let resnet = Resnet::new(image()?, channels, config.norm, of_one_output()?);
+                Architecture::Resnet(resnet.ok_or_else(|| needs("a number of channels for each stage"))?)
+            }
+            Model::CharLstm => {
+                let (&width, layers) = (hidden.first().unwrap_or(&0), hidden.len());
+                match task {
+                    Task::Steps(_) if width == 0 || hidden.iter().any(|&other| other != width) => {
+                        return Err(needs("one or more hidden layers of the same width"));
+                    }
+                    Task::Steps(tokens) => {
+                        Architecture::CharLstm(CharLstm::new(tokens, config.embedding_dim, width, layers))
+                    }
+                    Task::Classes(_) | Task::Numbers => return Err(needs("texts, as from the data set text:")),
+                }
+            }
         };
         let declared = match &architecture {
             Architecture::Linear(linear) => linear.declare(),
             Architecture::Mlp(mlp) => mlp.declare(),
+            Architecture::Cnn(cnn) => cnn.declare(),
+            Architecture::Resnet(resnet) => resnet.declare(),
+            Architecture::CharLstm(lstm) => lstm.declare(),
         };
         Ok(Self { architecture, declared })
     }
@@ -113,6 +169,9 @@ impl Network {
         match &self.architecture {
             Architecture::Linear(linear) => linear.forward(pass, features),
             Architecture::Mlp(mlp) => mlp.forward(pass, features),
+            Architecture::Cnn(cnn) => cnn.forward(pass, features),
+            Architecture::Resnet(resnet) => resnet.forward(pass, features),
+            Architecture::CharLstm(lstm) => lstm.forward(pass, features),
         }
     }
 }

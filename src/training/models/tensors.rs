@@ -90,6 +90,7 @@ fn ranges_of(declared: &[Declared]) -> impl Iterator<Item = (Range<usize>, &Decl
 pub(in crate::training) struct Pass<'a> {
     declared: &'a [Declared],
     tensors: BTreeMap<&'a str, Tensor<1>>,
+    device: Device,
     /// New values of buffers; one forward pass updates each once.
     updates: RefCell<BTreeMap<String, Tensor<1>>>,
     is_training: bool,
@@ -106,7 +107,12 @@ impl<'a> Pass<'a> {
             (tensor.spec.name.as_str(), if with_gradient { on_device.require_grad() } else { on_device })
         };
         let tensors = ranges_of(declared).map(put).collect();
-        Self { declared, tensors, updates: RefCell::default(), is_training }
+        Self { declared, tensors, device: device.clone(), updates: RefCell::default(), is_training }
+    }
+
+    /// Where the tensors are.
+    pub(super) fn device(&self) -> Device {
+        self.device.clone()
     }
 
     /// Whether this pass is one of training: normalisation takes the batch's own statistics, and updates its buffers.

@@ -2,8 +2,13 @@
 
 use std::sync::Arc;
 
+use burn::tensor::TensorData;
+use rand::Rng;
+
 use super::*;
-use crate::training::config::Backend;
+use crate::training::config::{Backend, Norm};
+use crate::training::dataset::Targets;
+use crate::training::loss::Loss;
 use crate::weights::Layout;
 
 fn network(config: &TrainingConfig, shape: &[usize], task: Task) -> Network {
@@ -65,4 +70,237 @@ fn an_mlp_computes_what_its_weights_say() {
         // Row one: relu(3 + 2 + 0.5), relu(-3 - 3 + 0.25); row two: relu(1 - 4 + 0.5), relu(-1 + 6 + 0.25).
         assert_eq!(floats(outputs), [62.0, 532.0], "{backend}");
     }
+}
+
+/// A small configuration of each model, with the shape of an example and the task that it is for.
+fn small(model: Model, norm: Norm) -> (TrainingConfig, Vec<usize>, Task) {
+    let base = TrainingConfig { model, norm, hidden: vec![5], channels: vec![4, 6], ..Default::default() };
+    match model {
+        Model::Linear => (base, vec![7], Task::Numbers),
+        Model::Mlp => (base, vec![7], Task::Classes(3)),
+        Model::Cnn | Model::ResnetSmall => (base, vec![2, 6, 5], Task::Classes(3)),
+        Model::FedavgCnn => (base, vec![1, 4, 4], Task::Classes(3)),
+        Model::CharLstm => (TrainingConfig { hidden: vec![5, 5], embedding_dim: 3, ..base }, vec![4], Task::Steps(6)),
+    }
+}
+
+/// Every model, and `resnet-small` with either normalisation.
+fn all_small() -> Vec<(TrainingConfig, Vec<usize>, Task)> {
+    let of_group = Model::ALL.iter().map(|&model| small(model, Norm::Group));
+    of_group.chain([small(Model::ResnetSmall, Norm::Batch)]).collect()
+}
+
+/// So many examples for the task, drawn by the purpose: features and targets.
+fn examples(shape: &[usize], task: Task, count: usize) -> (Vec<f32>, Targets) {
+    let mut rng = generator("examples of a test");
+    let num_features: usize = shape.iter().product();
+    let names = |count: usize| (0..count).map(|name| name.to_string()).collect();
+    let mut below =
+        |end: usize, len: usize| -> Vec<u32> { (0..len).map(|_| rng.random_range(0..end as u32)).collect() };
+    match task {
+        Task::Steps(tokens) => {
+            let features = below(tokens, count * num_features).into_iter().map(|token| token as f32).collect();
+            (features, Targets::Steps { labels: below(tokens, count * num_features), names: names(tokens) })
+        }
+        Task::Classes(classes) => {
+            let labels = below(classes, count);
+            let features = (0..count * num_features).map(|_| rng.random_range(-1.0..1.0)).collect();
+            (features, Targets::Classes { labels, names: names(classes) })
+        }
+        Task::Numbers => {
+            let mut reals = |len: usize| (0..len).map(|_| rng.random_range(-1.0..1.0)).collect();
+            (reals(count * num_features), Targets::Numbers(reals(count)))
+        }
+    }
+}
+
+fn on_device(features: &[f32], count: usize, device: &Device) -> Tensor<2> {
+    Tensor::from_data(TensorData::new(features.to_vec(), [count, features.len() / count]), device)
+}
+
+/// Outputs and gradient of one pass of training.
+fn trained_once(network: &Network, values: &[f32], features: &[f32], targets: &Targets, count: usize) -> [Vec<f32>; 2] {
+    let device = Backend::Flex.device().autodiff();
+    let pass = network.pass(values, &device);
+    let outputs = network.forward(&pass, on_device(features, count, &device));
+    let on_host = floats(outputs.clone().inner());
+    let slope = Loss::of(&on_host, targets).slope;
+    [on_host, pass.gradient(outputs, slope)]
+}
+
+#[test]
+fn every_models_gradient_follows_finite_differences() {
+    for (config, shape, task) in all_small() {
+        let network = network(&config, &shape, task);
+        let weights = network.initial_weights(5);
+        let (features, targets) = examples(&shape, task, 6);
+        let [outputs, gradient] = trained_once(&network, weights.values(), &features, &targets, 6);
+        let rows = outputs.len() / task.outputs();
+        let mut start = 0;
+        for tensor in &weights.layout().tensors {
+            let (mut missed, mut whole) = (0.0, 0.0);
+            for index in (start..start + tensor.len()).step_by(tensor.len().div_ceil(6)) {
+                let loss_at = |offset: f32| {
+                    let mut values = weights.values().to_vec();
+                    values[index] += offset;
+                    let [outputs, _] = trained_once(&network, &values, &features, &targets, 6);
+                    Loss::of(&outputs, &targets).sum / rows as f64
+                };
+                let slope = (loss_at(1e-3) - loss_at(-1e-3)) / 2e-3;
+                missed += (slope - f64::from(gradient[index])).powi(2);
+                whole += slope.powi(2);
+            }
+            let name = format!("{}, {}", config.model, tensor.name);
+            // A kink of ReLU or of a pooling may lie between the two points; a wrong gradient is further off.
+            assert!(missed.sqrt() <= 0.2 * whole.sqrt() + 2e-4, "{name}: {} of {}", missed.sqrt(), whole.sqrt());
+            let is_buffer = tensor.name.contains("running");
+            assert_eq!(gradient[start..start + tensor.len()].iter().all(|&slope| slope == 0.0), is_buffer, "{name}");
+            start += tensor.len();
+        }
+    }
+}
+
+#[test]
+fn both_backends_compute_the_same() {
+    for (config, shape, task) in all_small() {
+        let network = network(&config, &shape, task);
+        let weights = network.initial_weights(3);
+        let (features, _) = examples(&shape, task, 3);
+        let [flex, ndarray] = [Backend::Flex, Backend::Ndarray].map(|backend| {
+            let device = backend.device();
+            floats(network.forward(&network.pass(weights.values(), &device), on_device(&features, 3, &device)))
+        });
+        assert_eq!(flex.len(), ndarray.len());
+        let near = flex.iter().zip(&ndarray).all(|(a, b)| (a - b).abs() < 1e-5);
+        assert!(near, "{}: {flex:?} against {ndarray:?}", config.model);
+    }
+}
+
+#[test]
+fn a_cnn_has_the_names_and_shapes_of_a_pytorch_state_dict() {
+    let (config, shape, task) = small(Model::Cnn, Norm::Group);
+    expect_tensors(
+        &network(&config, &shape, task),
+        &[
+            ("conv1.weight", &[4, 2, 3, 3]),
+            ("conv1.bias", &[4]),
+            ("conv2.weight", &[6, 4, 3, 3]),
+            ("conv2.bias", &[6]),
+            ("fc1.weight", &[5, 6]), // 6 × 5 pixels, halved twice, are 1 × 1
+            ("fc1.bias", &[5]),
+            ("fc2.weight", &[3, 5]),
+            ("fc2.bias", &[3]),
+        ],
+    );
+}
+
+#[test]
+fn the_cnn_of_federated_averaging_has_as_many_values_as_in_the_paper() {
+    let config = TrainingConfig { model: Model::FedavgCnn, ..Default::default() };
+    let network = network(&config, &[1, 28, 28], Task::Classes(10));
+    assert_eq!(layout(&network).len(), 1_663_370);
+    assert_eq!(layout(&network).tensors[0].shape, [32, 1, 5, 5]);
+}
+
+#[test]
+fn a_resnet_has_torchvisions_names_and_the_buffers_of_its_norm() {
+    let (config, shape, task) = small(Model::ResnetSmall, Norm::Batch);
+    let of_batch = network(&config, &shape, task);
+    let tensors = names_and_shapes(&of_batch);
+    let shape_of = |name: &str| tensors.iter().find(|(other, _)| other == name).map(|(_, shape)| shape.as_slice());
+    assert_eq!(shape_of("conv1.weight"), Some(&[4, 2, 3, 3][..]));
+    assert_eq!(shape_of("layer1.0.downsample.0.weight"), None, "nothing changes there");
+    assert_eq!(shape_of("layer2.0.downsample.0.weight"), Some(&[6, 4, 1, 1][..]));
+    assert_eq!(shape_of("layer2.0.downsample.1.running_var"), Some(&[6][..]));
+    assert_eq!(shape_of("layer2.1.bn2.bias"), Some(&[6][..]));
+    assert_eq!(shape_of("fc.weight"), Some(&[3, 6][..]));
+    let (config, ..) = small(Model::ResnetSmall, Norm::Group);
+    let of_group = network(&config, &shape, task);
+    let kept: Vec<_> = tensors.into_iter().filter(|(name, _)| !name.contains("running")).collect();
+    assert_eq!(names_and_shapes(&of_group), kept);
+    assert_eq!(of_group.trainable(), [0..layout(&of_group).len()], "one range without buffers");
+    let trained: usize = of_batch.trainable().iter().map(ExactSizeIterator::len).sum();
+    assert_eq!(trained, layout(&of_group).len());
+}
+
+#[test]
+fn a_char_lstm_has_the_names_and_shapes_of_a_pytorch_state_dict() {
+    let (config, shape, task) = small(Model::CharLstm, Norm::Group);
+    expect_tensors(
+        &network(&config, &shape, task),
+        &[
+            ("embedding.weight", &[6, 3]),
+            ("lstm.weight_ih_l0", &[20, 3]),
+            ("lstm.weight_hh_l0", &[20, 5]),
+            ("lstm.bias_ih_l0", &[20]),
+            ("lstm.bias_hh_l0", &[20]),
+            ("lstm.weight_ih_l1", &[20, 5]),
+            ("lstm.weight_hh_l1", &[20, 5]),
+            ("lstm.bias_ih_l1", &[20]),
+            ("lstm.bias_hh_l1", &[20]),
+            ("fc.weight", &[6, 5]),
+            ("fc.bias", &[6]),
+        ],
+    );
+}
+
+#[test]
+fn groups_divide_the_channels() {
+    assert_eq!([1, 2, 6, 8, 16, 64, 7].map(layers::Norm::groups), [1, 1, 3, 4, 8, 8, 1]);
+}
+
+#[test]
+fn running_statistics_move_a_tenth_of_the_way_to_the_batchs_own() {
+    let (config, shape, task) = small(Model::ResnetSmall, Norm::Batch);
+    let network = network(&config, &shape, task);
+    let weights = network.initial_weights(3);
+    let (features, _) = examples(&shape, task, 4);
+    let device = Backend::Flex.device().autodiff();
+    let pass = network.pass(weights.values(), &device);
+    network.forward(&pass, on_device(&features, 4, &device));
+    let mut after = weights.clone();
+    pass.write_buffers(after.values_mut());
+    // What bn1 sees is what conv1 yields.
+    let plain = Backend::Flex.device();
+    let pass = network.pass(weights.values(), &plain);
+    let images = on_device(&features, 4, &plain).reshape([4, shape[0], shape[1], shape[2]]);
+    let seen = layers::Conv::new("conv1", 2, 4, 3).unbiased().forward(&pass, images);
+    let channel: Vec<f32> = floats(seen.narrow(1, 1, 1));
+    let mean = channel.iter().sum::<f32>() / channel.len() as f32;
+    let variance = channel.iter().map(|value| (value - mean).powi(2)).sum::<f32>() / (channel.len() - 1) as f32;
+    for (spec, values) in after.tensors() {
+        match spec.name.as_str() {
+            "bn1.running_mean" => assert!((values[1] - 0.1 * mean).abs() < 1e-6, "{values:?} {mean}"),
+            "bn1.running_var" => assert!((values[1] - (0.9 + 0.1 * variance)).abs() < 1e-6, "{values:?} {variance}"),
+            _ => {}
+        }
+    }
+    let moved = weights.tensors().zip(after.tensors()).filter(|((_, before), (_, after))| before != after);
+    assert!(moved.map(|((spec, _), _)| &spec.name).all(|name| name.contains("running")), "buffers alone");
+    // Measuring takes the running statistics, and leaves them alone.
+    let pass = network.pass(after.values(), &plain);
+    network.forward(&pass, on_device(&features, 4, &plain));
+    let mut measured = after.clone();
+    pass.write_buffers(measured.values_mut());
+    assert_eq!(measured, after);
+}
+
+#[test]
+fn data_that_a_model_cannot_learn_from_are_refused_with_what_it_needs() {
+    let refused =
+        |config: &TrainingConfig, shape: &[usize], task| Network::new(config, shape, task).unwrap_err().to_string();
+    let of = |model| TrainingConfig { model, ..Default::default() };
+    assert_eq!(
+        refused(&of(Model::Cnn), &[13], Task::Classes(2)),
+        "model = cnn cannot learn from these data: it needs images, as from the data sets idx: and images:, and an \
+         example here is 13 values with a class"
+    );
+    let small = refused(&of(Model::FedavgCnn), &[1, 3, 28], Task::Classes(10));
+    assert!(small.contains("at least 4 × 4 pixels, and an example here is 1 × 3 × 28 values"), "{small}");
+    assert!(refused(&of(Model::CharLstm), &[1, 8, 8], Task::Classes(10)).contains("needs texts"));
+    assert!(refused(&of(Model::Mlp), &[32], Task::Steps(60)).contains("there is char-lstm"));
+    let uneven = TrainingConfig { hidden: vec![8, 9], ..of(Model::CharLstm) };
+    assert!(refused(&uneven, &[32], Task::Steps(60)).contains("of the same width"));
+    let deep = TrainingConfig { channels: vec![4; 4], ..of(Model::Cnn) };
+    assert!(refused(&deep, &[1, 8, 8], Task::Classes(10)).contains("2 pixels to halve"));
 }

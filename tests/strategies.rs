@@ -1,0 +1,339 @@
+//! Strategies on real data: federations of trainers and jobs without messages, so that a round is what it computes.
+
+use std::ops::{ControlFlow, Range};
+use std::sync::{Arc, Mutex};
+
+use rodizio::aggregation::{Contribution, Parameters, Share, Strategy};
+use rodizio::jobs::Workshop;
+use rodizio::journal::Blobs;
+use rodizio::protocol::{Done, Job, Residual, Trained};
+use rodizio::training::{
+    BurnTrainer, Dataset, Model, OnProgress, Partition, ReadOptions, Source, Train, TrainError, Trainer, TrainingConfig,
+};
+use rodizio::transfer::{Codec, Codecs, Manifest};
+use rodizio::types::{Digest, Metrics, PeerId, Round, Term};
+use rodizio::weights::{Layout, Weights};
+
+fn named(name: &str) -> Strategy {
+    Strategy::named(name, &Parameters::default()).unwrap()
+}
+
+/// A trainer that means harm: what it learned, reversed and ten times as long.
+struct Flipped {
+    trainer: BurnTrainer,
+    start: Weights,
+}
+
+impl Trainer for Flipped {
+    fn layout(&self) -> Arc<Layout> {
+        self.trainer.layout()
+    }
+
+    fn num_examples(&self) -> u64 {
+        self.trainer.num_examples()
+    }
+
+    fn weights(&self) -> Weights {
+        let mut weights = self.start.clone();
+        let trained = self.trainer.weights();
+        for ((value, trained), start) in weights.values_mut().iter_mut().zip(trained.values()).zip(self.start.values())
+        {
+            *value = start - 10.0 * (trained - start);
+        }
+        weights
+    }
+
+    fn set_weights(&mut self, weights: &Weights) -> Result<(), TrainError> {
+        self.start = weights.clone();
+        self.trainer.set_weights(weights)
+    }
+
+    fn train(&mut self, round: Round, on_progress: &mut OnProgress<'_>) -> Result<Metrics, TrainError> {
+        self.trainer.train(round, on_progress)
+    }
+
+    fn step_sum(&self) -> f64 {
+        self.trainer.step_sum()
+    }
+
+    fn set_correction(&mut self, correction: Option<Vec<f32>>) -> Result<(), TrainError> {
+        self.trainer.set_correction(correction)
+    }
+
+    fn evaluate(&mut self) -> Result<Metrics, TrainError> {
+        self.trainer.evaluate()
+    }
+}
+
+/// A peer, with its own blobs as on a machine of its own.
+struct Member {
+    workshop: Workshop,
+    trainer: Mutex<Box<dyn Trainer>>,
+    control: Option<Digest>,
+}
+
+/// Peers that take turns to lead. Who leads does not train.
+struct Federation {
+    members: Vec<Member>,
+    model: Manifest,
+    round: Round,
+    /// What was trained in the last round, and the model that it led to.
+    updates: Vec<(Share, Weights)>,
+}
+
+impl Member {
+    fn new(index: usize, strategy: Strategy, codecs: Codecs, trainer: Box<dyn Trainer>) -> Self {
+        let layout = trainer.layout();
+        let (peer, blobs, chunk_bytes) = (peer(index), Blobs::memory(), 1 << 20);
+        let loaded = Arc::default();
+        let workshop = Workshop { blobs, layout, peer, codecs, strategy, chunk_bytes, loaded };
+        Self { workshop, trainer: Mutex::new(trainer), control: None }
+    }
+
+    fn perform(&self, job: Job) -> Done {
+        let (mut go_on, mut give_up) = (|_, _| ControlFlow::Continue(()), |_| ControlFlow::Break(()));
+        self.workshop.perform(job, &self.trainer, &mut go_on, &mut give_up)
+    }
+
+    /// Pulls a blob from another, and verifies it.
+    fn pull(&self, from: &Member, manifest: Manifest) {
+        let blob = from.workshop.blobs.get(manifest.digest).unwrap().unwrap();
+        let mut give_up = |_| ControlFlow::Break(());
+        let mut receiving = self.workshop.receive(manifest, &mut give_up).unwrap();
+        let taken = (0..manifest.chunks())
+            .map(|index| receiving.take(index, &manifest.chunk(&blob, index).unwrap(), &mut give_up).unwrap());
+        assert_eq!(taken.last(), Some(true));
+    }
+
+    fn evaluate(&self, model: Manifest) -> Metrics {
+        let Done::Evaluated { result, .. } = self.perform(Job::Evaluate { model }) else { unreachable!() };
+        result.unwrap()
+    }
+}
+
+impl Federation {
+    fn new(strategy: Strategy, codecs: Codecs, trainers: Vec<Box<dyn Trainer>>) -> Self {
+        let trainers = trainers.into_iter().enumerate();
+        let members: Vec<Member> =
+            trainers.map(|(index, trainer)| Member::new(index, strategy, codecs, trainer)).collect();
+        let Done::Initial(model) = members[0].perform(Job::Initial) else { unreachable!() };
+        let model = model.unwrap();
+        members[1..].iter().for_each(|member| member.pull(&members[0], model));
+        Self { members, model, round: Round(0), updates: Vec::new() }
+    }
+
+    /// Each round another leads; all then hold the model, and no blob of an earlier round.
+    fn round(&mut self) {
+        self.round = self.round.next();
+        let leader = self.round.0 as usize % self.members.len();
+        let (round, model, parent) = (self.round, self.model, self.model);
+        let mut trained: Vec<(usize, Trained)> = Vec::new();
+        for (index, member) in self.members.iter().enumerate().filter(|(index, _)| *index != leader) {
+            let (residual, control) = (Residual::default(), member.control);
+            let done = member.perform(Job::Train { round, model, residual, control });
+            let Done::Trained { result, .. } = done else { unreachable!() };
+            trained.push((index, result.unwrap()));
+        }
+        let leads = &self.members[leader];
+        trained.iter().for_each(|(index, trained)| leads.pull(&self.members[*index], trained.update));
+        let share = |(index, trained): &(usize, Trained)| {
+            let num_examples = self.members[*index].trainer.lock().unwrap().num_examples();
+            (trained.update, Share { num_examples, step_sum: trained.step_sum })
+        };
+        let parts: Vec<_> = trained.iter().map(share).collect();
+        self.updates =
+            parts.iter().map(|(update, share)| (*share, leads.workshop.load_update(update).unwrap())).collect();
+        let members = self.members.len();
+        let done = leads.perform(Job::Aggregate { round, term: Term(0), parent, members, parts });
+        let Done::Aggregated { result, .. } = done else { unreachable!() };
+        self.model = result.unwrap();
+        let others = self.members.iter().enumerate().filter(|(index, _)| *index != leader);
+        others.for_each(|(_, member)| member.pull(leads, self.model));
+        for (index, trained) in trained {
+            self.members[index].control = trained.control;
+        }
+        for member in &self.members {
+            let keep = member.control.into_iter().chain([self.model.digest]).collect();
+            member.workshop.blobs.retain(&keep).unwrap();
+        }
+    }
+
+    /// The accuracy that those of `who` measure.
+    fn accuracy(&self, who: Range<usize>) -> f64 {
+        let metrics: Vec<Metrics> = self.members[who].iter().map(|member| member.evaluate(self.model)).collect();
+        Metrics::weighted_mean(&metrics).unwrap().accuracy
+    }
+
+    /// All that stands in the global model's blob.
+    fn blob(&self) -> Weights {
+        let workshop = &self.members[0].workshop;
+        let blob = workshop.blobs.get(self.model.digest).unwrap().unwrap();
+        Codec::F32.decode(&blob, &workshop.strategy.model_layout(&workshop.layout)).unwrap()
+    }
+
+    fn own_control(&self, index: usize) -> Vec<f32> {
+        let member = &self.members[index];
+        let Some(control) = member.control else { return vec![0.0; member.workshop.layout.len()] };
+        let blob = member.workshop.blobs.get(control).unwrap().unwrap();
+        Codec::F32.decode(&blob, &member.workshop.layout).unwrap().into_values()
+    }
+}
+
+fn peer(index: usize) -> PeerId {
+    PeerId::new(&format!("peer-{index}")).unwrap()
+}
+
+/// Trainers on parts of the digits, a fifth of each held out; the first `bad` mean harm.
+fn trainers(config: &TrainingConfig, peers: usize, partition: Partition, bad: usize) -> Vec<Box<dyn Trainer>> {
+    trainers_on(&Dataset::digits(), config, peers, partition, bad)
+}
+
+fn trainers_on(
+    data: &Dataset,
+    config: &TrainingConfig,
+    peers: usize,
+    partition: Partition,
+    bad: usize,
+) -> Vec<Box<dyn Trainer>> {
+    let parts = partition.of(data, peers, config.seed).unwrap();
+    let trainer = |(index, part): (usize, &Vec<usize>)| -> Box<dyn Trainer> {
+        let (train, held_out) = data.subset(part).split(0.2, config.seed).unwrap();
+        let trainer = BurnTrainer::new(config.clone(), peer(index), train, held_out).unwrap();
+        if index < bad { Box::new(Flipped { start: trainer.weights(), trainer }) } else { Box::new(trainer) }
+    };
+    parts.iter().enumerate().map(trainer).collect()
+}
+
+fn quick() -> TrainingConfig {
+    TrainingConfig { hidden: vec![16], local_epochs: 1, ..TrainingConfig::default() }
+}
+
+#[test]
+fn leaders_that_change_every_round_compute_what_one_would_alone() {
+    for name in Strategy::NAMES {
+        let strategy = named(name);
+        let config = TrainingConfig { mu: if *name == "fedprox" { 0.1 } else { 0.0 }, ..quick() };
+        let mut federation = Federation::new(strategy, Codecs::default(), trainers(&config, 4, Partition::Iid, 0));
+        let layout = federation.members[0].workshop.layout.clone();
+        let mut central = strategy.initial(trainers(&config, 1, Partition::Iid, 0)[0].weights());
+        for _ in 0..3 {
+            federation.round();
+            let contributions: Vec<_> =
+                federation.updates.iter().map(|(share, weights)| Contribution { share: *share, weights }).collect();
+            central = strategy.aggregate(&layout, &central, &contributions, 4).unwrap();
+            assert_eq!(federation.blob(), central, "{name} in round {}", federation.round);
+        }
+    }
+}
+
+#[test]
+fn every_strategy_learns() {
+    for name in Strategy::NAMES {
+        let config = TrainingConfig { mu: if *name == "fedprox" { 0.1 } else { 0.0 }, ..TrainingConfig::default() };
+        let mut federation = Federation::new(named(name), Codecs::default(), trainers(&config, 5, Partition::Iid, 0));
+        for _ in 0..4 {
+            federation.round();
+        }
+        let accuracy = federation.accuracy(0..5);
+        println!("{name}: {accuracy:.3}");
+        assert!(accuracy > 0.85, "{name}: {accuracy}");
+    }
+}
+
+#[test]
+fn one_of_five_that_sends_its_update_reversed_ruins_the_mean_and_no_robust_rule() {
+    let config = TrainingConfig { local_epochs: 2, ..TrainingConfig::default() };
+    let accuracy = |name: &str, bad: usize| {
+        let mut federation = Federation::new(named(name), Codecs::default(), trainers(&config, 5, Partition::Iid, bad));
+        for _ in 0..5 {
+            federation.round();
+        }
+        // Those who mean harm may say what they like.
+        federation.accuracy(bad..5)
+    };
+    let clean = accuracy("fedavg", 0);
+    println!("clean {clean:.3}");
+    let ruined = accuracy("fedavg", 1);
+    println!("fedavg {ruined:.3}");
+    assert!(ruined < clean - 0.3, "{ruined}, without the bad one {clean}");
+    for name in ["median", "trimmed-mean", "krum", "multi-krum", "bulyan", "norm-clip"] {
+        let robust = accuracy(name, 1);
+        println!("{name} {robust:.3}");
+        assert!(robust > clean - 0.03, "{name}: {robust}, without the bad one {clean}");
+    }
+}
+
+#[test]
+fn scaffolds_common_control_variate_is_the_mean_of_all_members() {
+    let config = TrainingConfig { momentum: 0.0, ..quick() };
+    let partition = Partition::Dirichlet { alpha: 0.3 };
+    let mut federation = Federation::new(named("scaffold"), Codecs::default(), trainers(&config, 3, partition, 0));
+    for _ in 0..5 {
+        federation.round();
+        let values = federation.members[0].workshop.layout.len();
+        let common = federation.blob().into_values().split_off(values);
+        let own: Vec<Vec<f32>> = (0..3).map(|index| federation.own_control(index)).collect();
+        let far = (0..values)
+            .map(|place| (own.iter().map(|own| own[place]).sum::<f32>() / 3.0 - common[place]).abs())
+            .fold(0.0, f32::max);
+        assert!(far < 1e-5, "round {}: {far}", federation.round);
+    }
+    assert!(federation.own_control(0).iter().any(|value| value.abs() > 1e-3));
+}
+
+#[test]
+fn scaffold_sends_half_values_too() {
+    for updates in [Codec::F16, Codec::Bf16] {
+        let codecs = Codecs { updates, ..Codecs::default() };
+        let mut federation = Federation::new(named("scaffold"), codecs, trainers(&quick(), 3, Partition::Iid, 0));
+        let before = federation.accuracy(0..3);
+        for _ in 0..3 {
+            federation.round();
+        }
+        let after = federation.accuracy(0..3);
+        assert!(after > before + 0.3, "{updates}: {before}, then {after}");
+    }
+}
+
+/// The figures of the README: five peers, ten rounds of one local epoch, on images that the variable `DATA` names.
+///
+/// `DATA=idx:DIR cargo test --release --test strategies figures -- --ignored --nocapture`
+#[test]
+#[ignore = "takes minutes and a data set"]
+fn figures() {
+    let source = std::env::var("DATA").expect("DATA names the data, as --data does");
+    let source = Source::parse(&source).expect("DATA is written as --data is");
+    let Train::Whole(data) = source.read(None, &ReadOptions::default()).unwrap().train else { panic!("one set") };
+    let cnn = TrainingConfig {
+        model: Model::Cnn,
+        learning_rate: 0.05,
+        momentum: 0.9,
+        batch_size: 32,
+        local_epochs: 1,
+        ..TrainingConfig::default()
+    };
+    let run = |what: &str, name: &str, partition: Partition, bad: usize| {
+        // Scaffold's paper has plain steps; ten times as long, they go as far as those with momentum.
+        let plain = TrainingConfig { momentum: 0.0, learning_rate: 0.2, ..cnn.clone() };
+        let config = match name {
+            "scaffold" => plain,
+            "fedprox" => TrainingConfig { mu: 0.01, ..cnn.clone() },
+            _ => cnn.clone(),
+        };
+        let started = std::time::Instant::now();
+        let trainers = trainers_on(&data, &config, 5, partition, bad);
+        let mut federation = Federation::new(named(name), Codecs::default(), trainers);
+        (0..10).for_each(|_| federation.round());
+        let accuracy = federation.accuracy(bad..5);
+        println!("| {what} | {name} | {accuracy:.4} | {:.1} |", started.elapsed().as_secs_f64());
+    };
+    println!("| data | strategy | accuracy | seconds |");
+    for (what, partition) in [("iid", Partition::Iid), ("dirichlet 0.3", Partition::Dirichlet { alpha: 0.3 })] {
+        for name in ["fedavg", "fedprox", "fedadam", "scaffold"] {
+            run(what, name, partition, 0);
+        }
+    }
+    for name in ["fedavg", "median", "trimmed-mean", "krum", "multi-krum", "bulyan", "norm-clip"] {
+        run("iid, one of five reversed ×10", name, Partition::Iid, 1);
+    }
+}
