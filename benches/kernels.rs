@@ -7,8 +7,8 @@ use std::sync::Arc;
 use bytes::Bytes;
 use divan::counter::BytesCount;
 use divan::{Bencher, black_box};
-use rodizio::aggregation::{Contribution, Rule};
-use rodizio::transfer::{Codec, Manifest, Tuning, join_verified};
+use rodizio::aggregation::{Contribution, Parameters, Share, Strategy};
+use rodizio::transfer::{Codec, Manifest, Tuning, Verifier};
 use rodizio::types::Digest;
 use rodizio::weights::{Layout, TensorSpec, Weights};
 
@@ -37,12 +37,33 @@ fn bytes(values: usize) -> BytesCount {
     BytesCount::new(values * size_of::<f32>())
 }
 
-/// The rules that exist, over four updates. A median would stand here too, once there is one.
+/// The mean of four updates, as long as shown.
 #[divan::bench(args = VALUES)]
 fn mean_of_4(bencher: Bencher<'_, '_>, values: usize) {
-    let updates: Vec<Weights> = (0..4).map(|seed| weights(values, seed)).collect();
-    let contributions: Vec<_> = updates.iter().map(|weights| Contribution { num_examples: 100, weights }).collect();
-    bencher.counter(bytes(4 * values)).bench_local(|| Rule::FedAvg.aggregate(black_box(&contributions)));
+    aggregate_4(bencher, "fedavg", values);
+}
+
+/// Every strategy, over four updates of 64 MB.
+#[divan::bench(args = Strategy::NAMES)]
+fn strategy_of_4(bencher: Bencher<'_, '_>, name: &str) {
+    aggregate_4(bencher, name, 16 << 20);
+}
+
+fn aggregate_4(bencher: Bencher<'_, '_>, name: &str, values: usize) {
+    let strategy = Strategy::named(name, &Parameters::default()).expect("the names are those of the strategies");
+    let layout = weights(values, 0).layout().clone();
+    let update = |seed| {
+        let mut row = weights(values, seed).into_values();
+        row.resize(strategy.update_layout(&layout).len(), 0.0);
+        Weights::new(strategy.update_layout(&layout), row).expect("as many values as the layout has")
+    };
+    let updates: Vec<Weights> = (1..5).map(update).collect();
+    let share = Share::of(100);
+    let contributions: Vec<_> = updates.iter().map(|weights| Contribution { share, weights }).collect();
+    let parent = strategy.initial(weights(values, 0));
+    bencher
+        .counter(bytes(4 * values))
+        .bench_local(|| strategy.aggregate(&layout, &parent, black_box(&contributions), 5));
 }
 
 /// What each codec makes of 64 MB of values, and back.
@@ -65,17 +86,17 @@ fn hash(bencher: Bencher<'_, '_>, values: usize) {
     bencher.counter(bytes(values)).bench_local(|| Digest::of(black_box(&blob)));
 }
 
-/// Chunks become a blob whose digest is checked.
+/// A blob in chunks: its digest, and whether every value is finite.
 #[divan::bench(args = VALUES)]
-fn join(bencher: Bencher<'_, '_>, values: usize) {
+fn verify(bencher: Bencher<'_, '_>, values: usize) {
     let blob = blob(values);
     let manifest = Manifest::of(&blob, CHUNK_BYTES, Codec::F32).expect("chunks within bounds");
-    // Each a message of its own, as they arrive.
-    let chunks = || (0..manifest.chunks()).filter_map(|i| manifest.chunk(&blob, i)).map(|c| Bytes::from(c.to_vec()));
-    bencher
-        .counter(bytes(values))
-        .with_inputs(|| chunks().collect::<Vec<_>>())
-        .bench_local_values(|chunks| join_verified(&manifest, chunks));
+    let layout = weights(values, 0).layout().clone();
+    bencher.counter(bytes(values)).bench_local(|| {
+        let mut verifier = Verifier::new(manifest, layout.clone(), None).expect("the blob is of this layout");
+        black_box(&blob).chunks(CHUNK_BYTES as usize).for_each(|chunk| verifier.extend(chunk).expect("it is whole"));
+        verifier.finish()
+    });
 }
 
 /// Looks at every value.

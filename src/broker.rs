@@ -411,6 +411,33 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn weights_are_not_sent_back_to_the_peer_that_published_them_and_everything_else_is() {
+        let broker = broker().await;
+        let (long, short) = (vec![7; 1 << 20], vec![8; 100]);
+        for (id, echoed) in [("rodizio-demo-a.bulk", false), ("anybody", true)] {
+            let mut holder = Wire::connect(&broker, id, None).await;
+            let mut receiver = Wire::connect(&broker, "rodizio-demo-b.bulk", None).await;
+            for wire in [&mut holder, &mut receiver] {
+                wire.subscribe("weights/+/all", QoS::AtMostOnce).await;
+            }
+            // More than are remembered at a time.
+            for _ in 0..40 {
+                holder.publish("weights/7/all", &long, false).await;
+                assert_eq!(receiver.payload().await, long);
+                if echoed {
+                    assert_eq!(holder.payload().await, long);
+                }
+            }
+            holder.publish("weights/7/b", &long, false).await;
+            holder.publish("weights/7/all", &short, false).await;
+            receiver.publish("weights/7/all", &long, false).await;
+            assert_eq!(holder.payload().await, short, "only long ones are weights");
+            assert_eq!(holder.payload().await, long, "it is another's");
+            holder.disconnect().await;
+        }
+    }
+
+    #[tokio::test]
     async fn port_0_becomes_a_real_port_and_two_brokers_run_at_once() {
         let (one, two) = (broker().await, broker().await);
         assert_ne!(one.addr().port(), 0);

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use toml::de::{DeTable, DeValue};
 
+use crate::aggregation::Rule;
 use crate::types::{Address, PeerId};
 
 mod keys;
@@ -36,6 +37,26 @@ pub struct Settings {
     pub policy: String,
     /// How updates become the next global model.
     pub strategy: &'static str,
+    /// Share of the members that trains in a round, above 0 to 1.
+    pub fraction_train: f64,
+    /// How strongly fedprox holds local weights to the global model's.
+    pub mu: f64,
+    /// The server optimizer, if it is not the strategy's own.
+    pub server_optimizer: Option<&'static str>,
+    /// Length of the server optimizer's step, if it is not its own.
+    pub server_learning_rate: Option<f64>,
+    /// Share of the last direction that the server optimizer keeps, 0 to below 1.
+    pub server_momentum: f64,
+    /// Share of the second moment that adam and yogi keep, 0 to below 1.
+    pub server_beta2: f64,
+    /// The adaptive server optimizers' tau.
+    pub server_tau: f64,
+    /// Share of the values that trimmed-mean leaves out at either end, 0 to below a half.
+    pub trim: f64,
+    /// How many updates of a round may be bad.
+    pub byzantine: usize,
+    /// The longest difference that norm-clip lets pass, if it is given.
+    pub clip_norm: Option<f64>,
     /// Whether the leader of a round trains too.
     pub leader_trains: bool,
     /// How many rounds to train at most.
@@ -307,6 +328,16 @@ impl Layers {
             min_updates: self.count("min_updates"),
             policy: self.text("policy"),
             strategy: self.choice("strategy"),
+            fraction_train: self.set_real("fraction_train"),
+            mu: self.set_real("mu"),
+            server_optimizer: self.optional_choice("server_optimizer"),
+            server_learning_rate: self.real("server_learning_rate"),
+            server_momentum: self.set_real("server_momentum"),
+            server_beta2: self.set_real("server_beta2"),
+            server_tau: self.set_real("server_tau"),
+            trim: self.set_real("trim"),
+            byzantine: self.count("byzantine"),
+            clip_norm: self.real("clip_norm"),
             leader_trains: self.switch("leader_trains"),
             rounds: self.count("rounds"),
             target_accuracy: self.real("target_accuracy"),
@@ -384,6 +415,17 @@ impl Layers {
     /// The settings of `run`, which starts all its peers itself: there must be enough of them.
     pub fn settings_of_run(&self) -> Result<Settings, ConfigError> {
         let settings = self.settings()?;
+        let updates = settings.peers - usize::from(!settings.leader_trains && settings.peers > 1);
+        if let Ok(needed) = settings.aggregation().map(|strategy| strategy.rule.updates_proven())
+            && updates < needed
+        {
+            let rule = format!(
+                "with byzantine = {} the strategy needs {needed} updates a round and gets {updates}: more peers, \
+                 leader_trains = true, or a lower byzantine",
+                settings.byzantine
+            );
+            return Err(self.conflict("peers", "strategy", &rule));
+        }
         if settings.peers < settings.min_peers {
             return Err(self.conflict(
                 "peers",
@@ -416,6 +458,28 @@ impl Layers {
         if settings.round_timeout <= settings.election_timeout {
             let rule = "round_timeout must be longer than election_timeout: a round outlasts a change of leaders";
             return Err(self.conflict("round_timeout", "election_timeout", rule));
+        }
+        self.check_strategy(settings)
+    }
+
+    fn check_strategy(&self, settings: &Settings) -> Result<(), ConfigError> {
+        let strategy = match settings.aggregation() {
+            Ok(strategy) => strategy,
+            Err(error) => return Err(self.conflict("server_optimizer", "strategy", &error.to_string())),
+        };
+        if strategy.has_state() && settings.model_codec != "f32" {
+            let rule =
+                "what the strategy remembers travels with the model and must stay exact: leave model_codec at f32";
+            return Err(self.conflict("model_codec", "strategy", rule));
+        }
+        if strategy.has_control() && !["f32", "f16", "bf16"].contains(&settings.codec) {
+            let rule = "scaffold sends control variates with each update, as f32, f16 or bf16";
+            return Err(self.conflict("codec", "strategy", rule));
+        }
+        let by_sgd = settings.optimizer == "sgd";
+        if matches!(strategy.rule, Rule::Scaffold | Rule::FedNova) && !by_sgd {
+            let rule = "scaffold and fednova count the steps of sgd: set optimizer = sgd";
+            return Err(self.conflict("optimizer", "strategy", rule));
         }
         Ok(())
     }
@@ -499,6 +563,14 @@ impl Layers {
         match self.value(name) {
             Value::Choice(word) => word,
             Value::Unset => NONE,
+            other => mistyped(name, &other),
+        }
+    }
+
+    fn optional_choice(&self, name: &str) -> Option<&'static str> {
+        match self.value(name) {
+            Value::Choice(word) => Some(word),
+            Value::Unset => None,
             other => mistyped(name, &other),
         }
     }
@@ -603,6 +675,16 @@ impl Settings {
             "min_updates" => Value::Count(self.min_updates as u64),
             "policy" => Value::Text(self.policy.clone()),
             "strategy" => Value::Choice(self.strategy),
+            "fraction_train" => Value::Real(self.fraction_train),
+            "mu" => Value::Real(self.mu),
+            "server_optimizer" => or_unset(self.server_optimizer, Value::Choice),
+            "server_learning_rate" => or_unset(self.server_learning_rate, Value::Real),
+            "server_momentum" => Value::Real(self.server_momentum),
+            "server_beta2" => Value::Real(self.server_beta2),
+            "server_tau" => Value::Real(self.server_tau),
+            "trim" => Value::Real(self.trim),
+            "byzantine" => Value::Count(self.byzantine as u64),
+            "clip_norm" => or_unset(self.clip_norm, Value::Real),
             "leader_trains" => Value::Switch(self.leader_trains),
             "rounds" => Value::Count(self.rounds),
             "target_accuracy" => or_unset(self.target_accuracy, Value::Real),

@@ -700,7 +700,12 @@ impl Recorder {
                 None
             }
         };
-        let Some(weights) = blob.and_then(|blob| self.codec.decode(&blob, &self.layout).ok()) else { return Ok(()) };
+        // What a strategy remembers stands behind the model, and is none of it.
+        let of_model = |blob: &[u8]| {
+            let bytes = self.codec.encoded_bytes(self.layout.len());
+            blob.get(..usize::try_from(bytes).ok()?).and_then(|bytes| self.codec.decode(bytes, &self.layout).ok())
+        };
+        let Some(weights) = blob.and_then(|blob| of_model(&blob)) else { return Ok(()) };
         let (federation, inputs) = (&self.federation, &self.inputs);
         let saved = self.run_dir.save(&NamedModel { weights: &weights, federation, round, digest, metrics, inputs });
         // One that the disk has no room for counts: it is held until there is.

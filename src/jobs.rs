@@ -1,15 +1,17 @@
 //! Slow work: what a [`Job`] does, with a trainer and a store of blobs. The node and the simulator run the same.
 
-use std::ops::ControlFlow;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::ops::{ControlFlow, Range};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 
-use crate::aggregation::{AggregateError, Part, Rule};
-use crate::journal::{Blobs, JournalError};
+use crate::aggregation::{
+    AggregateError, Inspection, Parent, Part, STEP_SUMS, Section, Share, Strategy, advance_control,
+};
+use crate::journal::{Blob, Blobs, Draft, JournalError};
 use crate::protocol::{Done, Job, Residual, Trained};
 use crate::training::{Progress, Trainer};
-use crate::transfer::{Codec, Codecs, Manifest, Reader, Tuning, join_verified, ranges};
+use crate::transfer::{Assembly, Codec, Codecs, Inserted, Manifest, Reader, Tuning, Verifier, ranges};
 use crate::types::{Digest, Metrics, PeerId, Round};
 use crate::weights::{Layout, Weights};
 
@@ -25,9 +27,38 @@ pub struct Workshop {
     /// How weights are written.
     pub codecs: Codecs,
     /// How updates become a model.
-    pub rule: Rule,
+    pub strategy: Strategy,
     /// The length of a chunk, in bytes.
     pub chunk_bytes: u32,
+    /// The model that the trainer has, as long as nothing has changed it: it need not be read again.
+    pub loaded: Arc<Mutex<Option<Manifest>>>,
+}
+
+/// A blob that is being received: its chunks are written at their places as they come, and verified from the first one
+/// on, so that little is left to do after the last.
+///
+/// Dropped before it is complete, it leaves nothing behind.
+#[derive(Debug)]
+pub struct Receiving {
+    manifest: Manifest,
+    /// Which chunks are written.
+    written: Assembly,
+    /// How many chunks from the first on were verified.
+    verified: u32,
+    verifier: Verifier,
+    draft: Draft,
+}
+
+/// A blob that is being made: weights are written range by range, and named when the last one is.
+#[derive(Debug)]
+pub struct Writer {
+    layout: Arc<Layout>,
+    codec: Codec,
+    tuning: Tuning,
+    chunk_bytes: u32,
+    draft: Draft,
+    hasher: blake3::Hasher,
+    values: usize,
 }
 
 impl Workshop {
@@ -45,31 +76,32 @@ impl Workshop {
         // A job that panicked is a bug and ends the node; what it left of the trainer is not used again.
         let own = || trainer.lock().unwrap_or_else(PoisonError::into_inner);
         match job {
-            Job::Initial => Done::Initial(self.keep_model(Round::GENESIS, &own().weights(), on_full)),
+            Job::Initial => {
+                let initial = self.strategy.initial(own().weights());
+                Done::Initial(self.keep_model(Round::GENESIS, &initial, on_full))
+            }
             Job::Evaluate { model } => {
                 Done::Evaluated { model: model.digest, result: self.evaluate(&model, own().as_mut()) }
             }
-            Job::Train { round, model, residual } => {
+            Job::Train { round, model, residual, control } => {
                 let mut on_batch = |progress| on_progress(round, progress);
-                let trained = self.train(round, &model, own().as_mut(), &mut on_batch);
-                let result = trained.and_then(|(weights, metrics)| {
+                let trained = self.train(round, &model, control, own().as_mut(), &mut on_batch);
+                let result = trained.and_then(|Training { weights, control, step_sum, metrics }| {
                     let (update, unsent) = self.keep_update(round, weights, &model, &residual, on_full)?;
-                    Ok(Trained { update, unsent, metrics })
+                    let control = control.map(|control| self.keep_own(&control, on_full)).transpose()?;
+                    Ok(Trained { update, unsent, control, step_sum, metrics })
                 });
                 Done::Trained { round, result }
             }
-            Job::Verify { manifest, chunks } => {
-                let result = self.verify(&manifest, chunks, on_full);
-                Done::Verified { manifest, result }
-            }
-            Job::Aggregate { round, term, parts } => {
-                Done::Aggregated { round, term, result: self.aggregate(round, &parts, on_full) }
+            Job::Aggregate { round, term, parent, members, parts } => {
+                let result = self.aggregate(round, &parent, members, &parts, on_full);
+                Done::Aggregated { round, term, result }
             }
         }
     }
 
     fn evaluate(&self, model: &Manifest, trainer: &mut dyn Trainer) -> Result<Metrics, String> {
-        trainer.set_weights(&self.load(model)?).map_err(sentence)?;
+        self.load_into(trainer, model)?;
         let metrics = trainer.evaluate().map_err(sentence)?;
         if metrics.is_finite() { Ok(metrics) } else { Err("the validation loss is not finite".into()) }
     }
@@ -78,81 +110,186 @@ impl Workshop {
         &self,
         round: Round,
         model: &Manifest,
+        control: Option<Digest>,
         trainer: &mut dyn Trainer,
         on_batch: &mut dyn FnMut(Progress) -> ControlFlow<()>,
-    ) -> Result<(Weights, Metrics), String> {
-        trainer.set_weights(&self.load(model)?).map_err(sentence)?;
+    ) -> Result<Training, String> {
+        self.load_into(trainer, model)?;
+        *self.loaded() = None;
+        let controls = self.strategy.has_control().then(|| self.controls(model, control)).transpose()?;
+        let correction = controls.as_ref().map(|controls| controls.correction());
+        trainer.set_correction(correction).map_err(sentence)?;
         let metrics = trainer.train(round, on_batch).map_err(sentence)?;
         let weights = trainer.weights();
+        let step_sum = trainer.step_sum().clamp(*STEP_SUMS.start(), *STEP_SUMS.end());
+        let (weights, control) = match controls {
+            Some(controls) => {
+                let start = self.load_model(model)?;
+                let (weights, control) = self.with_control(controls, &start, weights, step_sum);
+                (weights, Some(control))
+            }
+            None => (weights, None),
+        };
         if let Some(tensor) = weights.first_non_finite() {
             return Err(format!("after training {tensor} holds values that are not finite; lower the learning rate"));
         }
-        Ok((weights, metrics))
+        Ok(Training { weights, control, step_sum, metrics })
     }
 
-    /// Every value is looked at before a blob counts as held: a NaN would spread to every peer.
-    fn verify(&self, manifest: &Manifest, chunks: Vec<Bytes>, on_full: OnFull<'_>) -> Result<(), String> {
-        let blob = join_verified(manifest, chunks).map_err(sentence)?;
-        let mut reader = self.reader(manifest, blob.clone())?;
-        let mut values = Vec::new();
-        for range in ranges(self.layout.len()) {
-            let start = range.start;
-            values.resize(range.len(), 0.0);
-            reader.read(range, &mut values).map_err(sentence)?;
-            if let Some(place) = values.iter().position(|value| !value.is_finite()) {
-                let tensor = self.layout.tensor_of(start + place).unwrap_or_default();
-                return Err(format!("{tensor} holds values that are not finite"));
+    /// The common control variate, which stands in the model's blob, and the peer's own. One whose damaged file somebody has
+    /// removed is gone: it begins anew.
+    fn controls(&self, model: &Manifest, own: Option<Digest>) -> Result<Controls, String> {
+        let common = self.section(model, Section::Control)?;
+        let blob = own.map(|own| self.blobs.open(own)).transpose().map_err(sentence)?.flatten();
+        let own = match blob {
+            Some(blob) => {
+                values_of(Reader::new(Codec::F32, &self.layout, blob, None).map_err(sentence)?, 0, &self.layout)?
             }
-        }
-        self.store(manifest.digest, &blob, on_full)
-    }
-
-    /// Goes through all updates at once, range by range, so that none of them is decoded as a whole.
-    fn aggregate(&self, round: Round, parts: &[(Manifest, u64)], on_full: OnFull<'_>) -> Result<Manifest, String> {
-        let reader = |(update, num_examples): &(Manifest, u64)| {
-            Ok((self.reader(update, self.blob(update.digest)?)?, *num_examples, Vec::new()))
+            None => Weights::zeros(self.layout.clone()),
         };
-        let mut updates: Vec<(Reader, u64, Vec<f32>)> = parts.iter().map(reader).collect::<Result<_, String>>()?;
-        let mut model = Weights::zeros(self.layout.clone());
-        for range in ranges(self.layout.len()) {
-            for (reader, _, values) in &mut updates {
-                values.resize(range.len(), 0.0);
-                reader.read(range.clone(), values).map_err(sentence)?;
+        Ok(Controls { common, own })
+    }
+
+    /// What an update brings where the strategy has control variates: the weights, and behind them by how much the peer's
+    /// control variate changes; and that control variate. Buffers have no gradient to be controlled.
+    fn with_control(&self, controls: Controls, start: &Weights, end: Weights, step_sum: f64) -> (Weights, Weights) {
+        let Controls { common, own } = controls;
+        let mut advanced = own.clone();
+        advance_control(advanced.values_mut(), common.values(), start.values(), end.values(), step_sum);
+        for buffer in self.layout.buffers() {
+            advanced.values_mut()[buffer].fill(0.0);
+        }
+        let mut values = end.into_values();
+        values.extend(advanced.values().iter().zip(own.values()).map(|(new, old)| new - old));
+        let update = Weights::new(self.strategy.update_layout(&self.layout), values);
+        (update.expect("the control variate is as long as the model"), advanced)
+    }
+
+    /// Gives the trainer a model, unless it is the one that it has: a model is evaluated, and then trained on.
+    fn load_into(&self, trainer: &mut dyn Trainer, model: &Manifest) -> Result<(), String> {
+        // Whoever has the trainer to himself has this, too.
+        if self.loaded().replace(*model) == Some(*model) {
+            return Ok(());
+        }
+        let loaded = self.load_model(model).and_then(|weights| trainer.set_weights(&weights).map_err(sentence));
+        if loaded.is_err() {
+            *self.loaded() = None;
+        }
+        loaded
+    }
+
+    fn loaded(&self) -> MutexGuard<'_, Option<Manifest>> {
+        self.loaded.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes the blob of the next model: goes through all updates at once, range by range, so that neither they nor the model
+    /// are in memory as a whole. Where something is remembered behind the model, once for each section, in the blob's order.
+    fn aggregate(
+        &self,
+        round: Round,
+        parent: &Manifest,
+        members: usize,
+        parts: &[(Manifest, Share)],
+        on_full: OnFull<'_>,
+    ) -> Result<Manifest, String> {
+        let shares = parts.iter().map(|(_, share)| *share).collect();
+        let inspection = Inspection::new(self.strategy, &self.layout, shares, members).map_err(sentence)?;
+        let update = |(update, share): &(Manifest, Share)| Ok((self.reader(update)?, *share, Vec::new()));
+        let section = |section| Ok((section, self.reader(parent)?, Vec::new()));
+        let read_sections = self.strategy.reads_parent().then(|| self.strategy.sections());
+        let mut inputs = Inputs {
+            values: self.layout.len(),
+            updates: parts.iter().map(update).collect::<Result<_, String>>()?,
+            parent: read_sections.into_iter().flatten().map(section).collect::<Result<_, String>>()?,
+        };
+        let aggregation = inputs.inspect(inspection)?.decide();
+        let layout = self.strategy.model_layout(&self.layout);
+        let mut writer = self.writer(layout.clone(), self.codecs.model, self.codecs.for_model(round), on_full)?;
+        let mut model = Vec::new();
+        for (index, section) in self.strategy.sections().enumerate() {
+            for range in ranges(self.layout.len()) {
+                inputs.read(section, range.clone())?;
+                model.resize(range.len(), 0.0);
+                aggregation.fill(section, range.start, &inputs.parts(), &inputs.parent(), &mut model);
+                if let Some(place) = first_non_finite(&model) {
+                    let tensor = layout.tensor_of(index * self.layout.len() + range.start + place).unwrap_or_default();
+                    return Err(sentence(AggregateError::NotFinite(tensor.to_owned())));
+                }
+                writer.write(&model, on_full)?;
             }
-            let parts: Vec<Part<'_>> =
-                updates.iter().map(|(_, num_examples, values)| Part { num_examples: *num_examples, values }).collect();
-            self.rule.aggregate_range(&parts, &mut model.values_mut()[range]).map_err(sentence)?;
         }
-        drop(updates);
-        if let Some(tensor) = model.first_non_finite() {
-            return Err(sentence(AggregateError::NotFinite(tensor.to_owned())));
+        writer.finish(on_full)
+    }
+
+    /// An update that is held, with all that it brings.
+    pub fn load_update(&self, update: &Manifest) -> Result<Weights, String> {
+        values_of(self.reader(update)?, 0, &self.strategy.update_layout(&self.layout))
+    }
+
+    /// A model that is held, without what the strategy remembers beside it.
+    pub fn load_model(&self, model: &Manifest) -> Result<Weights, String> {
+        values_of(self.reader(model)?, 0, &self.layout)
+    }
+
+    fn section(&self, model: &Manifest, section: Section) -> Result<Weights, String> {
+        let index = self.strategy.sections().position(|other| other == section).unwrap_or_default();
+        values_of(self.reader(model)?, index * self.layout.len(), &self.layout)
+    }
+
+    /// What a blob holds. Only updates are differences; and of updates and models that are none, each has its own length, or
+    /// they differ in names alone.
+    fn layout_of(&self, manifest: &Manifest) -> Arc<Layout> {
+        let of_models = self.strategy.model_layout(&self.layout);
+        if manifest.base.is_none() && manifest.codec.may_have(of_models.len(), manifest.bytes) {
+            of_models
+        } else {
+            self.strategy.update_layout(&self.layout)
         }
-        self.keep_model(round, &model, on_full)
     }
 
-    /// The weights of a blob that is held.
-    pub fn load(&self, manifest: &Manifest) -> Result<Weights, String> {
-        let mut reader = self.reader(manifest, self.blob(manifest.digest)?)?;
-        let mut weights = Weights::zeros(self.layout.clone());
-        for range in ranges(self.layout.len()) {
-            reader.read(range.clone(), &mut weights.values_mut()[range]).map_err(sentence)?;
-        }
-        Ok(weights)
+    /// Reads a blob that is held by ranges, and adds the model that it is a difference from, if it is one.
+    pub fn reader(&self, manifest: &Manifest) -> Result<Reader, String> {
+        let base = self.base(manifest)?;
+        Reader::new(manifest.codec, &self.layout_of(manifest), self.open(manifest.digest)?, base).map_err(sentence)
     }
 
-    /// Reads a blob, and adds the model that it is a difference from, if it is one.
-    fn reader(&self, manifest: &Manifest, blob: Bytes) -> Result<Reader, String> {
-        let base = manifest.base.map(|base| self.base(base)).transpose()?;
-        Reader::new(manifest.codec, &self.layout, blob, base).map_err(sentence)
+    /// Writes weights of `layout` by ranges, which become a blob. While the disk has no room, `on_full` is called.
+    pub fn writer(
+        &self,
+        layout: Arc<Layout>,
+        codec: Codec,
+        tuning: Tuning,
+        on_full: OnFull<'_>,
+    ) -> Result<Writer, String> {
+        Ok(Writer {
+            layout,
+            codec,
+            tuning,
+            chunk_bytes: self.chunk_bytes,
+            draft: with_room(on_full, || self.blobs.draft())?,
+            hasher: blake3::Hasher::new(),
+            values: 0,
+        })
     }
 
-    fn base(&self, model: Digest) -> Result<Reader, String> {
-        let blob = self.blob(model).map_err(|why| format!("the update is a difference from a model, and {why}"))?;
-        Reader::new(self.codecs.model, &self.layout, blob, None).map_err(sentence)
+    /// Begins to receive a blob.
+    pub fn receive(&self, manifest: Manifest, on_full: OnFull<'_>) -> Result<Receiving, String> {
+        let base = self.base(&manifest)?;
+        let verifier = Verifier::new(manifest, self.layout_of(&manifest), base).map_err(sentence)?;
+        let draft = with_room(on_full, || self.blobs.draft())?;
+        Ok(Receiving { manifest, written: Assembly::new(manifest), verified: 0, verifier, draft })
     }
 
-    fn blob(&self, blob: Digest) -> Result<Bytes, String> {
-        self.blobs.get(blob).map_err(sentence)?.ok_or_else(|| format!("blob {} is not here", blob.short()))
+    fn base(&self, manifest: &Manifest) -> Result<Option<Reader>, String> {
+        let Some(model) = manifest.base else { return Ok(None) };
+        let blob = self.open(model).map_err(|why| format!("the update is a difference from a model, and {why}"))?;
+        let layout = self.strategy.model_layout(&self.layout);
+        let base = Reader::new(self.codecs.model, &layout, blob, None).map_err(sentence)?;
+        Ok(Some(base.first(self.layout.len())))
+    }
+
+    fn open(&self, blob: Digest) -> Result<Blob, String> {
+        self.blobs.open(blob).map_err(sentence)?.ok_or_else(|| format!("blob {} is not here", blob.short()))
     }
 
     /// Whatever the codec loses is lost to all alike: also the peer that made the model goes on from its blob.
@@ -174,57 +311,223 @@ impl Workshop {
         if !codec.writes_difference() {
             return Ok((self.keep(&weights, codec, &tuning, on_full)?, None));
         }
-        weights.subtract(&self.load(model)?);
+        self.subtract(&mut weights, model)?;
         if codec == Codec::TopK {
             self.add_residual(&mut weights, residual)?;
         }
         let update = self.keep(&weights, codec, &tuning, on_full)?;
-        let update = Manifest { base: Some(model.digest), ..update };
         if codec != Codec::TopK {
-            return Ok((update, None));
+            return Ok((Manifest { base: Some(model.digest), ..update }, None));
         }
-        let sent = codec.decode(&self.blob(update.digest)?, &self.layout).map_err(sentence)?;
-        weights.subtract(&sent);
-        let unsent = self.keep(&weights, Codec::F32, &tuning, on_full)?;
-        Ok((update, Some(unsent.digest)))
+        self.subtract(&mut weights, &update)?;
+        let unsent = self.keep_own(&weights, on_full)?;
+        Ok((Manifest { base: Some(model.digest), ..update }, Some(unsent)))
+    }
+
+    /// Keeps what the peer alone needs, as it is.
+    fn keep_own(&self, weights: &Weights, on_full: OnFull<'_>) -> Result<Digest, String> {
+        let tuning = self.codecs.for_update(Round::GENESIS, &self.peer);
+        self.keep(weights, Codec::F32, &tuning, on_full).map(|manifest| manifest.digest)
+    }
+
+    /// Takes away the values of a blob that is held, range by range.
+    fn subtract(&self, weights: &mut Weights, manifest: &Manifest) -> Result<(), String> {
+        let (mut reader, mut values) = (self.reader(manifest)?, Vec::new());
+        for range in ranges(self.layout.len()) {
+            values.resize(range.len(), 0.0);
+            reader.read(range.clone(), &mut values).map_err(sentence)?;
+            weights.values_mut()[range].iter_mut().zip(&values).for_each(|(value, other)| *value -= other);
+        }
+        Ok(())
     }
 
     /// A blob whose damaged file somebody has removed is gone, and with it what it held: training goes on without.
     fn add_residual(&self, weights: &mut Weights, residual: &Residual) -> Result<(), String> {
         for (part, codec) in [(residual.unsent, Codec::F32), (residual.returned, Codec::TopK)] {
-            let blob = part.map(|part| self.blobs.get(part)).transpose().map_err(sentence)?.flatten();
-            if let Some(blob) = blob {
-                weights.add(&codec.decode(&blob, &self.layout).map_err(sentence)?);
+            let blob = part.map(|part| self.blobs.open(part)).transpose().map_err(sentence)?.flatten();
+            let Some(blob) = blob else { continue };
+            let mut reader = Reader::new(codec, &self.layout, blob, None).map_err(sentence)?;
+            let mut values = Vec::new();
+            for range in ranges(self.layout.len()) {
+                values.resize(range.len(), 0.0);
+                reader.read(range.clone(), &mut values).map_err(sentence)?;
+                weights.values_mut()[range].iter_mut().zip(&values).for_each(|(value, other)| *value += other);
             }
         }
         Ok(())
     }
 
     fn keep(&self, weights: &Weights, codec: Codec, tuning: &Tuning, on_full: OnFull<'_>) -> Result<Manifest, String> {
-        let blob = codec.encode(weights, tuning).map_err(sentence)?;
-        let manifest = Manifest::of(&blob, self.chunk_bytes, codec).map_err(sentence)?;
-        self.store(manifest.digest, &blob, on_full)?;
-        Ok(manifest)
+        let mut writer = self.writer(weights.layout().clone(), codec, *tuning, on_full)?;
+        if codec.block().is_none() {
+            writer.write(weights.values(), on_full)?;
+        } else {
+            for range in ranges(weights.values().len()) {
+                writer.write(&weights.values()[range], on_full)?;
+            }
+        }
+        writer.finish(on_full)
+    }
+}
+
+impl Receiving {
+    /// Takes a chunk. `true`: it was the last one; the blob is what its manifest says, and durable.
+    ///
+    /// # Errors
+    /// As soon as it is known that the blob is not to be used. While the disk has no room, `on_full` is called.
+    pub fn take(&mut self, index: u32, chunk: &Bytes, on_full: OnFull<'_>) -> Result<bool, String> {
+        if self.written.insert(index, chunk.len()).map_err(sentence)? == Inserted::Duplicate {
+            return Ok(false);
+        }
+        let start = |index: u32| self.manifest.chunk_range(index).start as u64;
+        with_room(on_full, || self.draft.write(start(index), chunk))?;
+        if index == self.verified {
+            self.verifier.extend(chunk).map_err(sentence)?;
+            self.verified += 1;
+        }
+        // What came before its turn is read again when that has come.
+        while self.verified < self.written.prefix() {
+            let mut chunk = vec![0; self.manifest.chunk_range(self.verified).len()];
+            self.draft.read(start(self.verified), &mut chunk).map_err(sentence)?;
+            self.verifier.extend(&chunk).map_err(sentence)?;
+            self.verified += 1;
+        }
+        if !self.written.is_complete() {
+            return Ok(false);
+        }
+        self.verifier.finish().map_err(sentence)?;
+        with_room(on_full, || self.draft.keep(self.manifest.digest))?;
+        Ok(true)
+    }
+}
+
+impl Writer {
+    /// Writes the next of the [`ranges`]; with a codec without [blocks](Codec::block) all values at once.
+    ///
+    /// # Errors
+    /// When the codec cannot write a value. While the disk has no room, `on_full` is called.
+    pub fn write(&mut self, values: &[f32], on_full: OnFull<'_>) -> Result<(), String> {
+        let bytes = self.codec.encode_range(values, self.values, &self.layout, &self.tuning).map_err(sentence)?;
+        let start = self.hasher.count();
+        self.hasher.update(&bytes);
+        self.values += values.len();
+        with_room(on_full, || self.draft.write(start, &bytes))
     }
 
-    /// What was trained for minutes is not given up because the disk is full for a while.
-    fn store(&self, digest: Digest, blob: &Bytes, on_full: OnFull<'_>) -> Result<(), String> {
-        loop {
-            match self.blobs.put(digest, blob) {
-                Err(error) if error.obstacle().is_some() => {
-                    let why = sentence(&error);
-                    if on_full(error).is_break() {
-                        return Err(why);
-                    }
-                }
-                put => return put.map_err(sentence),
+    /// Names the blob, and makes it durable.
+    pub fn finish(mut self, on_full: OnFull<'_>) -> Result<Manifest, String> {
+        let digest = Digest(*self.hasher.finalize().as_bytes());
+        let manifest = Manifest::named(digest, self.hasher.count(), self.chunk_bytes, self.codec).map_err(sentence)?;
+        with_room(on_full, || self.draft.keep(digest))?;
+        Ok(manifest)
+    }
+}
+
+/// What local training made.
+struct Training {
+    /// The update: the weights, and what travels with them.
+    weights: Weights,
+    control: Option<Weights>,
+    step_sum: f64,
+    metrics: Metrics,
+}
+
+/// The control variates that a training begins with.
+struct Controls {
+    common: Weights,
+    own: Weights,
+}
+
+impl Controls {
+    /// What is added to every gradient.
+    fn correction(&self) -> Vec<f32> {
+        self.common.values().iter().zip(self.own.values()).map(|(common, own)| common - own).collect()
+    }
+}
+
+/// What an aggregation reads, and room for one range of each.
+struct Inputs {
+    /// How many values the model has.
+    values: usize,
+    updates: Vec<(Reader, Share, Vec<f32>)>,
+    /// The sections of the parent's blob, each read at its own place.
+    parent: Vec<(Section, Reader, Vec<f32>)>,
+}
+
+impl Inputs {
+    /// The look at whole updates, if the rule needs one.
+    fn inspect(&mut self, mut inspection: Inspection) -> Result<Inspection, String> {
+        if inspection.is_needed() {
+            for range in ranges(self.values) {
+                self.read(Section::Model, range)?;
+                inspection.look(&self.parts(), self.parent().model);
             }
+        }
+        Ok(inspection)
+    }
+
+    /// Reads a range of every update's model, or of what stands behind it, and of every section of the parent.
+    fn read(&mut self, section: Section, range: Range<usize>) -> Result<(), String> {
+        let place = |first: usize| first + range.start..first + range.end;
+        let behind = if section == Section::Control { self.values } else { 0 };
+        for (reader, _, values) in &mut self.updates {
+            values.resize(range.len(), 0.0);
+            reader.read(place(behind), values).map_err(sentence)?;
+        }
+        for (index, (_, reader, values)) in self.parent.iter_mut().enumerate() {
+            values.resize(range.len(), 0.0);
+            reader.read(place(index * self.values), values).map_err(sentence)?;
+        }
+        Ok(())
+    }
+
+    /// The range of the updates that was read last.
+    fn parts(&self) -> Vec<Part<'_>> {
+        self.updates.iter().map(|(_, share, values)| Part { share: *share, values }).collect()
+    }
+
+    /// The range of the parent that was read last.
+    fn parent(&self) -> Parent<'_> {
+        let mut parent = Parent::default();
+        for (section, _, values) in &self.parent {
+            parent.set(*section, values);
+        }
+        parent
+    }
+}
+
+/// As many values as `layout` has, from value `first` of a blob on.
+fn values_of(mut reader: Reader, first: usize, layout: &Arc<Layout>) -> Result<Weights, String> {
+    let mut weights = Weights::zeros(layout.clone());
+    for range in ranges(layout.len()) {
+        reader.read(first + range.start..first + range.end, &mut weights.values_mut()[range]).map_err(sentence)?;
+    }
+    Ok(weights)
+}
+
+/// What was trained for minutes is not given up because the disk is full for a while.
+fn with_room<T>(on_full: OnFull<'_>, mut write: impl FnMut() -> Result<T, JournalError>) -> Result<T, String> {
+    loop {
+        match write() {
+            Err(error) if error.obstacle().is_some() => {
+                let why = sentence(&error);
+                if on_full(error).is_break() {
+                    return Err(why);
+                }
+            }
+            written => return written.map_err(sentence),
         }
     }
 }
 
+/// No early exit, so that many values are looked at at a time.
+fn first_non_finite(values: &[f32]) -> Option<usize> {
+    let finite = values.iter().fold(true, |finite, value| finite & value.is_finite());
+    if finite { None } else { values.iter().position(|value| !value.is_finite()) }
+}
+
 /// What a job does while the disk has no room: see [`Workshop::perform`].
-type OnFull<'a> = &'a mut dyn FnMut(JournalError) -> ControlFlow<()>;
+pub type OnFull<'a> = &'a mut dyn FnMut(JournalError) -> ControlFlow<()>;
 
 fn sentence(error: impl std::fmt::Display) -> String {
     error.to_string()
@@ -287,8 +590,9 @@ mod tests {
 
     impl Bench {
         fn new(blobs: Blobs, codecs: Codecs) -> Self {
-            let (peer, rule, chunk_bytes) = (PeerId::new("a").unwrap(), Rule::FedAvg, 1024);
-            let workshop = Workshop { blobs, layout: layout(), peer, codecs, rule, chunk_bytes };
+            let (peer, strategy, chunk_bytes) = (PeerId::new("a").unwrap(), Strategy::default(), 1024);
+            let loaded = Arc::default();
+            let workshop = Workshop { blobs, layout: layout(), peer, codecs, strategy, chunk_bytes, loaded };
             Self { workshop, trainer: Mutex::new(Box::new(Learner(Weights::zeros(layout())))) }
         }
 
@@ -303,13 +607,29 @@ mod tests {
         }
 
         fn train(&self, round: u64, model: Manifest, residual: Residual) -> Trained {
-            let done = self.perform(Job::Train { round: Round(round), model, residual });
+            let done = self.perform(Job::Train { round: Round(round), model, residual, control: None });
             let Done::Trained { result: Ok(trained), .. } = done else { panic!("{done:?}") };
             trained
         }
 
+        fn bytes(&self, blob: Digest) -> Bytes {
+            self.workshop.blobs.get(blob).unwrap().unwrap()
+        }
+
+        /// Receives the blob's bytes, which may be others than it says.
+        fn receive(&self, manifest: Manifest, bytes: &Bytes) -> Result<(), String> {
+            let mut give_up = |_| ControlFlow::Break(());
+            let mut receiving = self.workshop.receive(manifest, &mut give_up)?;
+            for index in 0..manifest.chunks() {
+                let chunk = manifest.chunk(bytes, index).unwrap();
+                let complete = receiving.take(index, &chunk, &mut give_up)?;
+                assert_eq!(complete, index + 1 == manifest.chunks());
+            }
+            Ok(())
+        }
+
         fn values(&self, blob: Digest, codec: Codec) -> Weights {
-            codec.decode(&self.workshop.blob(blob).unwrap(), &layout()).unwrap()
+            codec.decode(&self.bytes(blob), &layout()).unwrap()
         }
     }
 
@@ -364,7 +684,7 @@ mod tests {
             let model = bench.initial();
             let trained = bench.train(1, model, Residual::default());
             assert_eq!((trained.unsent, trained.update.base.is_some()), (None, updates.writes_difference()));
-            let (found, expected) = (bench.workshop.load(&trained.update).unwrap(), learned(Round(1)));
+            let (found, expected) = (bench.workshop.load_update(&trained.update).unwrap(), learned(Round(1)));
             let far = found.values().iter().zip(expected.values()).map(|(found, value)| (found - value).abs());
             let far = far.fold(0.0, f32::max);
             assert!(far < 0.01 / 126.0, "{updates}: {far}");
@@ -376,12 +696,8 @@ mod tests {
         let bench = Bench::new(Blobs::memory(), topk());
         let model = bench.initial();
         let update = bench.train(1, model, Residual::default()).update;
-        let blob = bench.workshop.blob(update.digest).unwrap();
-        let verify = |manifest: Manifest| {
-            let chunks = (0..manifest.chunks()).filter_map(|index| manifest.chunk(&blob, index)).collect();
-            let Done::Verified { result, .. } = bench.perform(Job::Verify { manifest, chunks }) else { panic!() };
-            result
-        };
+        let blob = bench.bytes(update.digest);
+        let verify = |manifest: Manifest| bench.receive(manifest, &blob);
         assert_eq!(verify(update), Ok(()));
         let base = Digest::of(b"another");
         let why = format!("the update is a difference from a model, and blob {} is not here", base.short());
@@ -391,9 +707,63 @@ mod tests {
         let tuning = topk().for_model(Round(1));
         let huge = bench.workshop.keep(&huge, Codec::F32, &tuning, &mut |_| ControlFlow::Break(())).unwrap();
         let sum = Manifest { base: Some(huge.digest), ..huge };
-        let chunks = vec![bench.workshop.blob(huge.digest).unwrap()];
-        let done = bench.perform(Job::Verify { manifest: sum, chunks });
-        assert!(matches!(&done, Done::Verified { result: Err(why), .. } if why.contains("not finite")), "{done:?}");
+        let found = bench.receive(sum, &bench.bytes(huge.digest));
+        assert_eq!(found, Err("w holds values that are not finite".into()));
+    }
+
+    #[test]
+    fn chunks_in_any_order_and_twice_make_a_durable_blob_and_bad_ones_leave_nothing() {
+        let from = Bench::new(Blobs::memory(), Codecs::default());
+        // Six chunks.
+        let layout = Arc::new(Layout { tensors: vec![TensorSpec { name: "w".into(), shape: vec![1_400] }] });
+        let weights = Weights::new(layout.clone(), (0..1_400u16).map(f32::from).collect()).unwrap();
+        let maker = Workshop { layout: layout.clone(), ..from.workshop };
+        let model = maker.keep_model(Round(1), &weights, &mut |_| ControlFlow::Break(())).unwrap();
+        let blob = maker.blobs.get(model.digest).unwrap().unwrap();
+
+        let dir = tempfile::tempdir().unwrap();
+        let (journal, _) = Journal::open(dir.path(), "ward", None).unwrap();
+        for blobs in [journal.blobs(), Blobs::memory()] {
+            let workshop = Workshop { blobs, ..maker.clone() };
+            let receive = |changed: Option<u32>| {
+                let mut receiving = workshop.receive(model, &mut |_| ControlFlow::Break(()))?;
+                let mut complete = Vec::new();
+                for index in [3, 1, 1, 0, 5, 2, 2, 4] {
+                    let mut chunk = model.chunk(&blob, index).unwrap().to_vec();
+                    chunk[1] ^= u8::from(changed == Some(index));
+                    complete.push(receiving.take(index, &chunk.into(), &mut |_| ControlFlow::Break(()))?);
+                }
+                assert_eq!(complete, [false, false, false, false, false, false, false, true]);
+                Ok::<_, String>(())
+            };
+            let why = receive(Some(1)).unwrap_err();
+            assert!(why.starts_with("the blob's digest is"), "{why}");
+            assert!(workshop.blobs.open(model.digest).unwrap().is_none());
+            assert_eq!(std::fs::read_dir(dir.path().join("blobs")).unwrap().count(), 0);
+            receive(None).unwrap();
+            assert_eq!(workshop.load_model(&model).unwrap(), weights);
+            workshop.blobs.retain(&std::collections::BTreeSet::new()).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_model_is_loaded_once_to_be_evaluated_and_trained_on() {
+        let bench = Bench::new(Blobs::memory(), Codecs::default());
+        let model = bench.initial();
+        let evaluate = |model| {
+            let Done::Evaluated { result, .. } = bench.perform(Job::Evaluate { model }) else { panic!() };
+            result
+        };
+        evaluate(model).unwrap();
+        // It has gone from the disk, and the trainer has it.
+        bench.workshop.blobs.retain(&std::collections::BTreeSet::new()).unwrap();
+        evaluate(model).unwrap();
+        let update = bench.train(1, model, Residual::default()).update;
+        assert_eq!(bench.values(update.digest, Codec::F32), learned(Round(1)));
+        // Training has changed what the trainer has.
+        assert!(evaluate(model).is_err());
+        evaluate(update).unwrap();
+        assert_eq!(bench.trainer.lock().unwrap().weights(), learned(Round(1)));
     }
 
     #[test]
@@ -401,11 +771,12 @@ mod tests {
         let bench = Bench::new(Blobs::memory(), Codecs { model: Codec::Int8, updates: Codec::F32, ..topk() });
         let model = bench.initial();
         let update = bench.train(1, model, Residual::default()).update;
-        let job = Job::Aggregate { round: Round(1), term: crate::types::Term(0), parts: vec![(update, 1)] };
+        let (round, term, parts) = (Round(1), crate::types::Term(0), vec![(update, Share::of(1))]);
+        let job = Job::Aggregate { round, term, parent: model, members: 2, parts };
         let Done::Aggregated { result: Ok(made), .. } = bench.perform(job) else { panic!("no aggregate") };
         assert_eq!(made.codec, Codec::Int8);
-        let loaded = bench.workshop.load(&made).unwrap();
-        assert_ne!(loaded, bench.workshop.load(&update).unwrap());
+        let loaded = bench.workshop.load_model(&made).unwrap();
+        assert_ne!(loaded, bench.workshop.load_update(&update).unwrap());
         bench.perform(Job::Evaluate { model: made });
         assert_eq!(bench.trainer.lock().unwrap().weights(), loaded);
     }

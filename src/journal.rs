@@ -29,12 +29,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, TryLockError};
 use std::io::{self, ErrorKind, Write};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use bytes::Bytes;
 
+use crate::transfer::Source;
 use crate::types::{Digest, PeerId};
 
 /// The version of the files that this code writes.
@@ -54,6 +56,9 @@ const IDENTITY: &str = "peer";
 const STATE: &str = "state";
 const BLOBS: &str = "blobs";
 const BLOB_END: &str = ".blob";
+
+/// What stands for a blob's name while it is being written.
+const DRAFT: &str = "draft.blob";
 
 /// How the last line of an identity file starts.
 const CHECKSUM: &str = "checksum ";
@@ -76,13 +81,52 @@ pub struct Loaded {
 
 /// Blobs by digest, on disk or in memory alone. A clone is another handle of the same blobs, for another thread.
 ///
-/// What was put or read stays in memory until [`Blobs::retain`] drops it, as the very `Bytes` that were put: keeping a
-/// blob costs no copy, and reading one that is in use does not touch the disk.
+/// On disk, memory holds none of a blob: it is written and read by ranges, and what it takes in memory is the system's
+/// to give and to take back.
 #[derive(Debug, Clone)]
 pub struct Blobs {
     disk: Option<Arc<Disk>>,
-    cache: Arc<Mutex<BTreeMap<Digest, Bytes>>>,
+    /// Those that are known to be whole: put by this process, or verified by it.
+    known: Arc<Mutex<BTreeMap<Digest, Blob>>>,
 }
+
+/// A blob that is there, whole. It stays readable when it is dropped from its [`Blobs`].
+#[derive(Debug, Clone)]
+pub struct Blob(Arc<Content>);
+
+#[derive(Debug)]
+enum Content {
+    File { file: File, path: PathBuf, bytes: u64 },
+    Memory(Parts),
+}
+
+/// A blob that is being written, at any place and in any order. Dropped before it is [kept](Self::keep), it leaves nothing
+/// behind.
+#[derive(Debug)]
+pub struct Draft {
+    blobs: Blobs,
+    /// Where what was written ends.
+    bytes: u64,
+    content: DraftContent,
+}
+
+#[derive(Debug)]
+enum DraftContent {
+    /// The file has its temporary name until it is kept.
+    File {
+        file: File,
+        temporary: Temporary,
+    },
+    Memory(Parts),
+}
+
+/// Parts of a blob by where they begin. None reaches into another.
+#[derive(Debug, Default)]
+struct Parts(BTreeMap<u64, Bytes>);
+
+/// A temporary file, which is removed when this is dropped.
+#[derive(Debug)]
+struct Temporary(PathBuf);
 
 /// Why the state directory cannot be used. [`JournalError::hint`] says what to do.
 #[derive(Debug, thiserror::Error)]
@@ -217,7 +261,7 @@ impl Journal {
         create_dir(&blobs_dir)?;
         disk.remove_temporaries(&blobs_dir)?;
         let state = disk.state()?;
-        let blobs = Blobs { disk: Some(disk.clone()), cache: Arc::default() };
+        let blobs = Blobs { disk: Some(disk.clone()), known: Arc::default() };
         Ok((Journal { disk, blobs }, Loaded { peer, state }))
     }
 
@@ -270,39 +314,63 @@ pub fn read_blob(dir: &Path, digest: Digest) -> Result<Option<Bytes>, JournalErr
 impl Blobs {
     /// Blobs in memory alone, for tests and simulation.
     pub fn memory() -> Self {
-        Self { disk: None, cache: Arc::default() }
+        Self { disk: None, known: Arc::default() }
+    }
+
+    /// Begins a blob.
+    pub fn draft(&self) -> Result<Draft, JournalError> {
+        let content = match &self.disk {
+            None => DraftContent::Memory(Parts::default()),
+            Some(disk) => {
+                // It has no digest yet: that is known when all is written.
+                let temporary = Temporary(disk.blobs_dir().join(disk.temporary_name(DRAFT)));
+                let file = File::options().create_new(true).read(true).write(true).open(&temporary.0);
+                DraftContent::File { file: file.map_err(io_error("create", &temporary.0))?, temporary }
+            }
+        };
+        Ok(Draft { blobs: self.clone(), bytes: 0, content })
     }
 
     /// Keeps `bytes`, whose digest the caller has verified. When this returns `Ok`, they survive a loss of power.
     /// Putting a blob twice does nothing.
     pub fn put(&self, digest: Digest, bytes: &Bytes) -> Result<(), JournalError> {
         debug_assert_eq!(Digest::of(bytes), digest, "a blob is named by its digest");
-        if self.cached().contains_key(&digest) {
-            return Ok(());
-        }
-        if let Some(disk) = &self.disk {
-            disk.replace(&disk.blobs_dir(), &blob_name(digest), &[bytes])?;
-        }
-        // Last, so that whoever finds it in memory may rely on the disk too.
-        self.cached().insert(digest, bytes.clone());
-        Ok(())
+        let mut draft = self.draft()?;
+        draft.write(0, bytes)?;
+        draft.keep(digest)
     }
 
-    /// The blob of that digest, if there is one. What comes from disk is verified.
-    pub fn get(&self, digest: Digest) -> Result<Option<Bytes>, JournalError> {
-        if let Some(bytes) = self.cached().get(&digest) {
-            return Ok(Some(bytes.clone()));
+    /// The blob of that digest, if there is one, whole. What this process has not put is read once, and verified.
+    pub fn open(&self, digest: Digest) -> Result<Option<Blob>, JournalError> {
+        if let Some(blob) = self.known().get(&digest) {
+            return Ok(Some(blob.clone()));
         }
         let Some(disk) = &self.disk else { return Ok(None) };
-        let Some(bytes) = read_blob(&disk.dir, digest)? else { return Ok(None) };
-        self.cached().insert(digest, bytes.clone());
-        Ok(Some(bytes))
+        let path = disk.blobs_dir().join(blob_name(digest));
+        let file = match File::open(&path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(source) => return Err(JournalError::Io { action: "read", path, source }),
+        };
+        let mut hasher = blake3::Hasher::new();
+        hasher.update_reader(&file).map_err(io_error("read", &path))?;
+        if Digest(*hasher.finalize().as_bytes()) != digest {
+            return Err(JournalError::DamagedBlob { path });
+        }
+        let blob = Blob(Arc::new(Content::File { bytes: hasher.count(), file, path }));
+        self.known().insert(digest, blob.clone());
+        Ok(Some(blob))
+    }
+
+    /// All bytes of the blob of that digest, if there is one. For blobs that are small, and for tests.
+    pub fn get(&self, digest: Digest) -> Result<Option<Bytes>, JournalError> {
+        self.open(digest)?.map(|blob| blob.read_all()).transpose()
     }
 
     /// Drops every blob that is not in `keep`, from memory and from disk. A blob that another thread is putting must be in
     /// `keep` already, or it may be dropped.
     pub fn retain(&self, keep: &BTreeSet<Digest>) -> Result<(), JournalError> {
-        self.cached().retain(|digest, _| keep.contains(digest));
+        self.known().retain(|digest, _| keep.contains(digest));
         let Some(disk) = &self.disk else { return Ok(()) };
         for (name, path) in list(&disk.blobs_dir())? {
             let digest = name.strip_suffix(BLOB_END).and_then(|hex| hex.parse().ok());
@@ -313,9 +381,179 @@ impl Blobs {
         Ok(())
     }
 
-    fn cached(&self) -> MutexGuard<'_, BTreeMap<Digest, Bytes>> {
-        self.cache.lock().expect("nothing panics while it holds the lock")
+    fn known(&self) -> MutexGuard<'_, BTreeMap<Digest, Blob>> {
+        self.known.lock().expect("nothing panics while it holds the lock")
     }
+}
+
+impl Blob {
+    /// How long it is, in bytes.
+    pub fn bytes(&self) -> u64 {
+        match &*self.0 {
+            Content::File { bytes, .. } => *bytes,
+            Content::Memory(parts) => parts.bytes(),
+        }
+    }
+
+    /// Fills `out` with the bytes from `start` on, all of which must be there.
+    pub fn read(&self, start: u64, out: &mut [u8]) -> Result<(), JournalError> {
+        match &*self.0 {
+            Content::File { file, path, .. } => read_exact_at(file, start, out).map_err(io_error("read", path)),
+            Content::Memory(parts) => parts.read(start, out).map_err(io_error("read", Path::new("a blob in memory"))),
+        }
+    }
+
+    /// A message: `header`, and behind it the bytes of `range`, all of which must be there. No copy has to join them.
+    pub fn behind(&self, header: &[u8], range: Range<usize>) -> Result<Bytes, JournalError> {
+        let mut message = vec![0; header.len() + range.len()];
+        let (head, tail) = message.split_at_mut(header.len());
+        head.copy_from_slice(header);
+        self.read(range.start as u64, tail)?;
+        Ok(message.into())
+    }
+
+    fn read_all(&self) -> Result<Bytes, JournalError> {
+        if let Content::Memory(parts) = &*self.0
+            && let Some(bytes) = parts.single()
+        {
+            return Ok(bytes);
+        }
+        let mut bytes = vec![0; usize::try_from(self.bytes()).unwrap_or(usize::MAX)];
+        self.read(0, &mut bytes)?;
+        Ok(bytes.into())
+    }
+}
+
+impl Source for Blob {
+    fn bytes(&self) -> u64 {
+        self.bytes()
+    }
+
+    fn read_at(&self, start: u64, out: &mut [u8]) -> Result<(), String> {
+        self.read(start, out).map_err(|error| error.to_string())
+    }
+}
+
+impl Draft {
+    /// Writes bytes from `start` on. After an error the same may be written again.
+    pub fn write(&mut self, start: u64, bytes: &Bytes) -> Result<(), JournalError> {
+        self.bytes = self.bytes.max(start + bytes.len() as u64);
+        match &mut self.content {
+            DraftContent::File { file, temporary } => {
+                write_all_at(file, start, bytes).map_err(io_error("write", &temporary.0))
+            }
+            DraftContent::Memory(parts) => {
+                parts.0.insert(start, bytes.clone());
+                Ok(())
+            }
+        }
+    }
+
+    /// Fills `out` with the bytes from `start` on, which were written.
+    pub fn read(&self, start: u64, out: &mut [u8]) -> Result<(), JournalError> {
+        match &self.content {
+            DraftContent::File { file, temporary } => {
+                read_exact_at(file, start, out).map_err(io_error("read", &temporary.0))
+            }
+            DraftContent::Memory(parts) => {
+                parts.read(start, out).map_err(io_error("read", Path::new("a blob in memory")))
+            }
+        }
+    }
+
+    /// Keeps what was written as the blob `digest`, which the caller has verified. When this returns `Ok`, it survives a
+    /// loss of power. After an error it may be tried again. Keeping a blob twice does nothing.
+    pub fn keep(&mut self, digest: Digest) -> Result<(), JournalError> {
+        if self.blobs.known().contains_key(&digest) {
+            return Ok(());
+        }
+        let content = match (&mut self.content, &self.blobs.disk) {
+            (DraftContent::File { file, temporary }, Some(disk)) => {
+                let path = disk.blobs_dir().join(blob_name(digest));
+                let renamed = file.sync_all().and_then(|()| fs::rename(&temporary.0, &path));
+                renamed.map_err(io_error("write", &path))?;
+                flush_dir(&disk.blobs_dir())?;
+                let file = file.try_clone().map_err(io_error("open", &path))?;
+                Content::File { file, path, bytes: self.bytes }
+            }
+            (DraftContent::Memory(parts), _) => Content::Memory(std::mem::take(parts)),
+            (DraftContent::File { .. }, None) => return Ok(()),
+        };
+        // Last, so that whoever finds it here may rely on the disk too.
+        self.blobs.known().insert(digest, Blob(Arc::new(content)));
+        Ok(())
+    }
+}
+
+impl Parts {
+    fn bytes(&self) -> u64 {
+        self.0.last_key_value().map_or(0, |(start, part)| start + part.len() as u64)
+    }
+
+    /// The whole, if it was written at once.
+    fn single(&self) -> Option<Bytes> {
+        if self.0.is_empty() {
+            return Some(Bytes::new());
+        }
+        self.0.first_key_value().filter(|(start, _)| self.0.len() == 1 && **start == 0).map(|(_, part)| part.clone())
+    }
+
+    fn read(&self, start: u64, out: &mut [u8]) -> io::Result<()> {
+        let first = self.0.range(..=start).next_back().map_or(start, |(first, _)| *first);
+        let (mut at, mut filled) = (start, 0);
+        for (begin, part) in self.0.range(first..) {
+            if filled == out.len() {
+                break;
+            }
+            let skipped = at.checked_sub(*begin).and_then(|skipped| usize::try_from(skipped).ok());
+            let Some(rest) = skipped.and_then(|skipped| part.get(skipped..)) else { break };
+            let length = rest.len().min(out.len() - filled);
+            out[filled..filled + length].copy_from_slice(&rest[..length]);
+            filled += length;
+            at += length as u64;
+        }
+        if filled == out.len() { Ok(()) } else { Err(ErrorKind::UnexpectedEof.into()) }
+    }
+}
+
+impl Drop for Temporary {
+    fn drop(&mut self) {
+        // It is gone under this name when the draft was kept. One that cannot be removed is at the next opening.
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+#[cfg(unix)]
+fn read_exact_at(file: &File, start: u64, out: &mut [u8]) -> io::Result<()> {
+    std::os::unix::fs::FileExt::read_exact_at(file, out, start)
+}
+
+#[cfg(unix)]
+fn write_all_at(file: &File, start: u64, bytes: &[u8]) -> io::Result<()> {
+    std::os::unix::fs::FileExt::write_all_at(file, bytes, start)
+}
+
+#[cfg(windows)]
+fn read_exact_at(file: &File, mut start: u64, mut out: &mut [u8]) -> io::Result<()> {
+    while !out.is_empty() {
+        let length = std::os::windows::fs::FileExt::seek_read(file, out, start)?;
+        if length == 0 {
+            return Err(ErrorKind::UnexpectedEof.into());
+        }
+        out = &mut out[length..];
+        start += length as u64;
+    }
+    Ok(())
+}
+
+#[cfg(windows)]
+fn write_all_at(file: &File, mut start: u64, mut bytes: &[u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        let length = std::os::windows::fs::FileExt::seek_write(file, bytes, start)?;
+        bytes = &bytes[length..];
+        start += length as u64;
+    }
+    Ok(())
 }
 
 /// The directory while this process holds it.
@@ -332,10 +570,13 @@ impl Disk {
         self.dir.join(BLOBS)
     }
 
+    fn temporary_name(&self, name: &str) -> String {
+        temporary_name(name, self.next_temporary.fetch_add(1, Ordering::Relaxed))
+    }
+
     /// Writes a whole file under its final name, or not at all.
     fn replace(&self, dir: &Path, name: &str, parts: &[&[u8]]) -> Result<(), JournalError> {
-        let number = self.next_temporary.fetch_add(1, Ordering::Relaxed);
-        let temporary = dir.join(temporary_name(name, number));
+        let temporary = dir.join(self.temporary_name(name));
         let path = dir.join(name);
         let written = write_flushed(&temporary, parts).and_then(|()| fs::rename(&temporary, &path));
         if let Err(source) = written {
@@ -833,14 +1074,69 @@ mod tests {
     }
 
     #[test]
-    fn a_blob_just_put_is_read_without_the_disk_and_without_a_copy() {
+    fn a_blob_is_written_and_read_by_ranges_in_any_order() {
+        let dir = tempfile::tempdir().unwrap();
+        let (journal, _) = open(dir.path()).unwrap();
+        let bytes: Bytes = (0..2_500u32).map(|i| (i / 7) as u8).collect::<Vec<_>>().into();
+        let digest = Digest::of(&bytes);
+        for blobs in [journal.blobs(), Blobs::memory()] {
+            let mut draft = blobs.draft().unwrap();
+            for range in [2_048..2_500, 0..1_024, 1_024..2_048] {
+                draft.write(range.start as u64, &bytes.slice(range)).unwrap();
+            }
+            let mut found = vec![0; 700];
+            draft.read(900, &mut found).unwrap();
+            assert_eq!(found, bytes[900..1_600]);
+            assert!(blobs.open(digest).unwrap().is_none());
+            draft.keep(digest).unwrap();
+            drop(draft);
+            let blob = blobs.open(digest).unwrap().unwrap();
+            assert_eq!(blob.bytes(), 2_500);
+            blob.read(1_800, &mut found).unwrap();
+            assert_eq!(found, bytes[1_800..2_500]);
+            assert!(blob.read(1_801, &mut found).is_err(), "it ends there");
+            assert_eq!(blobs.get(digest).unwrap().unwrap(), bytes);
+        }
+    }
+
+    #[test]
+    fn a_draft_that_is_not_kept_leaves_nothing_behind_nor_does_a_crash() {
+        let dir = tempfile::tempdir().unwrap();
+        let (journal, _) = open(dir.path()).unwrap();
+        let count = || fs::read_dir(dir.path().join(BLOBS)).unwrap().count();
+        let draft = || {
+            let mut draft = journal.blobs().draft().unwrap();
+            draft.write(3, &Bytes::from_static(b"part")).unwrap();
+            draft
+        };
+        let dropped = draft();
+        assert_eq!(count(), 1);
+        drop(dropped);
+        assert_eq!(count(), 0);
+        std::mem::forget((draft(), draft()));
+        assert_eq!(count(), 2);
+        // The process has died: nobody holds the directory any more.
+        let disk = &journal.disk;
+        disk._lock.unlock().unwrap();
+        assert!(open(dir.path()).is_ok());
+        assert_eq!(count(), 0);
+    }
+
+    #[test]
+    fn a_blob_that_is_no_longer_kept_can_be_read_by_who_has_it_open() {
         let dir = tempfile::tempdir().unwrap();
         let (journal, _) = open(dir.path()).unwrap();
         let bytes = Bytes::from_static(b"weights");
         let digest = Digest::of(&bytes);
-        journal.put_blob(digest, &bytes).unwrap();
-        fs::remove_file(dir.path().join(BLOBS).join(blob_name(digest))).unwrap();
-        assert_eq!(journal.blob(digest).unwrap().unwrap().as_ptr(), bytes.as_ptr());
+        for blobs in [journal.blobs(), Blobs::memory()] {
+            blobs.put(digest, &bytes).unwrap();
+            let blob = blobs.open(digest).unwrap().unwrap();
+            blobs.retain(&BTreeSet::new()).unwrap();
+            assert!(blobs.open(digest).unwrap().is_none());
+            let mut found = vec![0; bytes.len()];
+            blob.read(0, &mut found).unwrap();
+            assert_eq!(found, bytes);
+        }
     }
 
     #[test]

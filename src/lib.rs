@@ -11,7 +11,7 @@
 //! | floor | what | modules |
 //! |---|---|---|
 //! | 5 people | one peer from its settings, the local cluster, measurements, what people and scripts see | [`peer`], [`cluster`], [`bench`](mod@bench), [`events`], [`rundir`], [`config`], [`cli`] |
-//! | 4 meeting | the one loop, with a real clock or in virtual time | [`node`], [`sim`], [`jobs`] |
+//! | 4 meeting | the one loop, with a real clock or in virtual time | [`node`], [`sim`], [`jobs`], [`intake`] |
 //! | 3 effects | models and data (burn), messages (rumqttc), the broker (rumqttd), durable state | [`training`], [`transport`], [`broker`], [`journal`] |
 //! | 2 decisions | the protocol: pure, (event, now) → actions | [`protocol`] |
 //! | 1 arithmetic | updates → model; blobs ↔ chunks | [`aggregation`], [`transfer`] |
@@ -29,8 +29,9 @@
 //!    one, kept for the next update.
 //! 3. The trainer announces a [`transfer::Manifest`] to the leader. The leader grants chunks, a window at a time; each
 //!    chunk is a slice of the blob behind a small header, one MQTT message on the bulk connection ([`transport`]).
-//! 4. The leader joins the chunks, checks digest, layout and that every value is finite, and, once all updates are
-//!    in, aggregates them in `PeerId` order ([`aggregation`]).
+//! 4. The leader writes each chunk to its place in a file as it comes, and checks digest, layout and that every value is
+//!    finite as the file grows ([`intake`]). Once all updates are in, it aggregates them in `PeerId` order, range by range
+//!    from file to file ([`aggregation`]): what it needs of memory depends neither on the model nor on their number.
 //! 5. The leader proposes a [`protocol::Decree`] that names the new blob. Members pull it (each chunk is published
 //!    once, the broker fans out), verify it, make it durable and accept.
 //! 6. A quorum of accepts commits. Every member loads the row back into its module, evaluates, and trains on.
@@ -66,6 +67,7 @@ pub mod cli;
 pub mod cluster;
 pub mod config;
 pub mod events;
+pub mod intake;
 pub mod jobs;
 pub mod journal;
 pub mod node;

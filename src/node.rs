@@ -17,6 +17,7 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval};
 
+use crate::intake::{Host, Intakes};
 use crate::jobs::Workshop;
 use crate::journal::{Blobs, Journal, JournalError};
 use crate::protocol::message::{Body, Envelope, VERSION};
@@ -25,7 +26,7 @@ use crate::protocol::{
     Waiting,
 };
 use crate::training::{Progress, Trainer};
-use crate::transfer::Codecs;
+use crate::transfer::{Codecs, Manifest};
 use crate::transport::{Class, Found, Outgoing, Transport, TransportEvent, Will};
 use crate::types::{Address, Digest, Metrics, PeerId, Round, Term};
 
@@ -204,6 +205,10 @@ struct Driver<'a, T> {
     /// What was found at each broker, as far as that was told.
     found: BTreeMap<String, Found>,
     trainer: Arc<Mutex<Box<dyn Trainer>>>,
+    /// The blobs that are being received.
+    intakes: Intakes,
+    /// Chunks to be sent, for the task that reads them.
+    serving: mpsc::UnboundedSender<Served>,
     jobs: mpsc::UnboundedSender<JobEvent>,
     /// The jobs that run.
     running: JoinSet<()>,
@@ -232,8 +237,18 @@ struct Driver<'a, T> {
     observe: &'a mut (dyn FnMut(Observation<'_>) + Send),
 }
 
+/// A chunk to be sent.
+struct Served {
+    topic: String,
+    header: bytes::Bytes,
+    manifest: Manifest,
+    index: u32,
+}
+
 enum JobEvent {
     Progress(Round, Progress),
+    /// A chunk was read and is to be sent.
+    Send(Outgoing),
     /// The disk has no room for what the job made. It waits for a word.
     Full(JournalError, oneshot::Sender<()>),
     Done(Result<Done, NodeError>),
@@ -272,10 +287,13 @@ impl<T: Transport> Node<T> {
         let roaming = Roaming::new(self.peer, self.config.election_timeout);
         let held = held_blobs(self.durable.as_ref(), &blobs)?;
         let chunk_bytes = u32::try_from(self.config.chunk_bytes).unwrap_or(u32::MAX);
-        let (codecs, rule) = (self.codecs, self.config.rule);
-        let workshop = Workshop { blobs: blobs.clone(), layout, peer, codecs, rule, chunk_bytes };
+        let (codecs, strategy, loaded) = (self.codecs, self.config.strategy, Arc::default());
+        let workshop = Workshop { blobs: blobs.clone(), layout, peer, codecs, strategy, chunk_bytes, loaded };
         let mut peer = Peer::new(self.config, identity, self.durable, &held, Instant::now());
         let (jobs, mut ended) = mpsc::unbounded_channel();
+        let (serving, served) = mpsc::unbounded_channel();
+        let mut running = JoinSet::new();
+        running.spawn(serve(blobs.clone(), served, jobs.clone()));
         let mut driver = Driver {
             transport: self.transport,
             topics: self.topics,
@@ -285,8 +303,10 @@ impl<T: Transport> Node<T> {
             chunk_bytes,
             found: BTreeMap::new(),
             trainer: Arc::new(Mutex::new(self.trainer)),
+            intakes: Intakes::default(),
+            serving,
             jobs,
-            running: JoinSet::new(),
+            running,
             todo: VecDeque::new(),
             obstacle: None,
             blocked: Arc::default(),
@@ -315,7 +335,7 @@ impl<T: Transport> Node<T> {
 fn held_blobs(durable: Option<&Durable>, blobs: &Blobs) -> Result<BTreeSet<Digest>, NodeError> {
     let mut held = BTreeSet::new();
     for manifest in durable.into_iter().flat_map(Durable::manifests) {
-        if blobs.get(manifest.digest)?.is_some() {
+        if blobs.open(manifest.digest)?.is_some() {
             held.insert(manifest.digest);
         }
     }
@@ -425,7 +445,14 @@ impl<T: Transport> Driver<'_, T> {
 
     fn heard(&mut self, job: Option<JobEvent>) -> Result<Option<Event>, NodeError> {
         match job {
-            Some(JobEvent::Done(done)) => return Ok(Some(Event::Done(done?))),
+            Some(JobEvent::Done(done)) => {
+                let done = done?;
+                if let Done::Verified { manifest, .. } = &done {
+                    self.intakes.ended(&manifest.digest);
+                }
+                return Ok(Some(Event::Done(done)));
+            }
+            Some(JobEvent::Send(message)) => self.send(message),
             Some(JobEvent::Progress(round, progress)) => (self.observe)(Observation::Training(round, progress)),
             Some(JobEvent::Full(error, retry)) => {
                 self.obstacle = error.obstacle();
@@ -510,11 +537,14 @@ impl<T: Transport> Driver<'_, T> {
                 self.send(Outgoing { topic, retain, class: Class::Control, head: message, tail: bytes::Bytes::new() });
             }
             Action::SendChunk { topic, header, manifest, index } => {
-                let chunk = self.blobs.get(manifest.digest)?.and_then(|blob| manifest.chunk(&blob, index));
-                if let Some(tail) = chunk {
-                    let topic = self.topics.name(&topic);
-                    self.send(Outgoing { topic, retain: false, class: Class::Bulk, head: header, tail });
-                }
+                let topic = self.topics.name(&topic);
+                // The task ends after this.
+                let _ = self.serving.send(Served { topic, header, manifest, index });
+            }
+            Action::Take(intake) => {
+                while self.running.try_join_next().is_some() {}
+                let host = Reporter::new(&self.jobs, &self.blocked);
+                self.intakes.take(intake, &self.workshop, &host, &mut self.running);
             }
             Action::Start(job) => self.start(job),
             Action::Prepare(summary) => {
@@ -545,7 +575,7 @@ impl<T: Transport> Driver<'_, T> {
     fn start(&mut self, job: Job) {
         while self.running.try_join_next().is_some() {}
         let (workshop, trainer, jobs) = (self.workshop.clone(), self.trainer.clone(), self.jobs.clone());
-        let (cancelled, blocked) = (self.cancelled.clone(), self.blocked.clone());
+        let (cancelled, mut reporter) = (self.cancelled.clone(), Reporter::new(&self.jobs, &self.blocked));
         self.running.spawn(async move {
             let learns = matches!(job, Job::Train { .. } | Job::Evaluate { .. });
             // It is never closed.
@@ -564,21 +594,7 @@ impl<T: Transport> Driver<'_, T> {
                         ControlFlow::Continue(())
                     }
                 };
-                let mut is_blocked = false;
-                let mut on_full = |error| {
-                    if !std::mem::replace(&mut is_blocked, true) {
-                        blocked.fetch_add(1, Ordering::SeqCst);
-                    }
-                    let (retry, word) = oneshot::channel();
-                    // When nobody listens any more, the word's sender is dropped with the report.
-                    let _ = report.send(JobEvent::Full(error, retry));
-                    if word.blocking_recv().is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
-                };
-                let done = workshop.perform(job, &trainer, &mut on_progress, &mut on_full);
-                if is_blocked {
-                    blocked.fetch_sub(1, Ordering::SeqCst);
-                }
-                done
+                workshop.perform(job, &trainer, &mut on_progress, &mut |error| reporter.full(error))
             };
             let done = tokio::task::spawn_blocking(work).await.map_err(|_| NodeError::LostJob);
             // Nobody listens once the node has ended.
@@ -620,12 +636,88 @@ impl<T: Transport> Driver<'_, T> {
     async fn leave(mut self, peer: &Peer) {
         self.cancelled.store(u64::MAX, Ordering::Relaxed);
         self.retries.clear();
+        self.intakes.clear();
+        self.serving = mpsc::unbounded_channel().0;
         let (topic, message) = peer.last_will();
         let topic = self.topics.name(&topic);
         let tail = bytes::Bytes::new();
         self.send(Outgoing { topic, retain: true, class: Class::Control, head: message, tail });
         self.transport.stop().await;
         while self.running.join_next().await.is_some() {}
+    }
+}
+
+/// Reads the chunks that are to be sent, in their order, until no more will come.
+async fn serve(blobs: Blobs, mut chunks: mpsc::UnboundedReceiver<Served>, jobs: mpsc::UnboundedSender<JobEvent>) {
+    loop {
+        let mut batch = Vec::new();
+        if chunks.recv_many(&mut batch, usize::MAX).await == 0 {
+            return;
+        }
+        let (blobs, report) = (blobs.clone(), jobs.clone());
+        let read = move || {
+            batch.into_iter().try_for_each(|Served { topic, header, manifest, index }| {
+                // One that was dropped meanwhile is of a round that is over.
+                let Some(blob) = blobs.open(manifest.digest)? else { return Ok(()) };
+                let (head, tail) = (blob.behind(&header, manifest.chunk_range(index))?, bytes::Bytes::new());
+                let _ = report.send(JobEvent::Send(Outgoing { topic, retain: false, class: Class::Bulk, head, tail }));
+                Ok(())
+            })
+        };
+        let read = tokio::task::spawn_blocking(read).await;
+        if let Err(error) = read.unwrap_or(Err(NodeError::LostJob)) {
+            let _ = jobs.send(JobEvent::Done(Err(error)));
+            return;
+        }
+    }
+}
+
+/// The way of work on other threads to its node.
+struct Reporter {
+    jobs: mpsc::UnboundedSender<JobEvent>,
+    blocked: Arc<AtomicUsize>,
+    /// Whether it counts among the blocked.
+    is_blocked: bool,
+}
+
+impl Reporter {
+    fn new(jobs: &mpsc::UnboundedSender<JobEvent>, blocked: &Arc<AtomicUsize>) -> Self {
+        Self { jobs: jobs.clone(), blocked: blocked.clone(), is_blocked: false }
+    }
+}
+
+impl Host for Reporter {
+    fn done(&self, done: Done) {
+        // Nobody listens once the node has ended.
+        let _ = self.jobs.send(JobEvent::Done(Ok(done)));
+    }
+
+    fn full(&mut self, error: JournalError) -> ControlFlow<()> {
+        if !std::mem::replace(&mut self.is_blocked, true) {
+            self.blocked.fetch_add(1, Ordering::SeqCst);
+        }
+        let (retry, word) = oneshot::channel();
+        // When nobody listens any more, the word's sender is dropped with the report.
+        let _ = self.jobs.send(JobEvent::Full(error, retry));
+        if word.blocking_recv().is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+    }
+
+    fn lost(&self) {
+        let _ = self.jobs.send(JobEvent::Done(Err(NodeError::LostJob)));
+    }
+}
+
+impl Clone for Reporter {
+    fn clone(&self) -> Self {
+        Self::new(&self.jobs, &self.blocked)
+    }
+}
+
+impl Drop for Reporter {
+    fn drop(&mut self) {
+        if self.is_blocked {
+            self.blocked.fetch_sub(1, Ordering::SeqCst);
+        }
     }
 }
 

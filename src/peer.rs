@@ -116,9 +116,9 @@ impl LocalPeer {
             Durable::decode(bytes).ok_or_else(|| PeerError::State(state_dir.join(Journal::STATE_FILE)))
         };
         let durable = loaded.state.as_ref().map(decode).transpose()?;
-        // A damaged model is for people to look at, and before anybody counts on this peer. What is read stays in memory.
+        // A damaged model is for people to look at, and before anybody counts on this peer. It is read once.
         for manifest in durable.iter().flat_map(Durable::manifests) {
-            journal.blob(manifest.digest)?;
+            journal.blobs().open(manifest.digest)?;
         }
         let name = loaded.peer;
         let (train, held_out) = match examples {

@@ -1,5 +1,6 @@
 //! A model as the protocol sees it: a [`Layout`] (names and shapes) and one flat row of `f32`.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -24,6 +25,13 @@ impl TensorSpec {
     /// Whether the tensor has no value at all.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// Whether it is a statistic and no parameter, by the names that PyTorch gives: what is not learned by gradients must not
+    /// be moved along them, since a variance below 0 is none.
+    pub fn is_buffer(&self) -> bool {
+        let name = self.name.rsplit('.').next().unwrap_or_default();
+        matches!(name, "running_mean" | "running_var" | "num_batches_tracked")
     }
 }
 
@@ -56,6 +64,17 @@ impl Layout {
             index < end
         };
         self.tensors.iter().find(holds).map(|spec| spec.name.as_str())
+    }
+
+    /// Where the values of [buffers](TensorSpec::is_buffer) stand in the flat row.
+    pub fn buffers(&self) -> Vec<Range<usize>> {
+        let mut end = 0;
+        let place = |spec: &TensorSpec| {
+            let start = end;
+            end += spec.len();
+            (spec.is_buffer(), start..end)
+        };
+        self.tensors.iter().map(place).filter(|(is_buffer, _)| *is_buffer).map(|(_, range)| range).collect()
     }
 
     /// What names this layout among peers.
@@ -177,6 +196,13 @@ mod tests {
         let weights = Weights::zeros(layout());
         let names: Vec<_> = (0..9).map(|index| weights.layout().tensor_of(index).unwrap_or("-")).collect();
         assert_eq!(names, ["a", "a", "a", "a", "b", "c", "c", "c", "-"]);
+    }
+
+    #[test]
+    fn buffers_are_known_by_their_names() {
+        let tensor = |name: &str| TensorSpec { name: name.into(), shape: vec![2, 2] };
+        let layout = Layout { tensors: ["conv.weight", "bn1.running_mean", "running_var.weight"].map(tensor).to_vec() };
+        assert_eq!(layout.buffers(), [4..8]);
     }
 
     #[test]

@@ -64,14 +64,19 @@ fn term() -> impl Strategy<Value = Term> {
     prop_oneof![4 => (0..4u32).prop_map(Term), 1 => any::<u32>().prop_map(Term)]
 }
 
+fn step_sum() -> impl Strategy<Value = f64> {
+    prop_oneof![Just(1.0), 1e-9..=1e9f64]
+}
+
 fn decree() -> impl Strategy<Value = Decree> {
     let reason = prop_oneof![Just(Reason::Rounds), Just(Reason::TargetAccuracy), Just(Reason::Patience)];
     let outcome = (manifest(), prop::option::of(reason)).prop_map(|(model, reason)| match reason {
         None => Outcome::Model(model),
         Some(reason) => Outcome::Finish(reason, model),
     });
-    let contributor = (peer(), digest(), any::<u64>(), metrics())
-        .prop_map(|(peer, update, num_examples, metrics)| Contributor { peer, update, num_examples, metrics });
+    let contributor = (peer(), digest(), any::<u64>(), step_sum(), metrics()).prop_map(
+        |(peer, update, num_examples, step_sum, metrics)| Contributor { peer, update, num_examples, step_sum, metrics },
+    );
     let record =
         (prop::option::of((0.0..9.0f64, round())), any::<u32>()).prop_map(|(best, stale)| Record { best, stale });
     let contributors = prop::collection::vec(contributor, 0..4);
@@ -129,10 +134,11 @@ fn body() -> impl Strategy<Value = Body> {
     let leading =
         (prop::collection::vec(peer(), 0..5), prop::collection::vec(any::<u8>(), 0..5), prop::option::of(metrics()))
             .prop_map(|(ballots, has, parent_metrics)| Body::Leader(Leading { ballots, has, parent_metrics }));
-    let update =
-        (digest(), manifest(), any::<u64>(), metrics()).prop_map(|(parent, manifest, num_examples, metrics)| {
-            Body::Update(Update { parent, manifest, num_examples, metrics })
-        });
+    let update = (digest(), manifest(), any::<u64>(), step_sum(), metrics()).prop_map(
+        |(parent, manifest, num_examples, step_sum, metrics)| {
+            Body::Update(Update { parent, manifest, num_examples, step_sum, metrics })
+        },
+    );
     prop_oneof![
         hello().prop_map(Body::Hello),
         Just(Body::Goodbye),

@@ -12,9 +12,9 @@ use proptest::test_runner::RngSeed;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use rodizio::aggregation::{Contribution, Rule};
+use rodizio::aggregation::{Contribution, Share, Strategy as Aggregation};
 use rodizio::transfer::{
-    Assembly, CHUNK_BYTES_MIN, ChunkSet, Codec, Grants, Inserted, Manifest, Route, Serve, Tuning, join_verified,
+    Assembly, CHUNK_BYTES_MIN, ChunkSet, Codec, Grants, Inserted, Manifest, Route, Serve, Tuning, Verifier,
 };
 use rodizio::types::{Digest, PeerId};
 use rodizio::weights::{Layout, TensorSpec, Weights};
@@ -65,9 +65,11 @@ fn layout(values: usize) -> Layout {
 fn fedavg<'a>(updates: impl IntoIterator<Item = &'a (u64, Weights)>) -> Vec<f32> {
     let contributions: Vec<_> = updates
         .into_iter()
-        .map(|(num_examples, weights)| Contribution { num_examples: *num_examples, weights })
+        .map(|(num_examples, weights)| Contribution { share: Share::of(*num_examples), weights })
         .collect();
-    Rule::FedAvg.aggregate(&contributions).unwrap().into_values()
+    let layout = contributions[0].weights.layout();
+    let parent = Weights::zeros(layout.clone());
+    Aggregation::default().aggregate(layout, &parent, &contributions, contributions.len()).unwrap().into_values()
 }
 
 fn bits(values: &[f32]) -> Vec<u32> {
@@ -330,7 +332,7 @@ proptest! {
         for index in [0, 1, u32::MAX] {
             let range = manifest.chunk_range(index);
             prop_assert!(range.start <= range.end && range.end as u64 <= manifest.bytes);
-            let whole = assembly.insert(index, Bytes::from_static(&[7; 3]));
+            let whole = assembly.insert(index, 3);
             prop_assert_eq!(whole.is_ok(), index < manifest.chunks() && range.len() == 3);
         }
     }
@@ -450,6 +452,7 @@ struct Receiver {
     link: Link,
     link_free: Instant,
     assembly: Assembly,
+    chunks: BTreeMap<u32, Bytes>,
     grants: Grants,
     /// Chunks between holder and this receiver.
     in_flight: usize,
@@ -482,6 +485,7 @@ impl Transfer {
             link: link.clone(),
             link_free: start,
             assembly: Assembly::new(manifest),
+            chunks: BTreeMap::new(),
             grants: Grants::new(window, RETRY),
             in_flight: 0,
             finished: None,
@@ -515,7 +519,8 @@ impl Transfer {
         }
         let finished = self.receivers.iter().map(|receiver| receiver.finished.unwrap()).collect();
         for receiver in self.receivers {
-            assert_eq!(join_verified(&self.manifest, receiver.assembly.into_chunks()), Ok(self.blob.clone()));
+            let joined = receiver.chunks.into_values().collect::<Vec<_>>().concat();
+            assert!(joined == self.blob, "the chunks are not the blob");
         }
         (finished, self.log)
     }
@@ -579,8 +584,11 @@ impl Transfer {
         let receiver = &mut self.receivers[to];
         receiver.in_flight -= 1;
         let had = receiver.assembly.has(index);
-        let inserted = receiver.assembly.insert(index, chunk).unwrap();
+        let inserted = receiver.assembly.insert(index, chunk.len()).unwrap();
         assert_eq!(inserted == Inserted::Duplicate, had);
+        if inserted == Inserted::New {
+            receiver.chunks.insert(index, chunk);
+        }
         self.log.duplicates += usize::from(had);
         receiver.grants.received(index, self.now);
         if restart {
@@ -718,25 +726,36 @@ proptest! {
         let manifest = Manifest::of(&blob, CHUNK_BYTES_MIN, Codec::F32).unwrap();
         let mut assembly = Assembly::new(manifest);
         let mut missing: BTreeSet<_> = (0..manifest.chunks()).collect();
+        let mut chunks = BTreeMap::new();
         for index in order {
-            let inserted = assembly.insert(index, manifest.chunk(&blob, index).unwrap());
+            let chunk = manifest.chunk(&blob, index).unwrap();
+            let inserted = assembly.insert(index, chunk.len());
             let expected = if missing.remove(&index) { Inserted::New } else { Inserted::Duplicate };
             prop_assert_eq!(inserted, Ok(expected));
-            prop_assert!(assembly.missing().eq(missing.iter().copied()));
+            chunks.insert(index, chunk);
+            prop_assert!((0..manifest.chunks()).all(|index| assembly.has(index) != missing.contains(&index)));
+            prop_assert_eq!(assembly.missing() as usize, missing.len());
+            prop_assert_eq!(assembly.prefix(), missing.first().copied().unwrap_or(manifest.chunks()));
             prop_assert_eq!(assembly.is_complete(), missing.is_empty());
         }
-        prop_assert_eq!(join_verified(&manifest, assembly.into_chunks()), Ok(blob));
+        prop_assert_eq!(chunks.into_values().collect::<Vec<_>>().concat(), blob);
     }
 
     #[test]
-    fn a_damaged_chunk_is_noticed(bytes in 1..10_000usize, at in any::<prop::sample::Index>(), seed in any::<u64>()) {
-        let blob = random_blob(bytes, seed);
+    fn a_damaged_chunk_is_noticed(values in 1..3_000usize, at in any::<prop::sample::Index>(), seed in any::<u64>()) {
+        let layout = Arc::new(layout(values));
+        let row = (0..values).map(|i| (i as f32 + seed as f32).sin()).collect();
+        let blob = Codec::F32.encode(&Weights::new(layout.clone(), row).unwrap(), &TUNING).unwrap();
         let manifest = Manifest::of(&blob, CHUNK_BYTES_MIN, Codec::F32).unwrap();
+        let verify = |bytes: &[u8]| {
+            let mut verifier = Verifier::new(manifest, layout.clone(), None)?;
+            bytes.chunks(CHUNK_BYTES_MIN as usize).try_for_each(|chunk| verifier.extend(chunk))?;
+            verifier.finish()
+        };
+        prop_assert_eq!(verify(&blob), Ok(()));
         let mut damaged = blob.to_vec();
-        damaged[at.index(bytes)] ^= 1;
-        let damaged = Bytes::from(damaged);
-        let chunks = (0..manifest.chunks()).map(|index| manifest.chunk(&damaged, index).unwrap()).collect();
-        prop_assert!(join_verified(&manifest, chunks).is_err());
+        damaged[at.index(blob.len())] ^= 1;
+        prop_assert!(verify(&damaged).is_err());
     }
 }
 

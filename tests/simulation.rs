@@ -88,6 +88,25 @@ fn with_lossy_codecs_all_peers_have_the_same_model_whoever_leads() {
 }
 
 #[test]
+fn whatever_the_strategy_every_model_is_its_aggregate_whoever_leads() {
+    // Each seed has its own strategy. What a strategy remembers is passed on by leaders that die and by newcomers.
+    sweep("strategies", &scenario("strategies"), seeds(420));
+    sweep("strategies", &Scenario { codec: Codec::Bf16, ..scenario("strategies") }, seeds(140));
+}
+
+#[test]
+fn a_part_of_the_members_trains_and_rounds_go_on_when_it_dies() {
+    let calm = Scenario { fraction_train: 0.5, ..scenario("calm") };
+    for report in sweep("calm", &calm, seeds(20)) {
+        assert_eq!((report.rounds, report.reelections), (Round(calm.rounds), 0));
+    }
+    for fraction_train in [0.01, 0.5] {
+        sweep("storm", &Scenario { fraction_train, ..scenario("storm") }, seeds(200));
+        sweep("strategies", &Scenario { fraction_train, ..scenario("strategies") }, seeds(140));
+    }
+}
+
+#[test]
 fn two_peers_are_enough_and_both_are_needed() {
     sweep("pair", &scenario("pair"), seeds(200));
 }

@@ -16,6 +16,7 @@ const FLOORS: &[(&str, u32)] = &[
     ("broker", 3),
     ("journal", 3),
     ("jobs", 4),
+    ("intake", 4),
     ("node", 4),
     ("sim", 4),
     ("peer", 5),

@@ -246,6 +246,24 @@ pub struct RoleUsage {
     pub cpu_seconds: Option<f64>,
     /// The most memory that one has held, in bytes.
     pub peak_rss_bytes: Option<u64>,
+    /// The memory that the one held in which it grew most.
+    pub rss_bytes: Option<Growth>,
+}
+
+/// What there was after a tenth of the rounds, when everything has been used once, and after the last one, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Growth {
+    /// After a tenth of the rounds.
+    pub tenth: u64,
+    /// After the last one.
+    pub end: u64,
+}
+
+impl Growth {
+    /// The one that has grown most; `None` if there is none.
+    fn most(all: impl Iterator<Item = Growth>) -> Option<Growth> {
+        all.max_by_key(|growth| growth.end as i128 - growth.tenth as i128)
+    }
 }
 
 impl RoleUsage {
@@ -255,7 +273,7 @@ impl RoleUsage {
             used.iter().map(|(before, after)| Some(after.cpu_seconds? - before.cpu_seconds?)).collect();
         let cpu_seconds = cpu.filter(|cpu| !cpu.is_empty()).map(|cpu| median(&cpu) / measurements.max(1) as f64);
         let peak_rss_bytes = used.iter().map(|(_, after)| after.peak_rss_bytes).max().flatten();
-        Self { role, count: used.len(), cpu_seconds, peak_rss_bytes }
+        Self { role, count: used.len(), cpu_seconds, peak_rss_bytes, rss_bytes: None }
     }
 }
 
@@ -317,6 +335,13 @@ mod tests {
     }
 
     #[test]
+    fn what_grew_most_is_told() {
+        let growth = |tenth, end| Growth { tenth, end };
+        assert_eq!(Growth::most([growth(9, 9), growth(5, 7), growth(9, 1)].into_iter()), Some(growth(5, 7)));
+        assert_eq!(Growth::most([].into_iter()), None);
+    }
+
+    #[test]
     fn a_percentile_is_one_of_the_samples() {
         let samples: Vec<f64> = (1..=100).rev().map(f64::from).collect();
         assert_eq!(percentile(&samples, 0.99), 99.0);
@@ -325,7 +350,7 @@ mod tests {
 
     #[test]
     fn a_role_is_told_by_its_middle_process_and_its_largest() {
-        let usage = |cpu, rss| Usage { cpu_seconds: Some(cpu), peak_rss_bytes: Some(rss) };
+        let usage = |cpu, rss| Usage { cpu_seconds: Some(cpu), peak_rss_bytes: Some(rss), rss_bytes: Some(rss) };
         let used = [(usage(0.0, 0), usage(2.0, 5)), (usage(1.0, 0), usage(5.0, 9)), (usage(0.0, 0), usage(100.0, 7))];
         let role = RoleUsage::of("trainer", &used, 2);
         assert_eq!((role.count, role.cpu_seconds, role.peak_rss_bytes), (3, Some(2.0), Some(9)));

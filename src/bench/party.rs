@@ -1,31 +1,31 @@
 //! A peer of which only the transfers are left: it holds a blob, or pulls some, with what peers use for it.
 //!
 //! Inside a peer the protocol decides what is pulled when; here it is an order. The rest is the peer's: its transport and
-//! its two connections, its messages, its windows and how many pulls it begins at once, and its job of verifying a
-//! blob. A leader's heartbeats pass meanwhile, which is how it shows whether weights hold up control.
+//! its two connections, its messages, its pulls and what becomes of their chunks. A leader's heartbeats pass meanwhile, which is how it shows whether weights hold up control.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::ControlFlow;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval};
 
 use super::role::{Order, Report, Tally};
-use super::trainer::{ConstantTrainer, initial_weights, layout};
+use super::trainer::{initial_weights, layout};
 use super::usage::Usage;
 use super::{Failure, Site};
-use crate::aggregation::Rule;
+use crate::aggregation::Strategy;
+use crate::intake::{Host, Intakes};
 use crate::jobs::Workshop;
-use crate::journal::Blobs;
+use crate::journal::{Blobs, JournalError};
 use crate::node::Traffic;
 use crate::protocol::message::{Body, Envelope, Hello, Leading, VERSION};
-use crate::protocol::{Config, Done, GATHER_BYTES, Job, Topic, Topics, WINDOW_BYTES};
-use crate::training::Trainer;
-use crate::transfer::{Assembly, Codecs, Grants, Manifest, Route, Serve};
+use crate::protocol::{Config, Done, Topic, Topics};
+use crate::transfer::{Codecs, Manifest, Pulls, Route, Serve};
 use crate::transport::mqtt::MqttTransport;
 use crate::transport::{Class, Outgoing, Transport, TransportEvent};
 use crate::types::{Digest, PeerId, Round, Term};
@@ -49,11 +49,23 @@ pub struct PartyConfig {
     pub several: bool,
 }
 
-/// A pull that was begun.
-struct Pull {
-    holder: PeerId,
-    assembly: Assembly,
-    grants: Grants,
+/// Hears what became of chunks; `None` of a thread that panicked.
+#[derive(Clone)]
+struct Ear(UnboundedSender<Option<Done>>);
+
+impl Host for Ear {
+    fn done(&self, done: Done) {
+        // Nobody listens when the measurement is over.
+        let _ = self.0.send(Some(done));
+    }
+
+    fn full(&mut self, _: JournalError) -> ControlFlow<()> {
+        ControlFlow::Break(())
+    }
+
+    fn lost(&self) {
+        let _ = self.0.send(None);
+    }
 }
 
 struct Party<'a> {
@@ -61,18 +73,19 @@ struct Party<'a> {
     topics: Topics,
     transport: MqttTransport,
     workshop: Arc<Workshop>,
-    trainer: Arc<Mutex<Box<dyn Trainer>>>,
     held: Option<Manifest>,
     serve: Option<Serve>,
     /// The number of the measurement.
     round: Round,
     started: Instant,
-    waiting: VecDeque<(PeerId, Manifest)>,
-    pulls: BTreeMap<Digest, Pull>,
-    verifying: usize,
+    /// What is not held yet, and of whom it is to be had.
+    needed: Vec<(Manifest, Vec<PeerId>)>,
+    pulls: Pulls,
+    intakes: Intakes,
+    ear: Ear,
+    tasks: JoinSet<()>,
     /// Seconds until the last chunk.
     pulled: f64,
-    jobs: UnboundedSender<Done>,
     traffic: Traffic,
     heartbeats: Vec<f64>,
     beats: bool,
@@ -88,7 +101,8 @@ pub(super) async fn run(
     let chunk_bytes = config.site.chunk_bytes;
     let blobs = Blobs::memory();
     let (layout, peer, codecs) = (layout(config.values), config.peer.clone(), Codecs::default());
-    let workshop = Workshop { blobs, layout, peer, codecs, rule: Rule::FedAvg, chunk_bytes };
+    let (strategy, loaded) = (Strategy::default(), Arc::default());
+    let workshop = Workshop { blobs, layout, peer, codecs, strategy, chunk_bytes, loaded };
     // Before it connects, and on another thread: the connection must not wait for it.
     let (values, holds, holder) = (config.values, config.holds, workshop.clone());
     let held = tokio::task::spawn_blocking(move || {
@@ -97,22 +111,21 @@ pub(super) async fn run(
     let held = held.await.map_err(Failure::of)??;
     let topics = config.site.topics();
     let transport = config.site.connect(&config.peer, &topics).await?;
-    let (jobs, mut ended) = unbounded_channel();
+    let (ear, mut heard) = unbounded_channel();
     let mut party = Party {
         topics,
         transport,
         workshop: Arc::new(workshop),
-        // Nothing is trained here: its weights would only fill memory.
-        trainer: Arc::new(Mutex::new(Box::new(ConstantTrainer::new(0, 0)))),
         held,
         serve: None,
         round: Round::GENESIS,
         started: Instant::now(),
-        waiting: VecDeque::new(),
-        pulls: BTreeMap::new(),
-        verifying: 0,
+        needed: Vec::new(),
+        pulls: Pulls::default(),
+        intakes: Intakes::default(),
+        ear: Ear(ear),
+        tasks: JoinSet::new(),
         pulled: 0.0,
-        jobs,
         traffic: Traffic::default(),
         heartbeats: Vec::new(),
         beats: false,
@@ -123,16 +136,16 @@ pub(super) async fn run(
     let mut beat = interval(HEARTBEAT);
     beat.set_missed_tick_behavior(MissedTickBehavior::Skip);
     loop {
-        let deadline = party.pulls.values().filter_map(|pull| pull.grants.deadline()).min();
+        let deadline = party.pulls.deadline();
         tokio::select! {
             order = orders.recv() => match order {
                 Some(order) => party.obey(order),
                 None => break,
             },
             event = party.transport.next() => party.received(event)?,
-            Some(done) = ended.recv() => party.verified(done)?,
+            Some(done) = heard.recv() => party.done(done)?,
             _ = beat.tick(), if party.beats => party.beat(),
-            () = sleep_until(deadline) => party.grant(),
+            () = sleep_until(deadline) => party.pull(),
         }
     }
     party.transport.stop().await;
@@ -168,7 +181,7 @@ impl Party<'_> {
             match self.transport.next().await {
                 TransportEvent::Connected { found, .. } => {
                     self.config.site.accept(found.as_ref())?;
-                    self.publish(&own, Body::Hello(hello.clone()), Bytes::new());
+                    self.publish(&own, Body::Hello(hello.clone()));
                 }
                 TransportEvent::Message { topic, .. } if topic == self.topics.name(&own) => break,
                 TransportEvent::Message { .. } => {}
@@ -183,9 +196,8 @@ impl Party<'_> {
         match order {
             Order::Go { round, pulls } => {
                 (self.round, self.started, self.pulled) = (round, Instant::now(), 0.0);
-                self.waiting = pulls.into();
-                self.begin();
-                self.grant();
+                self.needed = pulls.into_iter().map(|(holder, manifest)| (manifest, vec![holder])).collect();
+                self.pull();
             }
             Order::Beat(beats) => self.beats = beats,
             Order::Tally => (self.tell)(Report::Tally(Tally {
@@ -197,30 +209,17 @@ impl Party<'_> {
         }
     }
 
-    /// Begins as many pulls as a leader does at once; one that is being verified still counts.
-    fn begin(&mut self) {
-        while let Some((_, next)) = self.waiting.front() {
-            let of_one = next.bytes.min(u64::from(WINDOW_BYTES)).max(1);
-            if (self.pulls.len() + self.verifying) as u64 * of_one >= GATHER_BYTES {
-                break;
-            }
-            let Some((holder, manifest)) = self.waiting.pop_front() else { break };
-            let window = (WINDOW_BYTES / manifest.chunk_bytes.max(1)).max(2);
-            let grants = Grants::new(window, Config::default().heartbeat());
-            self.pulls.insert(manifest.digest, Pull { holder, assembly: Assembly::new(manifest), grants });
-        }
-    }
-
-    fn grant(&mut self) {
+    /// Begins what may be begun, has chunks put away, and asks for more.
+    fn pull(&mut self) {
         let now = Instant::now();
-        let mut granted = Vec::new();
-        for (blob, pull) in &mut self.pulls {
-            if let Some(chunks) = pull.grants.next(&pull.assembly, now) {
-                granted.push((pull.holder.clone(), *blob, chunks));
-            }
+        let chosen = self.pulls.fitting(self.needed.clone()).collect();
+        self.pulls.want(chosen, Config::default().heartbeat(), now);
+        while self.tasks.try_join_next().is_some() {}
+        for intake in self.pulls.intakes() {
+            self.intakes.take(intake, &self.workshop, &self.ear, &mut self.tasks);
         }
-        for (holder, blob, chunks) in granted {
-            self.publish(&Topic::Grant(self.round, holder), Body::Grant { blob, chunks }, Bytes::new());
+        for (holder, blob, chunks) in self.pulls.grants(now) {
+            self.publish(&Topic::Grant(self.round, holder), Body::Grant { blob, chunks });
         }
     }
 
@@ -255,55 +254,47 @@ impl Party<'_> {
     }
 
     fn serve_chunk(&mut self, manifest: &Manifest, index: u32, route: Route) -> Result<(), Failure> {
-        let blob = self.workshop.blobs.get(manifest.digest).map_err(Failure::of)?;
-        let Some(chunk) = blob.and_then(|blob| manifest.chunk(&blob, index)) else { return Ok(()) };
+        let Some(blob) = self.workshop.blobs.open(manifest.digest).map_err(Failure::of)? else { return Ok(()) };
         let topic = match route {
             Route::All => Topic::WeightsAll(self.round),
             Route::One(receiver) => Topic::Weights(self.round, receiver),
         };
-        self.publish(&topic, Body::Chunk { blob: manifest.digest, index }, chunk);
+        let header = self.envelope(Body::Chunk { blob: manifest.digest, index });
+        let message = blob.behind(&header, manifest.chunk_range(index)).map_err(Failure::of)?;
+        self.send(&topic, Class::Bulk, message);
         Ok(())
     }
 
     fn take(&mut self, blob: Digest, index: u32, chunk: Bytes) -> Result<(), Failure> {
         // What was verified already may come once more.
-        let Some(pull) = self.pulls.get_mut(&blob) else { return Ok(()) };
-        pull.assembly.insert(index, chunk).map_err(Failure::of)?;
-        pull.grants.received(index, Instant::now());
-        if pull.assembly.is_complete()
-            && let Some(pull) = self.pulls.remove(&blob)
-        {
-            self.pulled = self.started.elapsed().as_secs_f64();
-            self.verify(pull.assembly);
+        if !self.pulls.contains(&blob) || self.pulls.is_complete() {
+            return Ok(());
         }
-        self.grant();
+        self.pulls.arrived(blob, index, chunk, Instant::now()).map_err(Failure::of)?;
+        if self.pulls.is_complete() {
+            self.pulled = self.started.elapsed().as_secs_f64();
+        }
+        self.pull();
         Ok(())
     }
 
-    fn verify(&mut self, assembly: Assembly) {
-        self.verifying += 1;
-        let (workshop, trainer, jobs) = (self.workshop.clone(), self.trainer.clone(), self.jobs.clone());
-        tokio::task::spawn_blocking(move || {
-            let manifest = *assembly.manifest();
-            let job = Job::Verify { manifest, chunks: assembly.into_chunks() };
-            let mut on_progress = |_, _| ControlFlow::Continue(());
-            let mut on_full = |_| ControlFlow::Break(());
-            let done = workshop.perform(job, &trainer, &mut on_progress, &mut on_full);
-            // Nobody listens when the measurement is over.
-            let _ = jobs.send(done);
-        });
-    }
-
-    fn verified(&mut self, done: Done) -> Result<(), Failure> {
-        self.verifying -= 1;
-        if let Done::Verified { result, .. } = done {
-            result.map_err(Failure::of)?;
+    fn done(&mut self, done: Option<Done>) -> Result<(), Failure> {
+        match done {
+            Some(Done::Kept { blob }) => self.pulls.kept(&blob),
+            Some(Done::Verified { manifest, result }) => {
+                result.map_err(Failure::of)?;
+                self.intakes.ended(&manifest.digest);
+                self.pulls.ended(&manifest.digest);
+                self.needed.retain(|(needed, _)| *needed != manifest);
+            }
+            Some(_) => {}
+            None => return Err(Failure::of("a thread ended without a result")),
         }
-        self.begin();
-        self.grant();
-        if self.pulls.is_empty() && self.verifying == 0 {
-            let total = self.started.elapsed().as_secs_f64();
-            (self.tell)(Report::Done { pull: self.pulled, total });
+        if !self.needed.is_empty() {
+            self.pull();
+        } else if self.pulls.is_empty() && self.pulled > 0.0 {
+            let (pull, total) = (std::mem::take(&mut self.pulled), self.started.elapsed().as_secs_f64());
+            (self.tell)(Report::Done { pull, total });
             // What is held would not be stored again.
             let held: BTreeSet<Digest> = self.held.iter().map(|held| held.digest).collect();
             self.workshop.blobs.retain(&held).map_err(Failure::of)?;
@@ -315,16 +306,24 @@ impl Party<'_> {
     fn beat(&mut self) {
         let leading = Leading { ballots: Vec::new(), has: Vec::new(), parent_metrics: None };
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let stamp = Bytes::copy_from_slice(&now.as_nanos().to_le_bytes());
-        self.publish(&Topic::Leader(Round::GENESIS), Body::Leader(leading), stamp);
+        let message = [&self.envelope(Body::Leader(leading))[..], &now.as_nanos().to_le_bytes()].concat();
+        self.send(&Topic::Leader(Round::GENESIS), Class::Control, message.into());
     }
 
-    fn publish(&mut self, topic: &Topic, body: Body, tail: Bytes) {
-        let class = if matches!(body, Body::Chunk { .. }) { Class::Bulk } else { Class::Control };
+    fn publish(&mut self, topic: &Topic, body: Body) {
+        let message = self.envelope(body);
+        self.send(topic, Class::Control, message);
+    }
+
+    fn envelope(&self, body: Body) -> Bytes {
         let (sender, round, signature) = (self.config.peer.clone(), self.round, Vec::new());
-        let head = Envelope { version: VERSION, sender, signature, round, term: Term(0), body }.encode();
-        self.traffic.sent += (head.len() + tail.len()) as u64;
-        self.transport.send(Outgoing { topic: self.topics.name(topic), retain: false, class, head, tail });
+        Envelope { version: VERSION, sender, signature, round, term: Term(0), body }.encode()
+    }
+
+    fn send(&mut self, topic: &Topic, class: Class, head: Bytes) {
+        self.traffic.sent += head.len() as u64;
+        let (topic, tail) = (self.topics.name(topic), Bytes::new());
+        self.transport.send(Outgoing { topic, retain: false, class, head, tail });
     }
 }
 

@@ -15,7 +15,7 @@ use tokio::task::JoinSet;
 
 use super::role::{Order, Report};
 use super::{Failure, Site};
-use crate::protocol::GATHER_BYTES;
+use crate::transfer::GATHER_BYTES;
 use crate::types::{PeerId, Round, host_and_port};
 
 /// Messages that rumqttc holds ready.

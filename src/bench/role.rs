@@ -110,6 +110,8 @@ pub struct Committed {
     pub traffic: Traffic,
     /// What the process has used so far.
     pub usage: Usage,
+    /// How much its state takes on disk, in bytes; nothing, if it keeps none.
+    pub disk_bytes: u64,
 }
 
 mod traffic {

@@ -1,8 +1,10 @@
 //! Whole rounds of real nodes, whose trainers do next to nothing: what a round costs beside training.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
+use tokio::sync::Notify;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
@@ -11,7 +13,7 @@ use super::machine::{Gauge, Machine};
 use super::role::{Actor, Committed, Order, Report, Role};
 use super::trainer::ConstantTrainer;
 use super::usage::Usage;
-use super::{BenchError, Failure, RoleUsage, Setting, Site, Wire, mb_per_s, median};
+use super::{BenchError, Failure, Growth, RoleUsage, Setting, Site, Wire, mb_per_s, median};
 use crate::events::PhaseSeconds;
 use crate::journal::Journal;
 use crate::node::{self, Node, Observation, Outcome, Storage};
@@ -55,6 +57,8 @@ pub struct RoundResult {
     pub processes: bool,
     /// Whether peers kept their state on disk, as they do when it matters.
     pub disk: bool,
+    /// What the state of one peer takes on disk, of the one of which it grew most.
+    pub disk_bytes: Option<Growth>,
     /// How long each phase took.
     pub seconds: PhaseSeconds,
     /// The fastest round, in seconds.
@@ -131,6 +135,7 @@ pub(super) async fn take_part(
                 seconds: committed.seconds.into(),
                 traffic,
                 usage: Usage::now(),
+                disk_bytes: state_dir.as_deref().map_or(0, disk_bytes),
             }));
         }
     };
@@ -143,6 +148,17 @@ pub(super) async fn take_part(
     }
 }
 
+/// What a directory's files take, in bytes. One that vanishes meanwhile takes nothing.
+fn disk_bytes(dir: &Path) -> u64 {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().filter_map(Result::ok);
+    let bytes = entries.map(|entry| match entry.metadata() {
+        Ok(metadata) if metadata.is_dir() => disk_bytes(&entry.path()),
+        Ok(metadata) => metadata.len(),
+        Err(_) => 0,
+    });
+    bytes.sum()
+}
+
 /// Measures rounds. `progress` hears what is being done.
 ///
 /// # Errors
@@ -150,9 +166,9 @@ pub(super) async fn take_part(
 pub async fn run(options: &RoundOptions, progress: &mut (dyn FnMut(&str) + Send)) -> Result<RoundResult, BenchError> {
     let RoundOptions { peers, rounds, .. } = *options;
     let setting = Setting { bytes: 4 * options.setting.bytes.div_ceil(4), ..options.setting.clone() };
-    // A peer has its model, the parent's blob, its update's and the next model's, and one decoded; the leader has every
-    // update twice while it aggregates.
-    let blobs = 6 * peers + 2 * (peers - 1);
+    // A trainer has its model, and it once more while it loads or writes it. In memory a peer has the blobs of the parent,
+    // its update and the next model as well, and the leader those of all updates.
+    let blobs = if options.state_dir.is_some() { 2 * peers } else { 6 * peers };
     setting.check_memory(format!("{peers} peers"), blobs as u64)?;
     let mut gauge = Gauge::new(setting.bytes);
     progress("this machine");
@@ -164,25 +180,33 @@ pub async fn run(options: &RoundOptions, progress: &mut (dyn FnMut(&str) + Send)
     let mut seen = vec![Vec::new(); peers];
     let after = setting.patience(2 * peers * rounds as usize);
     let stuck = |_| BenchError::Stuck { what: "the rounds", after };
-    let mut running = start(options, &setting, &site)?;
-    while let Some(ended) = timeout(after, running.join_next()).await.map_err(stuck)? {
+    let (mut broker, mut broker_usages) = (broker, Vec::new());
+    let tenth = Arc::new(Notify::new());
+    let mut running = start(options, &setting, &site, &tenth)?;
+    loop {
+        let ended = tokio::select! {
+            ended = timeout(after, running.join_next()) => ended.map_err(stuck)?,
+            () = tenth.notified() => {
+                if let Some(broker) = &mut broker {
+                    broker_usages.push(broker.tally().await?.usage);
+                }
+                continue;
+            }
+        };
+        let Some(ended) = ended else { break };
         let lost = |error| BenchError::Machine(std::io::Error::other(error));
         let (index, commits) = ended.map_err(lost)??;
         seen[index] = commits;
     }
-    let broker_usage = match broker {
-        Some(mut actor) => {
-            let usage = actor.tally().await?.usage;
-            actor.end().await;
-            Some(usage)
-        }
-        None => None,
-    };
+    if let Some(mut actor) = broker {
+        broker_usages.push(actor.tally().await?.usage);
+        actor.end().await;
+    }
     progress("this machine");
     for _ in 0..GAUGES {
         gauge.measure().await?;
     }
-    result(options, &setting, &seen, broker_usage, gauge.result())
+    result(options, &setting, &seen, &broker_usages, gauge.result())
 }
 
 /// Starts all peers; each task collects what one tells until it ends.
@@ -191,6 +215,7 @@ fn start(
     options: &RoundOptions,
     setting: &Setting,
     site: &Site,
+    tenth: &Arc<Notify>,
 ) -> Result<JoinSet<Result<(usize, Vec<Committed>), BenchError>>, BenchError> {
     let mut running = JoinSet::new();
     for index in 0..options.peers {
@@ -213,10 +238,14 @@ fn start(
             config,
         };
         let mut actor = Actor::start(&setting.stage, peer.as_str(), Role::Peer(Box::new(config)))?;
+        let (tenth, is_tenth) = (tenth.clone(), Round(tenth_of(options.rounds)));
         running.spawn(async move {
             let mut commits = Vec::new();
             while let Some(report) = actor.next().await? {
                 if let Report::Committed(committed) = report {
+                    if index == 0 && committed.round == is_tenth {
+                        tenth.notify_one();
+                    }
                     commits.push(committed);
                 }
             }
@@ -225,6 +254,11 @@ fn start(
         });
     }
     Ok(running)
+}
+
+/// The round after which everything has been used once.
+fn tenth_of(rounds: u64) -> u64 {
+    (rounds / 10).max(1)
 }
 
 fn name(options: &RoundOptions, index: usize) -> PeerId {
@@ -236,7 +270,7 @@ fn result(
     options: &RoundOptions,
     setting: &Setting,
     seen: &[Vec<Committed>],
-    broker: Option<Usage>,
+    broker: &[Usage],
     machine: Machine,
 ) -> Result<RoundResult, BenchError> {
     let RoundOptions { peers, rounds, .. } = *options;
@@ -264,6 +298,7 @@ fn result(
         broker: setting.broker_name(),
         processes: setting.has_processes(),
         disk: options.state_dir.is_some(),
+        disk_bytes: growth(seen, options.rounds, |committed| Some(committed.disk_bytes)),
         seconds: PhaseSeconds {
             evaluate: phase(|seconds| seconds.evaluate),
             elect: phase(|seconds| seconds.elect),
@@ -283,20 +318,40 @@ fn result(
             to_memory_copy: speed / machine.memory_copy_mb_per_s,
         },
         wire: Wire::new(sent / led.len() as u64, received / led.len() as u64, setting.bytes),
-        roles: roles(setting, seen, broker, led.len()),
+        roles: roles(setting, seen, broker, led.len(), rounds),
     })
 }
 
 /// CPU time is counted from the commit of the genesis to that of the last round; the broker's from its start.
-fn roles(setting: &Setting, seen: &[Vec<Committed>], broker: Option<Usage>, rounds: usize) -> Vec<RoleUsage> {
+fn roles(setting: &Setting, seen: &[Vec<Committed>], broker: &[Usage], measured: usize, rounds: u64) -> Vec<RoleUsage> {
+    let rss = |seen: &[Vec<Committed>]| growth(seen, rounds, |committed| committed.usage.rss_bytes);
     let used = |commits: &Vec<Committed>| Some((commits.first()?.usage, commits.last()?.usage));
     let used: Vec<_> = seen.iter().filter_map(used).collect();
     if !setting.has_processes() {
-        return vec![RoleUsage::of("process", &used[..used.len().min(1)], rounds)];
+        let usage = RoleUsage::of("process", &used[..used.len().min(1)], measured);
+        return vec![RoleUsage { rss_bytes: rss(&seen[..seen.len().min(1)]), ..usage }];
     }
     let (leader, trainers) = used.split_at(1.min(used.len()));
-    let mut roles = vec![RoleUsage::of("leader", leader, rounds), RoleUsage::of("trainer", trainers, rounds)];
-    let start = Usage { cpu_seconds: Some(0.0), peak_rss_bytes: None };
-    roles.extend(broker.map(|usage| RoleUsage::of("broker", &[(start, usage)], rounds)));
+    let (led, trained) = seen.split_at(1.min(seen.len()));
+    let mut roles = vec![
+        RoleUsage { rss_bytes: rss(led), ..RoleUsage::of("leader", leader, measured) },
+        RoleUsage { rss_bytes: rss(trained), ..RoleUsage::of("trainer", trainers, measured) },
+    ];
+    if let Some(last) = broker.last() {
+        let start = Usage { cpu_seconds: Some(0.0), ..Usage::default() };
+        let pair = broker.first().and_then(|first| first.rss_bytes).zip(last.rss_bytes);
+        let rss_bytes = pair.map(|(tenth, end)| Growth { tenth, end });
+        roles.push(RoleUsage { rss_bytes, ..RoleUsage::of("broker", &[(start, *last)], measured) });
+    }
     roles
+}
+
+/// What one number was after a tenth of the rounds and after the last one, of the peer where it grew most.
+fn growth(seen: &[Vec<Committed>], rounds: u64, of: impl Fn(&Committed) -> Option<u64>) -> Option<Growth> {
+    let after = |commits: &[Committed], round| commits.iter().find(|commit| commit.round == Round(round)).and_then(&of);
+    let both = |commits: &Vec<Committed>| {
+        let (tenth, end) = (after(commits, tenth_of(rounds))?, after(commits, rounds)?);
+        Some(Growth { tenth, end })
+    };
+    Growth::most(seen.iter().filter_map(both))
 }

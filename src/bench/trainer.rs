@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::training::{OnProgress, TrainError, Trainer};
 use crate::types::{Metrics, Round};
-use crate::weights::{Layout, TensorSpec, Weights};
+use crate::weights::{Layout, LayoutMismatch, TensorSpec, Weights};
 
 /// One tensor, to every value of which a round of training adds the same.
 #[derive(Clone, Debug)]
@@ -54,7 +54,11 @@ impl Trainer for ConstantTrainer {
     }
 
     fn set_weights(&mut self, weights: &Weights) -> Result<(), TrainError> {
-        self.weights = Weights::new(self.weights.layout().clone(), weights.values().to_vec())?;
+        let (expected, found) = (self.weights.values().len(), weights.values().len());
+        if expected != found {
+            return Err(LayoutMismatch { expected, found }.into());
+        }
+        self.weights.values_mut().copy_from_slice(weights.values());
         Ok(())
     }
 

@@ -122,9 +122,8 @@ pub async fn run(
 ) -> Result<TransferResult, BenchError> {
     let TransferOptions { senders, receivers, repeat, .. } = *options;
     let setting = Setting { bytes: 4 * options.setting.bytes.div_ceil(4), ..options.setting.clone() };
-    // A sender has its blob once, and once more for the pipe; a receiver has all blobs and, while it verifies one, its
-    // chunks and its values.
-    let blobs = 2 * senders + receivers * (senders + 2);
+    // A sender has its blob once, and once more for the pipe; a receiver has all blobs.
+    let blobs = 2 * senders + receivers * senders;
     setting.check_memory(format!("{senders} senders and {receivers} receivers"), blobs as u64)?;
     let options = TransferOptions { setting, ..options.clone() };
     let peers = senders + receivers;

@@ -14,15 +14,19 @@ pub struct Usage {
     pub cpu_seconds: Option<f64>,
     /// The most memory that it has held at a time, in bytes.
     pub peak_rss_bytes: Option<u64>,
+    /// The memory that it holds, in bytes.
+    pub rss_bytes: Option<u64>,
 }
 
 impl Usage {
     /// That of this process.
     pub fn now() -> Self {
         let read = |file: &str| fs::read_to_string(format!("/proc/self/{file}")).ok();
+        let status = read("status");
         Self {
             cpu_seconds: read("stat").as_deref().and_then(cpu_seconds),
-            peak_rss_bytes: read("status").as_deref().and_then(|status| kilobytes(status, "VmHWM:")),
+            peak_rss_bytes: status.as_deref().and_then(|status| kilobytes(status, "VmHWM:")),
+            rss_bytes: status.as_deref().and_then(|status| kilobytes(status, "VmRSS:")),
         }
     }
 }

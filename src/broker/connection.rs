@@ -23,7 +23,7 @@ use rumqttd::local::{LinkError, LinkRx, LinkTx};
 use rumqttd::protocol::v4::{self, V4};
 use rumqttd::protocol::{
     ConnAck, ConnectReturnCode, Disconnect, DisconnectReasonCode, Error as Malformed, LastWill, Packet, Protocol,
-    Publish, QoS, valid_filter, valid_topic,
+    Publish, QoS, matches, valid_filter, valid_topic,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -51,6 +51,12 @@ const READ_BYTES: usize = 8 << 10;
 
 /// Payloads from this size on are written from where they lie; smaller ones are gathered into one write.
 const COPY_BYTES_MAX: usize = 4 << 10;
+
+/// How the id of a peer's connection for weights ends.
+const WEIGHTS_ID_END: &str = ".bulk";
+
+/// How many bytes of one connection's publishes are known to be on their way back to it. Of more the oldest do come back.
+const ECHO_BYTES_MAX: usize = 16 << 20;
 
 /// Small packets are gathered up to this size.
 const GATHER_BYTES: usize = 64 << 10;
@@ -125,12 +131,12 @@ impl Front {
         let opened = spawn_blocking(move || links.open(&id)).await;
         let (mut to_router, from_router, ack) = opened.ok().flatten().ok_or(Closed::Stopped)?;
 
-        let unacked = Unacked::default();
+        let (unacked, echoes) = (Unacked::default(), Echoes::of(&greeting.id));
         let (reading, writing) = socket.split();
-        let reader = Reader { front: self, unacked: &unacked, to_router: &mut to_router };
+        let reader = Reader { front: self, unacked: &unacked, echoes: &echoes, to_router: &mut to_router };
         let ended = tokio::select! {
             ended = reader.run(reading, received, greeting.silence) => ended,
-            ended = write(writing, from_router, ack, &unacked) => ended,
+            ended = write(writing, from_router, ack, &unacked, &echoes) => ended,
             () = seat.wanted() => Err(Closed::TakenOver),
         };
         let Err(closed) = ended;
@@ -285,10 +291,69 @@ impl Unacked {
     }
 }
 
+/// The weights that a connection has published to a filter of its own: they are not sent back to it.
+///
+/// MQTT 3.1.1 would have it so (MQTT 5 lets a subscriber choose). A leader that broadcasts a model to four receivers
+/// would be the fifth of them. It is so for the connections of peers that carry weights, and for nobody else.
+struct Echoes {
+    applies: bool,
+    filters: Mutex<Vec<String>>,
+    /// In their order. The router passes a payload on as it is, so that the place in memory tells which it is; and has
+    /// it in its log for as long as it is here.
+    published: Mutex<VecDeque<Bytes>>,
+}
+
+impl Echoes {
+    /// For the connection with this id.
+    fn of(id: &str) -> Self {
+        Self { applies: id.ends_with(WEIGHTS_ID_END), filters: Mutex::default(), published: Mutex::default() }
+    }
+
+    /// What is sent at QoS 1 has to be acknowledged, and so to be sent.
+    fn subscribed(&self, filter: &str, qos: QoS) {
+        if self.applies && qos == QoS::AtMostOnce {
+            let mut filters = self.filters.lock().unwrap_or_else(PoisonError::into_inner);
+            if !filters.iter().any(|known| known == filter) {
+                filters.push(filter.to_owned());
+            }
+        }
+    }
+
+    fn unsubscribed(&self, filter: &str) {
+        self.filters.lock().unwrap_or_else(PoisonError::into_inner).retain(|known| known != filter);
+    }
+
+    fn published(&self, publish: &Publish) {
+        if !self.applies || publish.payload.len() <= COPY_BYTES_MAX {
+            return;
+        }
+        let Ok(topic) = str::from_utf8(&publish.topic) else { return };
+        if self.filters.lock().unwrap_or_else(PoisonError::into_inner).iter().any(|filter| matches(topic, filter)) {
+            let mut published = self.published.lock().unwrap_or_else(PoisonError::into_inner);
+            published.push_back(publish.payload.clone());
+            while published.iter().map(Bytes::len).sum::<usize>() > ECHO_BYTES_MAX {
+                published.pop_front();
+            }
+        }
+    }
+
+    /// Whether this is one of them, which is then forgotten, with those that the router has lost before it.
+    fn is_echo(&self, payload: &Bytes) -> bool {
+        if !self.applies {
+            return false;
+        }
+        let mut published = self.published.lock().unwrap_or_else(PoisonError::into_inner);
+        let same = |own: &Bytes| own.as_ptr() == payload.as_ptr() && own.len() == payload.len();
+        let place = published.iter().position(same);
+        place.is_some_and(|place| published.drain(..=place).next().is_some())
+    }
+}
+
 /// The way from the socket to the router.
 struct Reader<'a> {
     front: &'a Front,
     unacked: &'a Unacked,
+    echoes: &'a Echoes,
     to_router: &'a mut LinkTx,
 }
 
@@ -340,12 +405,15 @@ impl Reader<'_> {
                     // It may be kept for ever, the buffer it was read into must not.
                     publish.topic = Bytes::copy_from_slice(&publish.topic);
                     publish.payload = Bytes::copy_from_slice(&publish.payload);
+                } else {
+                    self.echoes.published(&publish);
                 }
                 Ok(Packet::Publish(publish, None))
             }
             Packet::Subscribe(mut subscribe, _) => {
                 for filter in &mut subscribe.filters {
                     self.front.admit(&filter.path)?;
+                    self.echoes.subscribed(&filter.path, filter.qos);
                     if filter.qos == QoS::ExactlyOnce {
                         filter.qos = QoS::AtLeastOnce;
                     }
@@ -356,7 +424,11 @@ impl Reader<'_> {
                 self.unacked.acked(ack.pkid)?;
                 Ok(Packet::PubAck(ack, None))
             }
-            Packet::Unsubscribe(..) | Packet::PingReq(_) => Ok(packet),
+            Packet::Unsubscribe(unsubscribe, _) => {
+                unsubscribe.filters.iter().for_each(|filter| self.echoes.unsubscribed(filter));
+                Ok(Packet::Unsubscribe(unsubscribe, None))
+            }
+            Packet::PingReq(_) => Ok(packet),
             Packet::Disconnect(..) => Err(Closed::Goodbye),
             _ => Err(Closed::Refused("it sends what only a broker sends")),
         }
@@ -396,6 +468,7 @@ async fn write(
     mut from_router: LinkRx,
     ack: Notification,
     unacked: &Unacked,
+    echoes: &Echoes,
 ) -> Result<Infallible, Closed> {
     let mut gathered = BytesMut::new();
     let mut next = Some(ack);
@@ -405,7 +478,7 @@ async fn write(
             match next {
                 // The router waits for this connection to catch up.
                 Some(Notification::Unschedule) => paused = true,
-                Some(notification) => write_one(&mut socket, notification, &mut gathered, unacked).await?,
+                Some(notification) => write_one(&mut socket, notification, &mut gathered, unacked, echoes).await?,
                 None => {}
             }
             match ready(from_router.next()).await {
@@ -427,9 +500,11 @@ async fn write_one(
     notification: Notification,
     gathered: &mut BytesMut,
     unacked: &Unacked,
+    echoes: &Echoes,
 ) -> Result<(), Closed> {
     let packet: Option<Packet> = notification.into();
     let payload = match packet {
+        Some(Packet::Publish(publish, _)) if echoes.is_echo(&publish.payload) => return Ok(()),
         Some(Packet::Publish(publish, _)) => encode_publish(publish, gathered, unacked)?,
         Some(packet) => {
             V4.write(packet, gathered)?;

@@ -11,7 +11,7 @@ use crate::bench::machine::Machine;
 use crate::bench::role::{self, Stage};
 use crate::bench::round::{self, RoundOptions, RoundResult};
 use crate::bench::transfer::{self, TransferOptions, TransferResult};
-use crate::bench::{BenchError, RoleUsage, Setting, Wire};
+use crate::bench::{BenchError, Growth, RoleUsage, Setting, Wire};
 use crate::cli::args::{BenchArgs, Measure, MeasureArgs, RoundArgs, TransferArgs};
 use crate::cli::{Exit, Failure, Shell, Stream, interrupt, log, runtime};
 
@@ -212,7 +212,21 @@ fn round_table(result: &RoundResult) -> Vec<[String; 2]> {
     rows.extend(machine_rows(&result.machine, ratio.to_tcp, ratio.to_memory_copy));
     rows.push(wire_row(&result.wire));
     rows.extend(result.roles.iter().map(role_row));
+    rows.extend(growth_rows(result));
     rows
+}
+
+/// What grew from a tenth of the rounds to the last one, if there are enough of them to tell.
+fn growth_rows(result: &RoundResult) -> Vec<[String; 2]> {
+    let grown = |what: &str, growth: Option<Growth>| {
+        growth.map(|growth| format!("{what} {} then {}", megabytes(growth.tenth), megabytes(growth.end)))
+    };
+    let roles = result.roles.iter().map(|role| grown(role.role, role.rss_bytes));
+    let parts: Vec<String> = roles.chain([grown("disk of one peer", result.disk_bytes)]).flatten().collect();
+    if result.rounds < 10 || parts.is_empty() {
+        return Vec::new();
+    }
+    vec![row("growth", format!("after round {} and the last one: {}", result.rounds / 10, parts.join(", ")))]
 }
 
 fn row(name: &str, value: String) -> [String; 2] {
@@ -261,9 +275,10 @@ mod tests {
 
     #[test]
     fn what_is_not_known_is_a_dash() {
-        let role = RoleUsage { role: "broker", count: 1, cpu_seconds: None, peak_rss_bytes: Some(12_000_000) };
+        let (cpu_seconds, rss_bytes) = (None, None);
+        let role = RoleUsage { role: "broker", count: 1, cpu_seconds, peak_rss_bytes: Some(12_000_000), rss_bytes };
         assert_eq!(role_row(&role)[1], "- of CPU time, 12 MB of memory at most");
-        let many = RoleUsage { role: "trainer", count: 3, cpu_seconds: Some(0.5), peak_rss_bytes: None };
+        let many = RoleUsage { role: "trainer", count: 3, cpu_seconds: Some(0.5), peak_rss_bytes: None, rss_bytes };
         assert_eq!(role_row(&many)[1], "0.50 s of CPU time, - of memory at most (each of 3)");
     }
 

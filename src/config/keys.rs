@@ -1,5 +1,6 @@
 //! The table of keys: the one place that knows a key's name, kind, default, meaning and readers.
 
+use crate::aggregation::Strategy;
 use crate::config::value::{Kind, Reals};
 
 /// The text that leaves an optional key unset.
@@ -30,6 +31,8 @@ pub struct Key {
 pub enum Group {
     /// What the peers agree on about rounds and leaders.
     Federation,
+    /// How updates become a model. The peers must agree on every key of this group.
+    Strategy,
     /// When training is over.
     Stopping,
     /// Model, optimizer and seed. The peers must agree on every key of this group.
@@ -59,8 +62,9 @@ pub enum UsedBy {
 
 impl Group {
     /// Every group, in the order of the listing.
-    pub const ALL: [Group; 7] = [
+    pub const ALL: [Group; 8] = [
         Group::Federation,
+        Group::Strategy,
         Group::Stopping,
         Group::Training,
         Group::Data,
@@ -73,6 +77,7 @@ impl Group {
     pub fn title(self) -> &'static str {
         match self {
             Group::Federation => "Federation",
+            Group::Strategy => "Strategy",
             Group::Stopping => "Stopping",
             Group::Training => "Training",
             Group::Data => "Data",
@@ -156,10 +161,31 @@ pub static KEYS: &[Key] = &[
         "How many updates a round needs once round_timeout has passed"),
     key(Group::Federation, UsedBy::Peers, "policy", Kind::Policy(&["random", "rotate", "fixed"]), "random",
         "How a leader is chosen; fixed:NAME always prefers that peer"),
-    key(Group::Federation, UsedBy::Peers, "strategy", Kind::Choice(&["fedavg"]), "fedavg",
-        "How updates become the next global model"),
     key(Group::Federation, UsedBy::Peers, "leader_trains", Kind::Switch, "false",
         "Whether the leader of a round trains too"),
+
+    key(Group::Strategy, UsedBy::Peers, "strategy", Kind::Choice(Strategy::NAMES), "fedavg",
+        "How updates become the next global model; see Strategies"),
+    key(Group::Strategy, UsedBy::Peers, "fraction_train", Kind::Real(Reals::PositiveShare), "1",
+        "Share of the members that trains in a round, drawn anew each time; the others evaluate and vote"),
+    key(Group::Strategy, UsedBy::Peers, "mu", Kind::Real(Reals::Positive), "0.01",
+        "Strategy fedprox: how strongly local weights are held to the global model's"),
+    key(Group::Strategy, UsedBy::Peers, "server_optimizer", Kind::Choice(&["momentum", "adagrad", "adam", "yogi"]), NONE,
+        "The optimizer that steps from the global model to what the strategy makes of the updates; none: the strategy's own"),
+    key(Group::Strategy, UsedBy::Peers, "server_learning_rate", Kind::Real(Reals::Positive), NONE,
+        "Length of the server optimizer's step; none: 1, and 0.03 for adagrad, adam and yogi"),
+    key(Group::Strategy, UsedBy::Peers, "server_momentum", Kind::Real(Reals::ShareBelowOne), "0.9",
+        "Share of the last direction that a server optimizer keeps"),
+    key(Group::Strategy, UsedBy::Peers, "server_beta2", Kind::Real(Reals::ShareBelowOne), "0.99",
+        "Share of the second moment that server optimizers adam and yogi keep"),
+    key(Group::Strategy, UsedBy::Peers, "server_tau", Kind::Real(Reals::Positive), "0.001",
+        "Changes below this are small to server optimizers adagrad, adam and yogi"),
+    key(Group::Strategy, UsedBy::Peers, "trim", Kind::Real(Reals::BelowHalf), "0.2",
+        "Strategy trimmed-mean: share of the values left out at either end, rounded up"),
+    key(Group::Strategy, UsedBy::Peers, "byzantine", count(0, 10_000), "1",
+        "Strategies krum, multi-krum and bulyan: how many updates of a round may be bad"),
+    key(Group::Strategy, UsedBy::Peers, "clip_norm", Kind::Real(Reals::Positive), NONE,
+        "Strategy norm-clip: the longest difference from the global model; none: the median of the round's"),
 
     key(Group::Stopping, UsedBy::Peers, "rounds", count(1, COUNT_MAX), "20",
         "How many rounds to train at most"),

@@ -1,6 +1,8 @@
 //! Settings in the terms of the floors below: what the peers share, what a trainer needs, which data a peer has.
 
-use crate::aggregation::Rule;
+use std::collections::BTreeMap;
+
+use crate::aggregation::{Parameters, Strategy, StrategyError};
 use crate::config::{Settings, categories};
 use crate::protocol::{Config, Policy};
 use crate::training::{Backend, Model, Optimizer, Partition, PartitionOptions, ReadOptions, Source, TrainingConfig};
@@ -21,14 +23,42 @@ impl Settings {
             tolerance: self.tolerance,
             patience: self.patience,
             policy: self.policy.parse::<Policy>().expect(CHECKED),
-            rule: self.strategy.parse::<Rule>().expect(CHECKED),
+            strategy: self.aggregation().expect(CHECKED),
+            fraction_train: self.fraction_train,
             leader_trains: self.leader_trains,
             round_timeout: self.round_timeout,
             election_timeout: self.election_timeout,
             settle_time: self.settle_time,
             chunk_bytes: self.chunk_bytes,
-            training: self.training_entries(),
+            training: self.entries_of_training(),
         }
+    }
+
+    /// The settings of training that peers compare: those of its group, and what strategy fedprox adds to it.
+    fn entries_of_training(&self) -> BTreeMap<String, String> {
+        let mut entries = self.training_entries();
+        entries.insert("mu".into(), self.training().mu.to_string());
+        if self.strategy == "fedprox" {
+            // It aggregates as fedavg does, so that the rule alone would not tell the two apart.
+            entries.insert("strategy".into(), self.strategy.into());
+        }
+        entries
+    }
+
+    /// How updates become a model. An error: the server optimiser does not go with the strategy, which `Layers::settings`
+    /// refuses.
+    pub fn aggregation(&self) -> Result<Strategy, StrategyError> {
+        let parameters = Parameters {
+            trim: self.trim,
+            byzantine: self.byzantine,
+            clip_norm: self.clip_norm,
+            server_optimizer: self.server_optimizer.map(|method| method.parse().expect(CHECKED)),
+            server_learning_rate: self.server_learning_rate,
+            server_momentum: self.server_momentum,
+            server_beta2: self.server_beta2,
+            server_tau: self.server_tau,
+        };
+        Strategy::named(self.strategy, &parameters)
     }
 
     /// What a trainer needs.
@@ -52,6 +82,7 @@ impl Settings {
             local_steps: self.local_steps,
             augment: self.augment.parse().expect(CHECKED),
             seed: self.seed,
+            mu: if self.strategy == "fedprox" { self.mu } else { 0.0 },
             backend: self.backend.parse::<Backend>().expect(CHECKED),
         }
     }
@@ -115,7 +146,7 @@ mod tests {
 
     #[test]
     fn the_defaults_of_the_table_are_those_of_the_floors_below() {
-        let training = defaults().training_entries();
+        let training = defaults().entries_of_training();
         assert_eq!(defaults().shared(), Config { training, ..Config::default() });
         assert_eq!(defaults().training(), TrainingConfig::default());
         assert_eq!(defaults().codecs(), Codecs::default());
@@ -143,7 +174,8 @@ mod tests {
                 let (shared, training) = (settings.shared(), settings.training());
                 let taken = [
                     ("policy", shared.policy.to_string()),
-                    ("strategy", shared.rule.to_string()),
+                    ("strategy", settings.strategy.to_owned()),
+                    ("server_optimizer", shared.strategy.optimizer.method.to_string()),
                     ("model", training.model.to_string()),
                     ("optimizer", training.optimizer.to_string()),
                     ("schedule", training.schedule.to_string()),
@@ -170,7 +202,7 @@ mod tests {
         expected.extend(codecs.map(|(key, value)| (key.to_owned(), value.to_owned())));
         assert_eq!(settings.shared().training, expected);
         let shared = settings.shared().entries();
-        for key in KEYS.iter().filter(|key| matches!(key.group, Group::Stopping | Group::Training)) {
+        for key in KEYS.iter().filter(|key| matches!(key.group, Group::Strategy | Group::Stopping | Group::Training)) {
             assert!(shared.contains_key(key.name), "{} is not compared", key.name);
         }
         for key in KEYS.iter().filter(|key| matches!(key.group, Group::Data | Group::Network | Group::Machine)) {

@@ -102,6 +102,10 @@ pub enum Reals {
     ShareBelowOne,
     /// 0 to 1, neither allowed.
     Between,
+    /// 0 to 1, 0 not allowed.
+    PositiveShare,
+    /// 0 to a half, which is not allowed.
+    BelowHalf,
 }
 
 /// The value of a key.
@@ -247,6 +251,8 @@ impl Reals {
                 Reals::Share => (0.0..=1.0).contains(&x),
                 Reals::ShareBelowOne => (0.0..1.0).contains(&x),
                 Reals::Between => x > 0.0 && x < 1.0,
+                Reals::PositiveShare => x > 0.0 && x <= 1.0,
+                Reals::BelowHalf => (0.0..0.5).contains(&x),
             }
     }
 
@@ -257,6 +263,8 @@ impl Reals {
             Reals::Share => "a number from 0 to 1",
             Reals::ShareBelowOne => "a number from 0 to below 1",
             Reals::Between => "a number between 0 and 1",
+            Reals::PositiveShare => "a number above 0, at most 1",
+            Reals::BelowHalf => "a number from 0 to below 0.5",
         }
     }
 }
@@ -433,6 +441,8 @@ mod tests {
         takes(&Kind::Count { min: 1, max: 9 }, &["1", "9", " 3 "], &["0", "10", "-1", "1.5", "", "x"]);
         takes(&Kind::Real(Reals::Share), &["0", "1", "0.95", "1e-3"], &["1.01", "-0.1", "NaN", "inf", ""]);
         takes(&Kind::Real(Reals::Between), &["0.2"], &["0", "1"]);
+        takes(&Kind::Real(Reals::PositiveShare), &["0.2", "1"], &["0", "1.1"]);
+        takes(&Kind::Real(Reals::BelowHalf), &["0", "0.49"], &["0.5", "-0.1"]);
         takes(&Kind::Real(Reals::ShareBelowOne), &["0", "0.9"], &["1"]);
         takes(&Kind::Real(Reals::Positive), &["1e-7", "3"], &["0", "-1", "inf"]);
         takes(&Kind::Switch, &["true", "false"], &["yes", "1", ""]);

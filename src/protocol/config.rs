@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::aggregation::Rule;
+use crate::aggregation::Strategy;
 use crate::protocol::election::Policy;
 use crate::types::Digest;
 
@@ -46,7 +46,13 @@ pub struct Config {
     pub policy: Policy,
 
     /// How updates become the next global model.
-    pub rule: Rule,
+    pub strategy: Strategy,
+
+    /// Which share of the members that may train does so in a round, above 0 to 1; at least one member does.
+    ///
+    /// Lower: less traffic and computing a round, and more rounds. Who trains is drawn by the round and its parent model, the
+    /// same for all; the others evaluate, vote and accept. When a leader fails, more train: so many again in each term.
+    pub fraction_train: f64,
 
     /// Whether the leader trains too. It costs a round the leader's training time when aggregation has to wait
     /// for it, and brings the leader's data into every round.
@@ -86,7 +92,8 @@ impl Default for Config {
             tolerance: 0.0,
             patience: 0,
             policy: Policy::default(),
-            rule: Rule::default(),
+            strategy: Strategy::default(),
+            fraction_train: 1.0,
             leader_trains: false,
             round_timeout: Duration::from_secs(300),
             election_timeout: Duration::from_secs(2),
@@ -109,7 +116,7 @@ impl Config {
             ("tolerance", self.tolerance.to_string()),
             ("patience", self.patience.to_string()),
             ("policy", self.policy.to_string()),
-            ("strategy", self.rule.to_string()),
+            ("fraction_train", self.fraction_train.to_string()),
             ("leader_trains", self.leader_trains.to_string()),
             ("round_timeout", millis(self.round_timeout)),
             ("election_timeout", millis(self.election_timeout)),
@@ -117,7 +124,7 @@ impl Config {
             ("chunk_bytes", self.chunk_bytes.to_string()),
         ];
         let own = own.into_iter().map(|(key, value)| (key.to_owned(), value));
-        own.chain(self.training.clone()).collect()
+        own.chain(self.strategy.entries()).chain(self.training.clone()).collect()
     }
 
     /// What names this configuration among peers.

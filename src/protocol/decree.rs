@@ -6,6 +6,7 @@ use std::fmt;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
+use crate::aggregation::Share;
 use crate::protocol::config::Config;
 use crate::protocol::roster::Roster;
 use crate::transfer::Manifest;
@@ -93,6 +94,8 @@ pub struct Contributor {
     pub update: Digest,
     /// Its weight in the mean.
     pub num_examples: u64,
+    /// How far its local steps went: see [`Share::step_sum`].
+    pub step_sum: f64,
     /// How training went, on the trainer's own examples.
     pub metrics: Metrics,
 }
@@ -105,6 +108,13 @@ pub struct Record {
     pub best: Option<(f64, Round)>,
     /// How many models in a row did not improve on it by more than `tolerance`.
     pub stale: u32,
+}
+
+impl Contributor {
+    /// What the update says of itself.
+    pub fn share(&self) -> Share {
+        Share { num_examples: self.num_examples, step_sum: self.step_sum }
+    }
 }
 
 impl Record {

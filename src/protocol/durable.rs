@@ -12,7 +12,7 @@ use crate::transfer::Manifest;
 use crate::types::{Address, Digest, PeerId, Round, Term};
 
 /// The version of the encoding: its first number. An encoding without one begins with 0 or 1.
-const VERSION: u16 = 3;
+const VERSION: u16 = 4;
 
 /// A peer's promises: with them a restarted peer goes on as if it had only been slow.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -27,6 +27,8 @@ pub struct Durable {
     pub open: Open,
     /// What the peer has learned and not sent, as far as the rounds before the open one are concerned.
     pub residual: Residual,
+    /// A blob as `f32`: the peer's control variate after its newest update that counted, where the strategy has such.
+    pub control: Option<Digest>,
 }
 
 /// What a peer has learned and, with a codec that sends a part of it, not sent: the sum of both parts.
@@ -69,6 +71,8 @@ pub struct Open {
     pub update: Option<Update>,
     /// A blob as `f32`: what of its residual and its training the update does not send.
     pub unsent: Option<Digest>,
+    /// A blob as `f32`: the peer's control variate if the update counts.
+    pub control: Option<Digest>,
 }
 
 impl Durable {
@@ -111,20 +115,25 @@ impl Durable {
 
     /// The names of all blobs that are to be kept.
     pub fn blobs(&self) -> impl Iterator<Item = Digest> {
-        let residual = [self.residual.unsent, self.residual.returned, self.open.unsent];
-        self.manifests().map(|manifest| manifest.digest).chain(residual.into_iter().flatten())
+        let own = [self.residual.unsent, self.residual.returned, self.open.unsent, self.control, self.open.control];
+        self.manifests().map(|manifest| manifest.digest).chain(own.into_iter().flatten())
     }
 
     /// Settles what becomes of the open round's update, now that `decree` is the newest: what was left over goes into the
-    /// residual, and if the update is not among the contributors what it sent does too.
-    pub(super) fn settle_residual(&mut self, me: &PeerId, decree: &Decree) {
-        let (Some(update), Some(unsent)) = (&self.open.update, self.open.unsent) else { return };
+    /// residual, and if the update is not among the contributors what it sent does too; if it is, the control variate that
+    /// the update brought the change of is the peer's own.
+    pub(super) fn settle(&mut self, me: &PeerId, decree: &Decree) {
+        let Some(update) = &self.open.update else { return };
         let sent = update.manifest.digest;
         let counted = decree.contributors.iter().any(|part| part.peer == *me && part.update == sent);
         // Who learns of a later round first does not know. What was sent may be in the model: it must not count twice.
-        let unknown = decree.round > self.open.round;
-        let returned = (!counted && !unknown).then_some(sent);
-        self.residual = Residual { unsent: Some(unsent), returned };
+        let counted = counted || decree.round > self.open.round;
+        if let Some(unsent) = self.open.unsent {
+            self.residual = Residual { unsent: Some(unsent), returned: (!counted).then_some(sent) };
+        }
+        if counted {
+            self.control = self.open.control.or(self.control);
+        }
     }
 
     /// The bytes to store.
@@ -159,7 +168,7 @@ mod tests {
     /// A peer that has sent an update in round 3.
     fn durable() -> Durable {
         let (parent, metrics) = (Digest::of(b"parent"), Metrics::default());
-        let update = Update { parent, manifest: manifest(b"update"), num_examples: 1, metrics };
+        let update = Update { parent, manifest: manifest(b"update"), num_examples: 1, step_sum: 1.0, metrics };
         let open =
             Open { round: Round(3), update: Some(update), unsent: Some(Digest::of(b"unsent")), ..Open::default() };
         let residual = Residual { unsent: Some(Digest::of(b"earlier")), returned: Some(Digest::of(b"in vain")) };
@@ -174,7 +183,13 @@ mod tests {
             leader: peer("leader"),
             term: Term(0),
             outcome: Outcome::Model(manifest(b"model")),
-            contributors: vec![Contributor { peer: peer(contributor), update, num_examples: 1, metrics }],
+            contributors: vec![Contributor {
+                peer: peer(contributor),
+                update,
+                num_examples: 1,
+                step_sum: 1.0,
+                metrics,
+            }],
             parent_metrics: None,
             record: Default::default(),
             next_roster: Roster::of(&[peer("me")].into()),
@@ -194,16 +209,37 @@ mod tests {
         ];
         for (case, decree, returned) in cases {
             let mut durable = durable();
-            durable.settle_residual(&peer("me"), &decree);
+            durable.settle(&peer("me"), &decree);
             assert_eq!(durable.residual, Residual { unsent, returned }, "{case}");
         }
+    }
+
+    #[test]
+    fn a_control_variate_is_taken_over_only_with_the_update_that_brought_its_change() {
+        let (old, new) = (Some(Digest::of(b"old")), Some(Digest::of(b"new")));
+        let cases = [
+            (decree(3, "me", b"update"), new),
+            (decree(3, "another", b"update"), old),
+            (decree(4, "another", b"other"), new),
+        ];
+        for (decree, expected) in cases {
+            let mut durable = durable();
+            (durable.control, durable.open.control) = (old, new);
+            assert!(durable.blobs().any(|blob| Some(blob) == old) && durable.blobs().any(|blob| Some(blob) == new));
+            durable.settle(&peer("me"), &decree);
+            assert_eq!(durable.control, expected);
+        }
+        let mut without = durable();
+        without.control = old;
+        without.settle(&peer("me"), &decree(3, "me", b"update"));
+        assert_eq!(without.control, old);
     }
 
     #[test]
     fn a_round_without_an_update_changes_nothing() {
         let mut without = durable();
         without.open.update = None;
-        without.settle_residual(&peer("me"), &decree(3, "another", b"update"));
+        without.settle(&peer("me"), &decree(3, "another", b"update"));
         assert_eq!(without.residual, durable().residual);
     }
 

@@ -9,6 +9,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use crate::aggregation::statistics::SUMMARY_BYTES_MAX;
+use crate::aggregation::{STEP_SUMS, Share};
 use crate::protocol::decree::{Decree, STANDBYS_MAX};
 use crate::protocol::roster::{ROSTER_MAX, Roster};
 use crate::transfer::{CHUNK_BYTES_MAX, ChunkSet, Manifest};
@@ -190,8 +191,17 @@ pub struct Update {
     pub manifest: Manifest,
     /// How many examples it was trained on.
     pub num_examples: u64,
+    /// How far the local steps went: see [`Share::step_sum`](crate::aggregation::Share::step_sum).
+    pub step_sum: f64,
     /// How training went.
     pub metrics: Metrics,
+}
+
+impl Update {
+    /// What it says of itself.
+    pub fn share(&self) -> Share {
+        Share { num_examples: self.num_examples, step_sum: self.step_sum }
+    }
 }
 
 /// A committed decree and who holds it.
@@ -265,7 +275,10 @@ impl Envelope {
             Body::Call { released, .. } => limit(released.len() <= ROSTER_MAX, "the list of calls given up"),
             Body::Ballot { accepted: Some((_, decree)), .. } | Body::Proposal(decree) => check_decree(decree),
             Body::Evaluation(metrics) => limit(metrics.is_finite(), "a metric"),
-            Body::Update(update) => limit(update.metrics.is_finite(), "a metric"),
+            Body::Update(update) => {
+                limit(STEP_SUMS.contains(&update.step_sum), "the sum of local steps")?;
+                limit(update.metrics.is_finite(), "a metric")
+            }
             Body::Leader(leading) => {
                 let short = leading.ballots.len() <= ROSTER_MAX && leading.has.len() <= ROSTER_MAX;
                 limit(short, "the list of ballots")?;
@@ -292,6 +305,9 @@ fn check_decree(decree: &Decree) -> Result<(), MessageError> {
         return Err(MessageError::Limit("the number of standby brokers"));
     }
     let measured = decree.parent_metrics.iter().chain(decree.contributors.iter().map(|part| &part.metrics));
+    if !decree.contributors.iter().all(|part| STEP_SUMS.contains(&part.step_sum)) {
+        return Err(MessageError::Limit("the sum of local steps"));
+    }
     if !measured.into_iter().all(Metrics::is_finite) || decree.record.best.is_some_and(|(loss, _)| !loss.is_finite()) {
         return Err(MessageError::Limit("a metric"));
     }

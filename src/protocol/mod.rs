@@ -33,7 +33,8 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
-use crate::transfer::Manifest;
+use crate::aggregation::Share;
+use crate::transfer::{Intake, Manifest};
 use crate::types::{Address, Digest, Metrics, PeerId, Round, Term};
 use crate::weights::Layout;
 
@@ -42,7 +43,6 @@ pub use decree::{Contributor, Decree, Outcome, Reason};
 pub use durable::{Durable, Residual};
 pub use election::Policy;
 pub use notice::{Committed, Difference, Notice, Seconds, Waiting};
-pub use phases::transfer::{GATHER_BYTES, WINDOW_BYTES};
 pub use roaming::Roaming;
 pub use roster::Roster;
 pub use topic::{Topic, Topics};
@@ -100,6 +100,8 @@ pub enum Action {
         /// Which chunk.
         index: u32,
     },
+    /// Put chunks away; [`Done::Kept`] and [`Done::Verified`] come back.
+    Take(Intake),
     /// Do slow work; its end comes back as [`Event::Done`].
     Start(Job),
     /// Prepare the trainer by what all founders' inputs are like, before any job.
@@ -134,13 +136,8 @@ pub enum Job {
         model: Manifest,
         /// What was learned before and not sent.
         residual: Residual,
-    },
-    /// Join chunks, check digest, layout and that every value is finite, and keep the blob.
-    Verify {
-        /// What the blob should be.
-        manifest: Manifest,
-        /// Its chunks, in order.
-        chunks: Vec<Bytes>,
+        /// A blob as `f32`: the peer's own control variate, if it has one.
+        control: Option<Digest>,
     },
     /// Aggregate updates, in this order.
     Aggregate {
@@ -148,8 +145,12 @@ pub enum Job {
         round: Round,
         /// The leader's term: each aggregates the updates that it gathered.
         term: Term,
-        /// Each update's blob and its number of examples.
-        parts: Vec<(Manifest, u64)>,
+        /// The parent model's blob.
+        parent: Manifest,
+        /// How many members the round has.
+        members: usize,
+        /// Each update's blob and what it says of itself.
+        parts: Vec<(Manifest, Share)>,
     },
 }
 
@@ -172,7 +173,12 @@ pub enum Done {
         /// The update.
         result: Result<Trained, String>,
     },
-    /// Whether a pulled blob is what it should be.
+    /// A chunk of a blob was put away.
+    Kept {
+        /// The blob.
+        blob: Digest,
+    },
+    /// A pulled blob is complete and durable; or it is not what it should be, maybe before its last chunk.
     Verified {
         /// The blob.
         manifest: Manifest,
@@ -197,6 +203,10 @@ pub struct Trained {
     pub update: Manifest,
     /// A blob as `f32` of what the update does not send, if its codec sends a part.
     pub unsent: Option<Digest>,
+    /// A blob as `f32`: the peer's control variate if the update counts, where the strategy has such.
+    pub control: Option<Digest>,
+    /// See [`Share::step_sum`].
+    pub step_sum: f64,
     /// How training went.
     pub metrics: Metrics,
 }
@@ -272,7 +282,9 @@ pub(crate) struct Flaws {
 pub struct Peer {
     me: PeerId,
     config: Config,
-    layout: Arc<Layout>,
+    /// What a model's blob holds, and an update's.
+    model_layout: Arc<Layout>,
+    update_layout: Arc<Layout>,
     layout_digest: Digest,
     entries: BTreeMap<String, String>,
     num_examples: u64,
@@ -324,10 +336,11 @@ impl Peer {
         let transfers = Transfers::new(durable.manifests().filter(|manifest| held.contains(&manifest.digest)));
         let mut peer = Self {
             entries: config.entries(),
+            model_layout: config.strategy.model_layout(&identity.layout),
+            update_layout: config.strategy.update_layout(&identity.layout),
             config,
             me: identity.peer,
             layout_digest: identity.layout.digest(),
-            layout: identity.layout,
             num_examples: identity.num_examples,
             broker: identity.broker,
             summary: identity.summary,
@@ -480,6 +493,7 @@ impl Peer {
             Done::Initial(result) => self.on_initial(result, now),
             Done::Evaluated { model, result } => self.on_evaluated(model, result, now),
             Done::Trained { round, result } => self.on_trained(round, result, now),
+            Done::Kept { blob } => self.transfers.kept(&blob),
             Done::Verified { manifest, result } => self.on_verified(manifest, result, now),
             Done::Aggregated { round, term, result } => self.on_aggregated(round, term, result, now),
         }

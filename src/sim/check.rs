@@ -1,17 +1,18 @@
 //! The invariants, checked against what all peers have persisted and sent.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use bytes::Bytes;
 
-use crate::aggregation::{Contribution, Rule};
+use crate::aggregation::{Contribution, Strategy};
 use crate::jobs::Workshop;
 use crate::journal::Blobs;
 use crate::protocol::message::{Body, Envelope, Head};
 use crate::protocol::{Decree, Durable, Outcome, Roster};
 use crate::transfer::{Codec, Codecs};
 use crate::types::{Digest, PeerId, Round, Term};
-use crate::weights::Weights;
+use crate::weights::{Layout, Weights};
 
 pub(super) const ONE_DECREE: &str = "I1 (one decree a round)";
 pub(super) const QUORUM_HOLDS: &str = "I1 (a committed decree is held by a quorum)";
@@ -29,6 +30,7 @@ pub(super) type Broken = (&'static str, String);
 #[derive(Debug)]
 pub(super) struct Check {
     codecs: Codecs,
+    strategy: Strategy,
     /// The first committed decree of each round.
     decrees: BTreeMap<Round, Decree>,
     founded: Option<Roster>,
@@ -63,9 +65,10 @@ pub(super) struct Persisted<'a> {
 }
 
 impl Check {
-    pub(super) fn new(codecs: Codecs) -> Self {
+    pub(super) fn new(codecs: Codecs, strategy: Strategy) -> Self {
         Self {
             codecs,
+            strategy,
             decrees: BTreeMap::new(),
             founded: None,
             summary: None,
@@ -150,17 +153,23 @@ impl Check {
             let needed = roster.quorum();
             return Err((QUORUM_HOLDS, format!("{:?} is held by {holders}, not {needed}", decree.round)));
         }
-        self.check_aggregate(decree, before)
+        self.check_aggregate(decree, before, roster.len(), all)
     }
 
-    fn check_aggregate(&self, decree: &Decree, before: Option<&Decree>) -> Result<(), Broken> {
+    fn check_aggregate(
+        &self,
+        decree: &Decree,
+        before: Option<&Decree>,
+        members: usize,
+        all: &[Persisted<'_>],
+    ) -> Result<(), Broken> {
         let Outcome::Model(manifest) = &decree.outcome else { return Ok(()) };
         let Some(parent) = before else { return Ok(()) };
         let mut contributions = Vec::new();
         for part in &decree.contributors {
             match self.updates.get(&(part.peer.clone(), part.update)) {
                 Some((round, from, weights)) if *round == decree.round && *from == parent.model().digest => {
-                    contributions.push(Contribution { num_examples: part.num_examples, weights });
+                    contributions.push(Contribution { share: part.share(), weights });
                 }
                 _ => {
                     return Err((
@@ -170,7 +179,17 @@ impl Check {
                 }
             }
         }
-        let expected = Rule::FedAvg.aggregate(&contributions).map_err(|error| (AGGREGATE, error.to_string()))?;
+        let Some(first) = contributions.first() else { return Err((AGGREGATE, "nobody contributes".into())) };
+        let layout = model_of(first.weights.layout());
+        let parent_layout = self.strategy.model_layout(&layout);
+        // Whoever is up or down: somebody holds the model that the round began with.
+        let blob = all.iter().find_map(|peer| peer.blobs.get(parent.model().digest).ok().flatten());
+        let from = blob.and_then(|blob| self.codecs.model.decode(&blob, &parent_layout).ok());
+        let Some(from) = from else {
+            return Err((AGGREGATE, format!("nobody holds the parent of {:?}", decree.round)));
+        };
+        let expected = self.strategy.aggregate(&layout, &from, &contributions, members);
+        let expected = expected.map_err(|error| (AGGREGATE, error.to_string()))?;
         let tuning = self.codecs.for_model(decree.round);
         let expected = self.codecs.model.encode(&expected, &tuning).map_err(|error| (AGGREGATE, error.to_string()))?;
         let expected = Digest::of(&expected);
@@ -275,6 +294,12 @@ impl Check {
     }
 }
 
+/// The layout of the model in an update's: what travels with it stands behind.
+fn model_of(update: &Layout) -> Arc<Layout> {
+    let tensors = update.tensors.iter().filter(|tensor| !tensor.name.starts_with("control."));
+    Arc::new(Layout { tensors: tensors.cloned().collect() })
+}
+
 /// Adds `weights` to the sums, which begin empty.
 fn sum(sums: &mut Vec<f64>, weights: &Weights) {
     sums.resize(weights.values().len(), 0.0);
@@ -287,5 +312,5 @@ fn holds(peer: &Persisted<'_>, decree: &Decree) -> bool {
     let beyond = head.is_some_and(|head| head.decree.round > decree.round);
     let committed = head.is_some_and(|head| head.decree == *decree);
     let accepted = peer.durable.open.accepted.as_ref().is_some_and(|(_, accepted)| accepted == decree);
-    beyond || (committed || accepted) && peer.blobs.get(decree.model().digest).is_ok_and(|blob| blob.is_some())
+    beyond || (committed || accepted) && peer.blobs.open(decree.model().digest).is_ok_and(|blob| blob.is_some())
 }

@@ -2,7 +2,11 @@
 
 use serde::Deserialize;
 
+use crate::aggregation::{Parameters, Strategy};
 use crate::transfer::{Codec, Codecs};
+
+/// The strategy that each seed has its own of.
+const ANY: &str = "any";
 
 /// Peers, network and faults. All of it can be set in a TOML file; what is not named has its default.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
@@ -48,6 +52,10 @@ pub struct Scenario {
     pub codec: Codec,
     /// How the global model is encoded: not as `topk`.
     pub model_codec: Codec,
+    /// How updates become a model; `any`: each seed has its own.
+    pub strategy: String,
+    /// Which share of the members trains in a round, above 0 to 1.
+    pub fraction_train: f64,
 }
 
 impl Default for Scenario {
@@ -73,6 +81,8 @@ impl Default for Scenario {
             policy: "random".into(),
             codec: Codec::F32,
             model_codec: Codec::F32,
+            strategy: "fedavg".into(),
+            fraction_train: 1.0,
         }
     }
 }
@@ -136,12 +146,35 @@ impl Scenario {
         if self.model_codec == Codec::TopK {
             return value("model_codec", self.model_codec.to_string(), "f32, f16, bf16 or int8");
         }
+        if self.strategy != ANY && Strategy::named(&self.strategy, &Parameters::default()).is_err() {
+            return value("strategy", self.strategy.clone(), "the name of a strategy, or any");
+        }
+        let has_state = self.strategy == ANY || self.strategy(0).has_state();
+        if has_state && (self.model_codec != Codec::F32 || self.codec == Codec::TopK || self.codec == Codec::Int8) {
+            let codecs = format!("{} and {}", self.codec, self.model_codec);
+            return value(
+                "codec",
+                codecs,
+                "f32, f16 or bf16, and model_codec f32, where a strategy remembers something",
+            );
+        }
+        if !(self.fraction_train > 0.0 && self.fraction_train <= 1.0) {
+            return value("fraction_train", self.fraction_train.to_string(), "above 0 to 1");
+        }
         Ok(())
     }
 
     /// How weights are encoded. A model of the simulator is small: of its entries many are sent, and many not.
     pub(super) fn codecs(&self) -> Codecs {
         Codecs { updates: self.codec, model: self.model_codec, topk_ratio: 0.2, ..Codecs::default() }
+    }
+
+    /// The strategy of the run with this seed.
+    pub(super) fn strategy(&self, seed: u64) -> Strategy {
+        let any = Strategy::NAMES[seed as usize % Strategy::NAMES.len()];
+        let name = if self.strategy == ANY { any } else { &self.strategy };
+        // `check` has seen that it is one.
+        Strategy::named(name, &Parameters::default()).unwrap_or_default()
     }
 
     /// How many peers must be there before training starts.
@@ -167,5 +200,9 @@ mod tests {
         assert!(Scenario::parse("policy = 'x'").is_err());
         assert!(Scenario::parse("codec = 'topk'").is_ok());
         assert!(Scenario::parse("model_codec = 'topk'").is_err());
+        assert!(Scenario::parse("strategy = 'any'\ncodec = 'f16'").is_ok());
+        assert!(Scenario::parse("strategy = 'fedavrg'").is_err());
+        assert!(Scenario::parse("strategy = 'fedadam'\nmodel_codec = 'int8'").is_err());
+        assert!(Scenario::parse("fraction_train = 0").is_err());
     }
 }

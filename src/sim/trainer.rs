@@ -7,10 +7,11 @@ use crate::training::{OnProgress, TrainError, Trainer};
 use crate::types::{Digest, Metrics, PeerId, Round};
 use crate::weights::{Layout, LayoutMismatch, TensorSpec, Weights};
 
-/// Weights that move halfway to the peer's own target each round.
+/// Weights that move halfway to the peer's own target each round, and against a correction if there is one.
 #[derive(Clone, Debug)]
 pub(super) struct ArithmeticTrainer {
     weights: Weights,
+    correction: Option<Vec<f32>>,
     target: f32,
     num_examples: u64,
 }
@@ -21,7 +22,7 @@ impl ArithmeticTrainer {
         let initial = (0..values).map(|i| (seed as f32 + i as f32).sin() * 10.0).collect();
         let weights = Weights::new(layout, initial).expect("as many values as the layout has");
         let lot = Digest::of(peer.as_str().as_bytes()).shared_seed();
-        Self { weights, target: (lot % 1000) as f32 / 1000.0, num_examples: 1 + lot % 50 }
+        Self { weights, correction: None, target: (lot % 1000) as f32 / 1000.0, num_examples: 1 + lot % 50 }
     }
 
     fn set(&mut self, values: Vec<f32>) -> Result<(), LayoutMismatch> {
@@ -54,8 +55,23 @@ impl Trainer for ArithmeticTrainer {
 
     fn train(&mut self, round: Round, _: &mut OnProgress<'_>) -> Result<Metrics, TrainError> {
         let step = 1.0 / (1.0 + round.0 as f32);
-        self.set(self.weights.values().iter().map(|w| w + (self.target - w) * 0.5 + step * 0.01).collect())?;
+        let mut values: Vec<f32> =
+            self.weights.values().iter().map(|w| w + (self.target - w) * 0.5 + step * 0.01).collect();
+        for (value, correction) in values.iter_mut().zip(self.correction.iter().flatten()) {
+            *value -= self.step_sum() as f32 * correction;
+        }
+        self.set(values)?;
         self.evaluate()
+    }
+
+    fn step_sum(&self) -> f64 {
+        // Another for every peer, so that who counts them by the wrong name is found out.
+        0.25 + self.num_examples as f64 / 100.0
+    }
+
+    fn set_correction(&mut self, correction: Option<Vec<f32>>) -> Result<(), TrainError> {
+        self.correction = correction;
+        Ok(())
     }
 
     fn evaluate(&mut self) -> Result<Metrics, TrainError> {

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::ControlFlow;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -10,8 +10,7 @@ use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::aggregation::Rule;
-use crate::jobs::Workshop;
+use crate::jobs::{Receiving, Workshop};
 use crate::journal::Blobs;
 use crate::protocol::message::Envelope;
 use crate::protocol::{Action, Config, Done, Durable, Event, Identity, Job, Notice, Peer, Topic};
@@ -20,7 +19,7 @@ use crate::sim::network::{Network, Side};
 use crate::sim::trainer::ArithmeticTrainer;
 use crate::sim::{Detail, Report, Scenario, Trace, Violation};
 use crate::training::Trainer;
-use crate::transfer::{CHUNK_BYTES_MIN, Codec, Manifest};
+use crate::transfer::{CHUNK_BYTES_MIN, Codec, Intake, Manifest};
 use crate::types::{Address, Digest, PeerId, Round, Term};
 
 /// How long after the last fault the federation may take to finish, besides what its rounds may take.
@@ -65,6 +64,8 @@ struct SimulatedPeer {
     /// When it is woken next.
     wake: Option<Instant>,
     workshop: Workshop,
+    /// Blobs that are being received; a crash forgets them.
+    receiving: BTreeMap<Digest, (Manifest, Option<Receiving>)>,
     /// Crash after so many more actions.
     crash_after: Option<usize>,
     lost_for_good: bool,
@@ -77,6 +78,7 @@ enum Happening {
     Subscribe(PeerId, u32),
     Deliver(PeerId, u32, Bytes),
     Work(PeerId, u32, Job),
+    Keep(PeerId, u32, Digest, u32, Bytes),
     Wake(PeerId, u32),
     Fault(Fault),
 }
@@ -100,6 +102,8 @@ impl<'a> World<'a> {
             rounds: scenario.rounds,
             round_timeout: Duration::from_secs(10),
             policy: scenario.policy.parse().unwrap_or_default(),
+            strategy: scenario.strategy(seed),
+            fraction_train: scenario.fraction_train,
             chunk_bytes: CHUNK_BYTES_MIN as usize,
             ..Config::default()
         };
@@ -109,7 +113,7 @@ impl<'a> World<'a> {
             seed,
             config,
             rng: ChaCha8Rng::seed_from_u64(seed),
-            check: Check::new(scenario.codecs()),
+            check: Check::new(scenario.codecs(), scenario.strategy(seed)),
             peers: BTreeMap::new(),
             queue: BTreeMap::new(),
             sequence: 0,
@@ -164,8 +168,9 @@ impl<'a> World<'a> {
             layout: trainer.layout(),
             peer: id.clone(),
             codecs: self.scenario.codecs(),
-            rule: Rule::FedAvg,
+            strategy: self.config.strategy,
             chunk_bytes: CHUNK_BYTES_MIN,
+            loaded: Arc::default(),
         };
         let peer = SimulatedPeer {
             peer: None,
@@ -175,6 +180,7 @@ impl<'a> World<'a> {
             trainer: Mutex::new(Box::new(trainer)),
             wake: None,
             workshop,
+            receiving: BTreeMap::new(),
             crash_after: None,
             lost_for_good: false,
             training: None,
@@ -293,6 +299,13 @@ impl<'a> World<'a> {
                     self.trace_message(&id, &message);
                 }
                 self.handle(&id, Event::Message(message))
+            }
+            Happening::Keep(id, start, blob, index, chunk) => {
+                if self.is_up(&id, start) {
+                    self.keep(&id, blob, index, &chunk)
+                } else {
+                    Ok(())
+                }
             }
             Happening::Work(id, start, job) => {
                 if self.is_up(&id, start) {
@@ -415,6 +428,10 @@ impl<'a> World<'a> {
                 self.schedule(span, Happening::Work(id.clone(), start, job));
                 Ok(())
             }
+            Action::Take(intake) => {
+                self.take(id, intake);
+                Ok(())
+            }
             // There is one broker, whatever the peers believe.
             // What a trainer of the simulator has cannot be prepared.
             Action::CancelTraining(_) | Action::Brokers(_) | Action::Prepare(_) => Ok(()),
@@ -435,6 +452,47 @@ impl<'a> World<'a> {
                 Ok(())
             }
         }
+    }
+
+    fn take(&mut self, id: &PeerId, intake: Intake) {
+        let Some(peer) = self.peers.get_mut(id) else { return };
+        match intake {
+            Intake::Begin(manifest) => {
+                peer.receiving.insert(manifest.digest, (manifest, None));
+            }
+            Intake::Chunk { blob, index, chunk } => {
+                let start = peer.start;
+                let span = Duration::from_millis(10).mul_f64(self.rng.random());
+                self.schedule(span, Happening::Keep(id.clone(), start, blob, index, chunk));
+            }
+            Intake::Abandon(blob) => _ = peer.receiving.remove(&blob),
+        }
+    }
+
+    /// Puts a chunk away, unless the blob is no longer wanted.
+    fn keep(&mut self, id: &PeerId, blob: Digest, index: u32, chunk: &Bytes) -> Result<(), Broken> {
+        let fails = self.rng.random_bool(self.job_failures);
+        let Some(peer) = self.peers.get_mut(id) else { return Ok(()) };
+        let Some((manifest, mut receiving)) = peer.receiving.remove(&blob) else { return Ok(()) };
+        // Memory is never full.
+        let give_up = &mut |_| ControlFlow::Break(());
+        let mut take = || {
+            let receiving = match &mut receiving {
+                Some(receiving) => receiving,
+                none => none.insert(peer.workshop.receive(manifest, give_up)?),
+            };
+            receiving.take(index, chunk, give_up)
+        };
+        let taken = take();
+        let result = match if fails { Err("the disk is full".to_owned()) } else { taken } {
+            Ok(false) => {
+                peer.receiving.insert(blob, (manifest, receiving));
+                return self.handle(id, Event::Done(Done::Kept { blob }));
+            }
+            Ok(true) => Ok(()),
+            Err(why) => Err(why),
+        };
+        self.handle(id, Event::Done(Done::Verified { manifest, result }))
     }
 
     fn check_persisted(&mut self, id: &PeerId) -> Result<(), Broken> {
@@ -482,15 +540,18 @@ impl<'a> World<'a> {
         if let (Done::Trained { round, result: Ok(trained) }, Some((_, model))) = (&done, peer.training) {
             let update = trained.update;
             // Memory has what was just put there.
-            let loaded = |manifest: &Manifest| peer.workshop.load(manifest);
-            if let (Codec::TopK, Ok(base), Ok(sent)) =
-                (update.codec, loaded(&model), loaded(&Manifest { base: None, ..update }))
+            let sent = || {
+                let blob = peer.workshop.blobs.get(update.digest).ok().flatten()?;
+                update.codec.decode(&blob, &peer.workshop.layout).ok()
+            };
+            if update.codec == Codec::TopK
+                && let (Ok(base), Some(sent)) = (peer.workshop.load_model(&model), sent())
             {
                 let mut learned = peer.trainer().weights();
                 learned.subtract(&base);
                 self.check.learned(id, update.digest, learned, sent);
             }
-            if let Ok(weights) = loaded(&update) {
+            if let Ok(weights) = peer.workshop.load_update(&update) {
                 self.check.trained(id, *round, model.digest, update.digest, weights)?;
             }
         }
@@ -533,6 +594,7 @@ impl<'a> World<'a> {
     fn take_down(&mut self, id: &PeerId) {
         let Some(peer) = self.peers.get_mut(id) else { return };
         let will = peer.peer.take().map(|peer| peer.last_will());
+        peer.receiving.clear();
         peer.crash_after = None;
         self.network.detach(id);
         // The broker notices most deaths at once, some never.
@@ -651,7 +713,7 @@ impl SimulatedPeer {
 
     fn held(&self) -> BTreeSet<Digest> {
         let manifests = self.durable.iter().flat_map(Durable::manifests);
-        let held = |manifest: &&Manifest| self.blobs.get(manifest.digest).is_ok_and(|blob| blob.is_some());
+        let held = |manifest: &&Manifest| self.blobs.open(manifest.digest).is_ok_and(|blob| blob.is_some());
         manifests.filter(held).map(|manifest| manifest.digest).collect()
     }
 
@@ -661,7 +723,7 @@ impl SimulatedPeer {
 
     fn has(&self, last: &crate::protocol::Decree) -> bool {
         let head = self.durable.as_ref().and_then(|durable| durable.head.as_ref());
-        let holds = self.blobs.get(last.model().digest).is_ok_and(|blob| blob.is_some());
+        let holds = self.blobs.open(last.model().digest).is_ok_and(|blob| blob.is_some());
         holds && head.is_some_and(|head| head.decree == *last)
     }
 }
@@ -673,7 +735,6 @@ fn failed(job: &Job) -> Done {
         Job::Initial => Done::Initial(Err(why)),
         Job::Evaluate { model } => Done::Evaluated { model: model.digest, result: Err(why) },
         Job::Train { round, .. } => Done::Trained { round: *round, result: Err(why) },
-        Job::Verify { manifest, .. } => Done::Verified { manifest: *manifest, result: Err(why) },
         Job::Aggregate { round, term, .. } => Done::Aggregated { round: *round, term: *term, result: Err(why) },
     }
 }

@@ -9,6 +9,7 @@ use rand_chacha::ChaCha8Rng;
 
 use super::config::{Backend, TrainingConfig};
 use super::dataset::Dataset;
+use super::drift::{self, StepSum};
 use super::loss::Loss;
 use super::metrics::Tally;
 use super::models::{Network, floats};
@@ -17,7 +18,7 @@ use super::random::generator;
 use super::{OnProgress, Progress, TrainError, Trainer};
 use crate::aggregation::statistics::Summary;
 use crate::types::{Metrics, PeerId, Round};
-use crate::weights::{Layout, Weights};
+use crate::weights::{Layout, LayoutMismatch, Weights};
 
 /// Examples measured at once: large enough to keep the processor busy, small enough for its caches.
 const EVALUATION_BATCH: usize = 512;
@@ -41,6 +42,10 @@ pub struct BurnTrainer {
     held_out: Dataset,
     network: Network,
     weights: Weights,
+    /// What is added to every gradient, if anything is.
+    correction: Option<Vec<f32>>,
+    /// How far the last round's steps went.
+    step_sum: f64,
 }
 
 impl BurnTrainer {
@@ -58,7 +63,7 @@ impl BurnTrainer {
         }
         let network = Network::new(&config, train.shape(), train.task())?;
         let weights = network.initial_weights(config.seed);
-        Ok(Self { config, peer, train, held_out, network, weights })
+        Ok(Self { config, peer, train, held_out, network, weights, correction: None, step_sum: 1.0 })
     }
 
     /// The examples this peer trains on.
@@ -76,8 +81,8 @@ impl BurnTrainer {
         TrainError::Failed(format!("{what} is not finite in round {round}: lower learning_rate (now {learning_rate})"))
     }
 
-    /// Trains for one round; returns the weights, with the metrics of the last pass over the data.
-    fn descend(&self, round: Round, on_progress: &mut OnProgress<'_>) -> Result<(Weights, Metrics), TrainError> {
+    /// Trains for one round; returns the weights, with the metrics of the last pass over the data and how far the steps went.
+    fn descend(&self, round: Round, on_progress: &mut OnProgress<'_>) -> Result<(Weights, Metrics, f64), TrainError> {
         let TrainingConfig { max_grad_norm, augment, .. } = self.config;
         let learning_rate = self.config.learning_rate_in(round);
         let device = self.config.backend.device().autodiff();
@@ -89,6 +94,7 @@ impl BurnTrainer {
         let epoch = batches.in_an_epoch() as u64;
         let total = self.config.local_steps.unwrap_or(u64::from(self.config.local_epochs) * epoch);
         let mut tally = Tally::new(self.train.task());
+        let mut step_sum = StepSum::new(&self.config);
         for done in 0..total {
             let batch = batches.next();
             let (mut features, targets) = self.train.subset(batch).into_parts();
@@ -109,13 +115,20 @@ impl BurnTrainer {
             if let Some(max_norm) = max_grad_norm {
                 clip_norm(&mut gradient, max_norm);
             }
+            if self.config.mu > 0.0 {
+                drift::hold(&mut gradient, self.config.mu, weights.values(), self.weights.values());
+            }
+            if let Some(correction) = &self.correction {
+                drift::correct(&mut gradient, correction);
+            }
+            step_sum.step(learning_rate);
             descent.step(learning_rate, weights.values_mut(), &gradient);
             pass.write_buffers(weights.values_mut());
             if on_progress(Progress { done: done + 1, total }) == ControlFlow::Break(()) {
                 return Err(TrainError::Stopped);
             }
         }
-        Ok((weights, tally.metrics()))
+        Ok((weights, tally.metrics(), step_sum.sum()))
     }
 
     fn rng(&self, purpose: &str, round: Round) -> ChaCha8Rng {
@@ -155,12 +168,25 @@ impl Trainer for BurnTrainer {
 
     fn train(&mut self, round: Round, on_progress: &mut OnProgress<'_>) -> Result<Metrics, TrainError> {
         self.prepare(&self.summary()); // a table that nobody else has a part of
-        let (weights, metrics) = self.descend(round, on_progress)?;
+        let (weights, metrics, step_sum) = self.descend(round, on_progress)?;
         if let Some(tensor) = weights.first_non_finite() {
             return Err(self.diverged(round, tensor)); // the last step was the one too far
         }
-        self.weights = weights;
+        (self.weights, self.step_sum) = (weights, step_sum);
         Ok(metrics)
+    }
+
+    fn step_sum(&self) -> f64 {
+        self.step_sum
+    }
+
+    fn set_correction(&mut self, correction: Option<Vec<f32>>) -> Result<(), TrainError> {
+        let (values, expected) = (correction.as_ref().map(Vec::len), self.weights.values().len());
+        if let Some(found) = values.filter(|found| *found != expected) {
+            return Err(LayoutMismatch { expected, found }.into());
+        }
+        self.correction = correction;
+        Ok(())
     }
 
     fn evaluate(&mut self) -> Result<Metrics, TrainError> {
@@ -221,7 +247,7 @@ impl Backend {
     }
 }
 
-fn check_layout(here: &Layout, given: &Layout) -> Result<(), TrainError> {
+pub(super) fn check_layout(here: &Layout, given: &Layout) -> Result<(), TrainError> {
     if here == given {
         return Ok(());
     }

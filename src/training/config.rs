@@ -71,6 +71,10 @@ pub struct TrainingConfig {
     /// How images are changed before each step.
     pub augment: Augment,
 
+    /// How strongly weights are held to those that the round began with, as strategy fedprox does it: each gradient gets
+    /// `mu · (w − w_start)` (Li et al. 2020, arXiv 1812.06127). 0: not at all. 0.001 to 1; higher where data differ more.
+    pub mu: f64,
+
     /// What initial weights and the order of batches are drawn from. One seed, data and roster: the same bits.
     pub seed: u64,
 
@@ -143,6 +147,7 @@ impl Default for TrainingConfig {
             local_epochs: 5,
             local_steps: None,
             augment: Augment::default(),
+            mu: 0.0,
             seed: 42,
             backend: Backend::default(),
         }
@@ -170,6 +175,7 @@ impl TrainingConfig {
         let norm = self.max_grad_norm.unwrap_or(1.0);
         expect(norm.is_finite() && norm > 0.0, "max_grad_norm", norm.to_string(), "a number above 0")?;
         expect(self.local_steps != Some(0), "local_steps", "0".into(), "at least 1")?;
+        expect(self.mu.is_finite() && self.mu >= 0.0, "mu", self.mu.to_string(), "a number from 0 on")?;
         expect(self.batch_size > 0, "batch_size", self.batch_size.to_string(), "at least 1")?;
         expect(self.local_epochs > 0, "local_epochs", self.local_epochs.to_string(), "at least 1")
     }

@@ -14,7 +14,9 @@ mod augment;
 mod burn_trainer;
 mod config;
 mod dataset;
+mod drift;
 pub mod export;
+pub mod external;
 mod loss;
 mod metrics;
 mod models;
@@ -106,6 +108,28 @@ pub trait Trainer: Send {
     /// The result is a function of weights, data, seed and `round` alone: a round trained again gives the same bits.
     /// After an error the weights are what they were before.
     fn train(&mut self, round: Round, on_progress: &mut OnProgress<'_>) -> Result<Metrics, TrainError>;
+
+    /// The learning rates of all steps of the last [`train`](Self::train), each as often as momentum repeated its step's
+    /// gradient: the weights moved by a mean of gradients times this. Strategies `fednova` and `scaffold` ask for it.
+    ///
+    /// A trainer that does not count its steps says 1, as if every peer made as many.
+    fn step_sum(&self) -> f64 {
+        1.0
+    }
+
+    /// What is added to every gradient from now on: one value for each of the weights', whose order they have, or nothing.
+    /// Strategy `scaffold` corrects the drift of peers by it.
+    ///
+    /// # Errors
+    /// If the trainer cannot do so, which is the default, or the values are not as many as its weights.
+    fn set_correction(&mut self, correction: Option<Vec<f32>>) -> Result<(), TrainError> {
+        match correction {
+            None => Ok(()),
+            Some(_) => Err(TrainError::Failed(
+                "strategy scaffold corrects gradients, and this trainer has none: choose another strategy".into(),
+            )),
+        }
+    }
 
     /// Measures the current weights on held-out data. Without any, all metrics are 0.
     fn evaluate(&mut self) -> Result<Metrics, TrainError>;

@@ -1,18 +1,17 @@
-//! The receiver's view of a blob: the chunks it has, in whatever order they came.
+//! The receiver's view of a blob: which chunks it has, in whatever order they came.
 
-use std::collections::BTreeMap;
-
-use bytes::Bytes;
+use std::collections::BTreeSet;
 
 use super::Manifest;
-use crate::types::Digest;
 
-/// The chunks received of one blob. Memory grows with what was received, not with what was announced.
+/// Which chunks of one blob have come. Memory grows with the gaps in what was received, not with what was announced.
 #[derive(Clone, Debug)]
 pub struct Assembly {
     manifest: Manifest,
-    chunks: BTreeMap<u32, Bytes>,
-    bytes: u64,
+    /// All chunks before this one have come.
+    next: u32,
+    /// Those behind the first gap.
+    beyond: BTreeSet<u32>,
 }
 
 /// What a chunk brought.
@@ -20,7 +19,7 @@ pub struct Assembly {
 pub enum Inserted {
     /// It was missing.
     New,
-    /// It was there already. The one that came first is kept.
+    /// It was there already. The one that came first counts.
     Duplicate,
 }
 
@@ -47,31 +46,10 @@ pub enum ChunkError {
     },
 }
 
-/// Chunks that do not make the blob of their manifest.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum VerifyError {
-    /// There are too few or too many bytes.
-    #[error("the blob has {expected} bytes, the chunks {found}")]
-    Length {
-        /// The blob's length.
-        expected: u64,
-        /// The chunks' length.
-        found: u64,
-    },
-    /// A chunk is damaged or forged, or stands at another's place.
-    #[error("the blob's digest is {expected}, the chunks' {found}")]
-    Digest {
-        /// The blob's digest.
-        expected: Digest,
-        /// The chunks' digest.
-        found: Digest,
-    },
-}
-
 impl Assembly {
     /// Nothing received yet of the blob of `manifest`, which was checked.
     pub fn new(manifest: Manifest) -> Self {
-        Self { manifest, chunks: BTreeMap::new(), bytes: 0 }
+        Self { manifest, next: 0, beyond: BTreeSet::new() }
     }
 
     /// What is being assembled.
@@ -79,130 +57,90 @@ impl Assembly {
         &self.manifest
     }
 
-    /// Takes chunk `index`, if it can be one of this blob.
-    pub fn insert(&mut self, index: u32, chunk: Bytes) -> Result<Inserted, ChunkError> {
+    /// Notes that chunk `index`, of so many bytes, has come, if it can be one of this blob.
+    pub fn insert(&mut self, index: u32, bytes: usize) -> Result<Inserted, ChunkError> {
         let chunks = self.manifest.chunks();
         if index >= chunks {
             return Err(ChunkError::Index { index, chunks });
         }
-        let (expected, found) = (self.manifest.chunk_range(index).len(), chunk.len());
+        let (expected, found) = (self.manifest.chunk_range(index).len(), bytes);
         if expected != found {
             return Err(ChunkError::Length { index, expected, found });
         }
         if self.has(index) {
             return Ok(Inserted::Duplicate);
         }
-        self.chunks.insert(index, chunk);
-        self.bytes += found as u64;
+        self.beyond.insert(index);
+        while self.beyond.remove(&self.next) {
+            self.next += 1;
+        }
         Ok(Inserted::New)
     }
 
-    /// Whether chunk `index` was received.
+    /// Whether chunk `index` has come.
     pub fn has(&self, index: u32) -> bool {
-        self.chunks.contains_key(&index)
+        index < self.next || self.beyond.contains(&index)
     }
 
-    /// Every chunk that was not received, ascending.
-    pub fn missing(&self) -> impl Iterator<Item = u32> {
-        (0..self.manifest.chunks()).filter(|&index| !self.has(index))
+    /// How many chunks have come before the first gap.
+    pub fn prefix(&self) -> u32 {
+        self.next
+    }
+
+    /// How many chunks have not come.
+    pub fn missing(&self) -> u32 {
+        self.manifest.chunks() - self.next - self.beyond.len() as u32
     }
 
     /// Whether nothing is missing.
     pub fn is_complete(&self) -> bool {
-        self.chunks.len() == self.manifest.chunks() as usize
+        self.next == self.manifest.chunks()
     }
-
-    /// How many bytes of the blob were received: while it grows, the transfer is alive.
-    pub fn bytes(&self) -> u64 {
-        self.bytes
-    }
-
-    /// The chunks received, ascending: all of them if the assembly [is complete](Self::is_complete).
-    pub fn into_chunks(self) -> Vec<Bytes> {
-        self.chunks.into_values().collect()
-    }
-}
-
-/// Joins `chunks`, which stand in order, to the blob of `manifest`, and checks its digest.
-///
-/// Slow work (it copies and hashes every byte once), so it is a function of its own, for another thread. Each chunk is
-/// dropped as soon as it is copied. After an error every chunk is to be pulled again: which one was bad is unknown.
-pub fn join_verified(manifest: &Manifest, chunks: Vec<Bytes>) -> Result<Bytes, VerifyError> {
-    let (expected, found) = (manifest.bytes, chunks.iter().map(|chunk| chunk.len() as u64).sum());
-    if expected != found {
-        return Err(VerifyError::Length { expected, found });
-    }
-    let mut hasher = blake3::Hasher::new();
-    let mut blob = Vec::with_capacity(chunks.iter().map(Bytes::len).sum());
-    for chunk in chunks {
-        // Hashed while the copy has it in the cache.
-        blob.extend_from_slice(&chunk);
-        hasher.update(&chunk);
-    }
-    let (expected, found) = (manifest.digest, Digest(*hasher.finalize().as_bytes()));
-    if expected == found { Ok(Bytes::from(blob)) } else { Err(VerifyError::Digest { expected, found }) }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::transfer::Codec;
+    use crate::types::Digest;
 
-    fn blob() -> (Bytes, Manifest) {
-        let blob = Bytes::from((0..2500u32).map(|i| (i / 7) as u8).collect::<Vec<_>>());
-        let manifest = Manifest::of(&blob, 1024, Codec::F32).unwrap();
-        (blob, manifest)
+    fn manifest(bytes: u64) -> Manifest {
+        Manifest { digest: Digest::of(b""), bytes, chunk_bytes: 1024, codec: Codec::F32, base: None }
     }
 
     #[test]
-    fn chunks_in_any_order_make_the_blob() {
-        let (blob, manifest) = blob();
-        let mut assembly = Assembly::new(manifest);
-        for index in [2, 0, 1] {
+    fn a_blob_is_complete_with_its_chunks_in_any_order() {
+        let mut assembly = Assembly::new(manifest(2500));
+        for (index, bytes, missing, prefix) in [(2, 452, 2, 0), (0, 1024, 1, 1), (1, 1024, 0, 3)] {
             assert!(!assembly.is_complete());
-            assert_eq!(assembly.insert(index, manifest.chunk(&blob, index).unwrap()), Ok(Inserted::New));
+            assert_eq!(assembly.insert(index, bytes), Ok(Inserted::New));
+            assert_eq!((assembly.missing(), assembly.prefix()), (missing, prefix));
         }
-        assert!(assembly.is_complete());
-        assert_eq!(assembly.bytes(), 2500);
-        assert_eq!(join_verified(&manifest, assembly.into_chunks()), Ok(blob));
+        assert!(assembly.is_complete() && (0..3).all(|index| assembly.has(index)) && !assembly.has(3));
     }
 
     #[test]
-    fn what_is_missing_is_known_and_a_duplicate_changes_nothing() {
-        let (blob, manifest) = blob();
-        let mut assembly = Assembly::new(manifest);
-        assembly.insert(1, manifest.chunk(&blob, 1).unwrap()).unwrap();
-        assert_eq!(assembly.insert(1, Bytes::from(vec![9; 1024])), Ok(Inserted::Duplicate));
-        assert_eq!(assembly.missing().collect::<Vec<_>>(), [0, 2]);
-        assert_eq!(assembly.bytes(), 1024);
-        assert_eq!(assembly.into_chunks(), [blob.slice(1024..2048)]);
+    fn a_duplicate_changes_nothing() {
+        let mut assembly = Assembly::new(manifest(2500));
+        assembly.insert(1, 1024).unwrap();
+        assert_eq!(assembly.insert(1, 1024), Ok(Inserted::Duplicate));
+        assert_eq!(assembly.missing(), 2);
+        assembly.insert(0, 1024).unwrap();
+        assert_eq!(assembly.insert(0, 1024), Ok(Inserted::Duplicate));
+        assert_eq!(assembly.missing(), 1);
     }
 
     #[test]
     fn a_chunk_of_another_place_or_length_is_refused() {
-        let (blob, manifest) = blob();
-        let mut assembly = Assembly::new(manifest);
-        assert_eq!(assembly.insert(3, Bytes::new()), Err(ChunkError::Index { index: 3, chunks: 3 }));
+        let mut assembly = Assembly::new(manifest(2500));
+        assert_eq!(assembly.insert(3, 0), Err(ChunkError::Index { index: 3, chunks: 3 }));
         let error = ChunkError::Length { index: 2, expected: 452, found: 1024 };
-        assert_eq!(assembly.insert(2, blob.slice(..1024)), Err(error));
-        assert_eq!(assembly.missing().count(), 3);
-    }
-
-    #[test]
-    fn chunks_of_another_blob_are_not_verified() {
-        let (blob, manifest) = blob();
-        let chunks = |order: [u32; 3]| order.map(|i| manifest.chunk(&blob, i).unwrap()).to_vec();
-        let swapped = join_verified(&manifest, chunks([1, 0, 2]));
-        assert!(matches!(swapped, Err(VerifyError::Digest { expected, .. }) if expected == manifest.digest));
-        let short = join_verified(&manifest, chunks([0, 1, 2])[..2].to_vec());
-        assert_eq!(short, Err(VerifyError::Length { expected: 2500, found: 2048 }));
+        assert_eq!(assembly.insert(2, 1024), Err(error));
+        assert_eq!(assembly.missing(), 3);
     }
 
     #[test]
     fn an_empty_blob_is_complete_at_once() {
-        let manifest = Manifest::of(&[], 1024, Codec::F32).unwrap();
-        let assembly = Assembly::new(manifest);
-        assert!(assembly.is_complete());
-        assert_eq!(join_verified(&manifest, assembly.into_chunks()), Ok(Bytes::new()));
+        assert!(Assembly::new(manifest(0)).is_complete());
     }
 }

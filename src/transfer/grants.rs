@@ -33,6 +33,8 @@ pub struct Grants {
     /// Expiries since any chunk arrived.
     stalls: u32,
     outstanding: BTreeMap<u32, Outstanding>,
+    /// How many chunks have arrived and are not put away.
+    unkept: usize,
     /// Granted before and given up: first in the next grant.
     lost: BTreeSet<u32>,
     /// From here on no chunk was granted.
@@ -71,6 +73,7 @@ impl Grants {
             expiries: 0,
             stalls: 0,
             outstanding: BTreeMap::new(),
+            unkept: 0,
             lost: BTreeSet::new(),
             fresh: 0,
             batch: 0,
@@ -89,7 +92,7 @@ impl Grants {
         if self.deadline.is_some_and(|deadline| now >= deadline) {
             self.expire();
         }
-        if self.outstanding.len() > self.window / 2 {
+        if self.outstanding.len() + self.unkept > self.window / 2 {
             return None;
         }
         let granted = self.fill_window(assembly);
@@ -121,6 +124,22 @@ impl Grants {
         let waiting = !self.outstanding.is_empty();
         self.silent_since = waiting.then_some(now);
         self.deadline = waiting.then(|| now + self.wait());
+    }
+
+    /// A chunk that arrived is about to be put away. Until it [is](Self::kept), it has a place in the window: a disk
+    /// that is slower than the line slows the holder, and fills no memory.
+    pub fn keeping(&mut self) {
+        self.unkept += 1;
+    }
+
+    /// A chunk was put away.
+    pub fn kept(&mut self) {
+        self.unkept = self.unkept.saturating_sub(1);
+    }
+
+    /// How many chunks have arrived and are not put away.
+    pub fn unkept(&self) -> usize {
+        self.unkept
     }
 
     /// When to call [`next`](Self::next) at the latest; `None` when nothing is waited for.
@@ -166,7 +185,7 @@ impl Grants {
     fn fill_window(&mut self, assembly: &Assembly) -> BTreeSet<u32> {
         let mut granted = BTreeSet::new();
         let grant = Outstanding { batch: self.batch, overtakers: 0 };
-        while self.outstanding.len() < self.window {
+        while self.outstanding.len() + self.unkept < self.window {
             let Some(index) = self.take_missing(assembly) else { break };
             self.outstanding.insert(index, grant);
             granted.insert(index);
@@ -227,8 +246,6 @@ impl Grants {
 
 #[cfg(test)]
 mod tests {
-    use bytes::Bytes;
-
     use super::*;
     use crate::transfer::{Codec, Manifest};
 
@@ -255,7 +272,7 @@ mod tests {
 
         fn receive(&mut self, indices: &[u32]) {
             for &index in indices {
-                self.assembly.insert(index, Bytes::from(vec![0; 1024])).unwrap();
+                self.assembly.insert(index, 1024).unwrap();
                 self.grants.received(index, self.now);
             }
         }
@@ -368,6 +385,21 @@ mod tests {
             receiver.receive(&[index]);
             receiver.next();
         }
+    }
+
+    #[test]
+    fn what_is_not_put_away_has_a_place_in_the_window() {
+        let mut receiver = Receiver::new(12, 4);
+        assert_eq!(receiver.next(), [0, 1, 2, 3]);
+        receiver.receive(&[0, 1, 2, 3]);
+        (0..4).for_each(|_| receiver.grants.keeping());
+        assert!(receiver.next().is_empty());
+        receiver.grants.kept();
+        assert!(receiver.next().is_empty(), "half of the window is still taken");
+        receiver.grants.kept();
+        assert_eq!(receiver.next(), [4, 5]);
+        (0..2).for_each(|_| receiver.grants.kept());
+        assert_eq!(receiver.next(), [6, 7]);
     }
 
     #[test]

@@ -2,10 +2,10 @@
 //!
 //! ```text
 //!    holder                                                     receiver
-//!  Codec::encode → Manifest::of ───── manifest ─────▶ Manifest::check → Assembly, Grants
-//!  Serve::granted ◀──────────────── ChunkSet ──────── Grants::next
-//!        └──────── Manifest::chunk ── chunk ────────▶ Assembly::insert, Grants::received
-//!                                                     join_verified → Codec::decode
+//!  Codec::encode → Manifest::of ───── manifest ─────▶ Manifest::check → Pulls::want
+//!  Serve::granted ◀──────────────── ChunkSet ──────── Pulls::grants (Assembly, Grants)
+//!        └──────────────────────────── chunk ───────▶ Pulls::arrived → Intake::Chunk
+//!                                                     Verifier, then Reader
 //! ```
 //!
 //! Receivers pull: what is in flight is bounded by what they granted, so nobody overruns a broker, and a
@@ -16,9 +16,11 @@ mod assemble;
 mod chunk_set;
 pub mod codec;
 mod grants;
+mod pulls;
 mod reader;
 mod serve;
 mod split;
+mod verify;
 
 use std::ops::Range;
 
@@ -27,12 +29,14 @@ use serde::{Deserialize, Serialize};
 use crate::types::Digest;
 use crate::weights::Layout;
 
-pub use assemble::{Assembly, ChunkError, Inserted, VerifyError, join_verified};
+pub use assemble::{Assembly, ChunkError, Inserted};
 pub use chunk_set::{ChunkSet, ChunkSetError, RANGES_MAX};
 pub use codec::{Codec, Codecs, EncodeError, Tuning};
 pub use grants::{Grants, RETRY_FACTOR_MAX, WINDOW_CHUNKS_MAX};
-pub use reader::{RANGE_VALUES, Reader, ranges};
+pub use pulls::{GATHER_BYTES, Intake, Pulls, WINDOW_BYTES};
+pub use reader::{RANGE_VALUES, ReadError, Reader, Source, ranges};
 pub use serve::{RECEIVERS_MAX, Route, Serve};
+pub use verify::{Verifier, VerifyError};
 
 /// The shortest chunk length: below it headers outweigh what they carry.
 pub const CHUNK_BYTES_MIN: u32 = 1024;

@@ -1,5 +1,6 @@
 //! The values of a blob, a range at a time: whoever goes through a model need not decode the whole of it first.
 
+use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -14,15 +15,61 @@ pub const RANGE_VALUES: usize = 1 << 16;
 
 /// The ranges, in order, that so many values fall into.
 pub fn ranges(values: usize) -> impl Iterator<Item = Range<usize>> {
-    (0..values).step_by(RANGE_VALUES).map(move |start| start..values.min(start + RANGE_VALUES))
+    ranges_of(0..values)
+}
+
+/// The part of those that lies in a range which begins at the border of one.
+pub(super) fn ranges_of(values: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+    let end = values.end;
+    values.step_by(RANGE_VALUES).map(move |start| start..end.min(start + RANGE_VALUES))
+}
+
+/// Bytes that can be read from any place on: a blob in memory, or on disk.
+pub trait Source: fmt::Debug + Send + Sync {
+    /// How many there are.
+    fn bytes(&self) -> u64;
+
+    /// Fills `out` with the bytes from `start` on, all of which must be there.
+    ///
+    /// # Errors
+    /// A sentence that says why they cannot be read.
+    fn read_at(&self, start: u64, out: &mut [u8]) -> Result<(), String>;
+}
+
+impl Source for Bytes {
+    fn bytes(&self) -> u64 {
+        self.len() as u64
+    }
+
+    fn read_at(&self, start: u64, out: &mut [u8]) -> Result<(), String> {
+        let start = usize::try_from(start).unwrap_or(usize::MAX);
+        let end = start.saturating_add(out.len());
+        out.copy_from_slice(self.get(start..end).ok_or("it ends too early")?);
+        Ok(())
+    }
+}
+
+/// Why values cannot be read.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ReadError {
+    /// The bytes are not the weights of the layout.
+    #[error(transparent)]
+    Codec(#[from] CodecError),
+    /// There are no bytes to be had.
+    #[error("{0}")]
+    Source(String),
 }
 
 /// Reads the weights of a blob by [`ranges`].
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Reader {
     codec: Codec,
     values: usize,
-    blob: Bytes,
+    /// To how many of them, from the first on, differences are added where this is a base.
+    visible: usize,
+    source: Box<dyn Source>,
+    /// The bytes of a range.
+    bytes: Vec<u8>,
     /// All values, where the codec knows no ranges.
     whole: Option<Weights>,
     /// What the blob's values are added to, if they are a difference, and room for a range of it.
@@ -30,38 +77,82 @@ pub struct Reader {
 }
 
 impl Reader {
-    /// Reads `blob`, which `codec` wrote, as weights of `layout`: as they stand, or added to those of `base`.
-    pub fn new(codec: Codec, layout: &Arc<Layout>, blob: Bytes, base: Option<Reader>) -> Result<Self, CodecError> {
+    /// Reads `source`, which `codec` wrote, as weights of `layout`: as they stand, or added to those of `base`.
+    pub fn new(
+        codec: Codec,
+        layout: &Arc<Layout>,
+        source: impl Source + 'static,
+        base: Option<Reader>,
+    ) -> Result<Self, ReadError> {
         let values = layout.len();
-        codec.check_length(values, blob.len() as u64)?;
-        let whole = codec.block().is_none().then(|| codec.decode(&blob, layout)).transpose()?;
-        Ok(Self { codec, values, blob, whole, base: base.map(|base| (Box::new(base), Vec::new())) })
+        codec.check_length(values, source.bytes())?;
+        let mut whole = None;
+        if codec.block().is_none() {
+            let mut blob = vec![0; usize::try_from(source.bytes()).unwrap_or(usize::MAX)];
+            source.read_at(0, &mut blob).map_err(ReadError::Source)?;
+            whole = Some(codec.decode(&blob, layout)?);
+        }
+        let base = base.map(|base| (Box::new(base), Vec::new()));
+        Ok(Self { codec, values, visible: values, source: Box::new(source), bytes: Vec::new(), whole, base })
     }
 
-    /// Fills `out` with the values of one of the [`ranges`], which is as long.
+    /// The same, but as a base only its first values are added to: what lies behind them is none of an update's.
+    #[must_use]
+    pub fn first(mut self, values: usize) -> Self {
+        self.visible = values.min(self.values);
+        self
+    }
+
+    /// Fills `out` with the values of one of the [`ranges`], which is as long; with those of any other range if a block of the
+    /// codec is one value.
     ///
     /// # Errors
-    /// If it is none of them.
-    pub fn read(&mut self, range: Range<usize>, out: &mut [f32]) -> Result<(), CodecError> {
+    /// If the range does not begin and end at a border of blocks, or the source fails.
+    pub fn read(&mut self, range: Range<usize>, out: &mut [f32]) -> Result<(), ReadError> {
         match &self.whole {
             Some(whole) => out.copy_from_slice(&whole.values()[range.clone()]),
             None => self.decode(range.clone(), out)?,
         }
-        if let Some((base, values)) = &mut self.base {
-            values.resize(range.len(), 0.0);
-            base.read(range, values)?;
-            for (value, base) in out.iter_mut().zip(values) {
-                *value += *base;
-            }
+        self.add_base(range, out)
+    }
+
+    /// Adds what the blob is a difference from, if it is one.
+    fn add_base(&mut self, range: Range<usize>, out: &mut [f32]) -> Result<(), ReadError> {
+        match &mut self.base {
+            Some((base, values)) => base.add_to(range, values, out),
+            None => Ok(()),
+        }
+    }
+
+    /// Adds the values of a range to `out`, which is as long, by way of `values`. Where `out` is longer than what
+    /// [`first`](Self::first) leaves to see, the rest stands as it is.
+    pub(super) fn add_to(
+        &mut self,
+        range: Range<usize>,
+        values: &mut Vec<f32>,
+        out: &mut [f32],
+    ) -> Result<(), ReadError> {
+        let end = range.end.min(self.visible);
+        if range.start >= end {
+            return Ok(());
+        }
+        values.resize(end - range.start, 0.0);
+        self.read(range.start..end, values)?;
+        for (value, base) in out.iter_mut().zip(values) {
+            *value += *base;
         }
         Ok(())
     }
 
-    fn decode(&self, range: Range<usize>, out: &mut [f32]) -> Result<(), CodecError> {
-        let malformed = || CodecError::Malformed(self.codec);
-        let bytes = self.codec.byte_range(range, self.values).ok_or_else(malformed)?;
-        let place = |at: u64| usize::try_from(at).map_err(|_| malformed());
-        self.codec.decode_into(&self.blob[place(bytes.start)?..place(bytes.end)?], out)
+    fn decode(&mut self, range: Range<usize>, out: &mut [f32]) -> Result<(), ReadError> {
+        let place = self.codec.byte_range(range, self.values).ok_or(CodecError::Malformed(self.codec))?;
+        if let Some(bytes) = self.codec.as_bytes(out) {
+            self.source.read_at(place.start, bytes).map_err(ReadError::Source)?;
+            return Ok(());
+        }
+        self.bytes.resize(usize::try_from(place.end - place.start).unwrap_or(usize::MAX), 0);
+        self.source.read_at(place.start, &mut self.bytes).map_err(ReadError::Source)?;
+        Ok(self.codec.decode_into(&self.bytes, out)?)
     }
 }
 

@@ -10,9 +10,14 @@ impl Manifest {
     ///
     /// An error if no receiver would believe it: the chunk length is out of bounds, or too short for so long a blob.
     pub fn of(blob: &[u8], chunk_bytes: u32, codec: Codec) -> Result<Self, ManifestError> {
-        let unnamed = Self { digest: Digest([0; 32]), bytes: blob.len() as u64, chunk_bytes, codec, base: None };
-        unnamed.check_chunks()?;
-        Ok(Self { digest: Digest::of(blob), ..unnamed })
+        Self::named(Digest::of(blob), blob.len() as u64, chunk_bytes, codec)
+    }
+
+    /// The same of a blob whose digest and length are known.
+    pub fn named(digest: Digest, bytes: u64, chunk_bytes: u32, codec: Codec) -> Result<Self, ManifestError> {
+        let manifest = Self { digest, bytes, chunk_bytes, codec, base: None };
+        manifest.check_chunks()?;
+        Ok(manifest)
     }
 
     /// Chunk `index` of `blob`, which shares the blob's memory; `None` past the last.

@@ -126,7 +126,7 @@ impl MqttConfig {
             Lane::Bulk => self.named_options("bulk", broker),
         };
         if lane == Lane::Bulk {
-            options.set_keep_alive(options.keep_alive().max(BULK_KEEP_ALIVE_MIN));
+            allow_bulk(&mut options);
         }
         if let (Lane::Control, Some(will)) = (lane, &self.will) {
             let retain = will.retain && limits.retain;
@@ -878,6 +878,11 @@ fn refusal(broker: &Broker, code: ConnectReturnCode) -> TransportError {
         ConnectReturnCode::NotAuthorized => "not authorised",
     };
     TransportError::Refused { broker: broker.to_string(), code: code as u8, reason }
+}
+
+/// Pings of a connection that carries chunks may take long to be answered.
+fn allow_bulk(options: &mut MqttOptions) {
+    options.set_keep_alive(options.keep_alive().max(BULK_KEEP_ALIVE_MIN));
 }
 
 /// What went wrong, for people.

@@ -81,7 +81,7 @@ impl Peer {
         self.durable.head = Some(head.clone());
         self.durable.founding = crate::protocol::durable::Founding::default();
         self.note_model_held();
-        self.durable.settle_residual(&self.me, &head.decree);
+        self.durable.settle(&self.me, &head.decree);
         #[cfg(test)]
         if self.flaws.forget_returned {
             self.durable.residual.returned = None;

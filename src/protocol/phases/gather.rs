@@ -15,7 +15,7 @@ impl Peer {
         if !fits || Some(update.parent) != self.parent() || self.open.leading.is_none() {
             return;
         }
-        if let Err(error) = update.manifest.check(&self.layout) {
+        if let Err(error) = update.manifest.check(&self.update_layout) {
             return self.leave_out(sender, error.to_string());
         }
         let parent_model = self.parent_model().map(|model| model.digest);
@@ -87,13 +87,15 @@ impl Peer {
         let (since, late, told) = (leading.since, leading.late, leading.told);
         let gathered = self.gathered();
         let Some(roster) = self.durable.roster() else { return };
-        let trains = |peer: &&PeerId| **peer != self.me || self.trains() || self.open.updates.contains_key(*peer);
+        let may_train = |peer: &PeerId| self.is_drawn(peer) && (*peer != self.me || self.trains());
+        let trains = |peer: &&PeerId| may_train(peer) || self.open.updates.contains_key(*peer);
         let awaited = |peer: &&PeerId| {
             !gathered.contains(*peer) && !self.open.left_out.contains(*peer) && self.is_awaited(peer, since, now)
         };
         let missing = roster.members().iter().filter(trains).filter(awaited).count();
         let trainers = roster.members().iter().filter(trains).count();
         let count = (gathered.len(), gathered.len() + missing);
+        let others = trainers + usize::from(!self.config.leader_trains) < roster.len();
         // A roster may have fewer trainers than `min_updates` asks for.
         let needed = self.config.min_updates.min(trainers).max(1);
         if told != Some(count) {
@@ -102,10 +104,14 @@ impl Peer {
             self.with_leadership(|leading| leading.told = Some(count));
         }
         let moving = late && self.transfers.is_moving(now, self.silence());
-        if gathered.len() >= needed && (missing == 0 || late && !moving) {
+        // Some strategies build on the parent model. Who cannot get it in time finds out that it cannot aggregate.
+        let builds = !self.config.strategy.reads_parent()
+            || late
+            || self.parent_model().is_some_and(|model| self.transfers.holds(&model.digest));
+        if gathered.len() >= needed && builds && (missing == 0 || late && !moving) {
             self.aggregate(gathered, now);
-        } else if late && missing == 0 {
-            // What this leader could not use or get, another may.
+        } else if missing == 0 && gathered.len() < needed && (late || others) {
+            // What this leader could not use or get, another may; and of the next term others may be drawn to train.
             self.make_way(now);
         }
     }
@@ -119,12 +125,14 @@ impl Peer {
     }
 
     fn aggregate(&mut self, peers: BTreeSet<PeerId>, now: Instant) {
-        let part = |peer: &PeerId| self.open.updates.get(peer).map(|update| (update.manifest, update.num_examples));
+        let Some(parent) = self.parent_model().copied() else { return };
+        let members = self.durable.roster().map_or(0, |roster| roster.len());
+        let part = |peer: &PeerId| self.open.updates.get(peer).map(|update| (update.manifest, update.share()));
         let parts = peers.iter().filter_map(part).collect();
         let (round, term) = (self.round(), self.promised());
         self.open.marks.gathered = Some(now);
         self.with_leadership(|leading| leading.aggregate = Aggregate::Running(peers.into_iter().collect()));
-        self.actions.push(Action::Start(Job::Aggregate { round, term, parts }));
+        self.actions.push(Action::Start(Job::Aggregate { round, term, parent, members, parts }));
     }
 
     pub(in crate::protocol) fn on_aggregated(

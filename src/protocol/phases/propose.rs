@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::time::Instant;
 
 use crate::protocol::decree::{self, Decree, Outcome};
-use crate::protocol::message::Body;
+use crate::protocol::message::{Body, Update};
 use crate::protocol::phases::round::{Aggregate, Work};
 use crate::protocol::timer::Timer;
 use crate::protocol::{Contributor, Notice, Peer, Roster, Topic};
@@ -80,8 +80,8 @@ impl Peer {
     fn form_decree(&self, outcome: Outcome, peers: &[PeerId], now: Instant) -> Decree {
         let contributors = peers.iter().filter_map(|peer| {
             let update = self.open.updates.get(peer)?;
-            let (update, num_examples, metrics) = (update.manifest.digest, update.num_examples, update.metrics);
-            Some(Contributor { peer: peer.clone(), update, num_examples, metrics })
+            let Update { manifest, num_examples, step_sum, metrics, .. } = *update;
+            Some(Contributor { peer: peer.clone(), update: manifest.digest, num_examples, step_sum, metrics })
         });
         let leading = self.open.leading.as_ref();
         let parent_metrics = leading.and_then(|leading| leading.parent_metrics).or_else(|| self.reported_metrics());
@@ -170,7 +170,7 @@ impl Peer {
         if decree.model().base.is_some() {
             return Err("its proposal's model is a difference, which a newcomer could not read".into());
         }
-        decree.model().check(&self.layout).map_err(|error| error.to_string())
+        decree.model().check(&self.model_layout).map_err(|error| error.to_string())
     }
 
     fn has_accepted(&self, term: Term, decree: &Decree) -> bool {

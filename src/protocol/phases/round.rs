@@ -32,6 +32,8 @@ pub(in crate::protocol) struct OpenRound {
     pub evaluations: BTreeMap<PeerId, Metrics>,
     /// Members' updates announced to this peer as leader.
     pub updates: BTreeMap<PeerId, Update>,
+    /// Who is drawn to train in which term, if not everybody is.
+    pub drawn: Option<(Term, BTreeSet<PeerId>)>,
     /// Members whose update will not come or is unusable.
     pub left_out: BTreeSet<PeerId>,
 }
@@ -121,6 +123,7 @@ impl OpenRound {
             declined: None,
             evaluations: BTreeMap::new(),
             updates: BTreeMap::new(),
+            drawn: None,
             left_out: BTreeSet::new(),
         }
     }

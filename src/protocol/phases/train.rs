@@ -1,17 +1,20 @@
 //! Training: every member but the leader trains from the parent model and announces its update.
 
+use std::collections::BTreeSet;
 use std::time::Instant;
 
+use crate::protocol::election::Electorate;
 use crate::protocol::message::{Body, Update, clip, has};
 use crate::protocol::phases::round::Work;
 use crate::protocol::{Action, Job, Notice, Peer, Topic, Trained};
-use crate::types::Round;
+use crate::types::{Digest, PeerId, Round, Term};
 
 impl Peer {
     pub(in crate::protocol) fn advance_member(&mut self, now: Instant) {
         if !self.is_member(&self.me) {
             return;
         }
+        self.draw_trainers();
         self.advance_evaluation();
         self.advance_training(now);
         self.advance_acceptance(now);
@@ -20,7 +23,10 @@ impl Peer {
     fn advance_training(&mut self, now: Instant) {
         let Some(model) = self.parent_model().copied() else { return };
         let evaluated = matches!(self.open.evaluation, Work::Done(_));
-        if !self.is_training_round() || !evaluated || self.open.training != Work::Idle || !self.trains() {
+        if !self.is_training_round() || !evaluated || self.open.training != Work::Idle {
+            return;
+        }
+        if !self.trains() || !self.is_drawn(&self.me) {
             return;
         }
         if self.durable.open.update.as_ref().is_some_and(|update| self.transfers.holds(&update.manifest.digest)) {
@@ -32,8 +38,8 @@ impl Peer {
         self.open.training = Work::Running;
         let round = self.round();
         self.notify(Notice::TrainingStarted { round });
-        let residual = self.durable.residual;
-        self.actions.push(Action::Start(Job::Train { round, model, residual }));
+        let (residual, control) = (self.durable.residual, self.durable.control);
+        self.actions.push(Action::Start(Job::Train { round, model, residual, control }));
     }
 
     /// The leader does not train, nor does the candidate that is about to lead.
@@ -42,16 +48,46 @@ impl Peer {
         self.config.leader_trains || alone || self.leader_or_candidate() != Some(&self.me)
     }
 
+    /// Draws the members that train in the promised term, the same for all who are in it: in term 0 the configured share of those
+    /// that may, in each further term as many again. So a round whose trainers all died goes on with others.
+    fn draw_trainers(&mut self) {
+        let term = self.promised();
+        let (Some(roster), Some(lot)) = (self.durable.roster(), self.lot()) else { return };
+        if self.config.fraction_train >= 1.0 || self.open.drawn.as_ref().is_some_and(|(drawn, _)| *drawn == term) {
+            return;
+        }
+        // The turn to lead spares the turn to train. Gone or not, it is the same member for all.
+        let nobody = BTreeSet::new();
+        let last_leader = self.head().map(|head| &head.decree.leader);
+        let electorate = Electorate { roster, gone: &nobody, lot, last_leader };
+        let leads = (!self.config.leader_trains && roster.len() > 1)
+            .then(|| self.config.policy.candidate(&electorate, Term(0)));
+        let place = |peer: &&PeerId| Digest::of(&[&lot.0[..], b"trains", peer.as_str().as_bytes()].concat());
+        let mut order: Vec<&PeerId> = roster.members().iter().filter(|peer| Some(*peer) != leads.as_ref()).collect();
+        order.sort_by_cached_key(place);
+        let share = (self.config.fraction_train * order.len() as f64).round().max(1.0) as usize;
+        let count = share.saturating_mul((term.0 as usize).saturating_add(1));
+        // Who was to lead in term 0 leads no more when so many train.
+        self.open.drawn = Some((term, order.into_iter().chain(&leads).take(count).cloned().collect()));
+    }
+
+    /// Whether a member is drawn to train in this term.
+    pub(in crate::protocol) fn is_drawn(&self, peer: &PeerId) -> bool {
+        self.open.drawn.as_ref().is_none_or(|(_, drawn)| drawn.contains(peer))
+    }
+
     pub(in crate::protocol) fn on_trained(&mut self, round: Round, result: Result<Trained, String>, now: Instant) {
         if round != self.round() || self.open.training != Work::Running {
             return;
         }
         match (result, self.parent()) {
-            (Ok(Trained { update: manifest, unsent, metrics }), Some(parent)) if metrics.is_finite() => {
+            (Ok(trained), Some(parent)) if trained.metrics.is_finite() => {
+                let Trained { update: manifest, unsent, control, step_sum, metrics } = trained;
                 self.transfers.hold(manifest);
                 let num_examples = self.num_examples;
-                self.durable.open.update = Some(Update { parent, manifest, num_examples, metrics });
+                self.durable.open.update = Some(Update { parent, manifest, num_examples, step_sum, metrics });
                 self.durable.open.unsent = unsent;
+                self.durable.open.control = control;
                 self.persist();
                 self.open.training = Work::Done(());
                 self.open.marks.trained = Some(now);

@@ -2,50 +2,24 @@
 //!
 //! What to pull is derived from the state each time (`needed`), so nothing has to be cancelled by hand.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
 use crate::protocol::message::Body;
-use crate::protocol::{Action, Job, Peer, Topic};
-use crate::transfer::{Assembly, ChunkSet, Grants, Inserted, Manifest, Route, Serve};
+use crate::protocol::{Action, Peer, Topic};
+use crate::transfer::{ChunkSet, Manifest, Pulls, Route, Serve};
 use crate::types::{Digest, PeerId};
-
-/// How many bytes of one blob a receiver has in flight: enough to keep a link busy.
-pub const WINDOW_BYTES: u32 = 2 * 1024 * 1024;
-
-/// How many bytes of updates a leader has in flight at once: the other updates wait with their owners. What all of
-/// one peer's pulls have in flight must fit half of the broker's log of its topic.
-pub const GATHER_BYTES: u64 = 4 * WINDOW_BYTES as u64;
-
-/// Chunks that came before the word of what they belong to.
-const EARLY_CHUNKS_MAX: usize = 8;
-
-/// After so many silences in a row another holder is asked.
-const STALLS_MAX: u32 = 2;
 
 /// What is held, pulled and served.
 #[derive(Debug, Default)]
 pub(in crate::protocol) struct Transfers {
     held: BTreeMap<Digest, Manifest>,
-    pulls: BTreeMap<Digest, Pull>,
-    /// Complete, and being verified.
-    verifying: BTreeSet<Digest>,
+    pulls: Pulls,
     serves: BTreeMap<Digest, Serve>,
     /// Blobs that could not be verified or kept, and when to pull them again.
     retry: BTreeMap<Digest, Instant>,
-    early: VecDeque<(Digest, u32, Bytes)>,
-}
-
-#[derive(Debug)]
-struct Pull {
-    assembly: Assembly,
-    grants: Grants,
-    holders: Vec<PeerId>,
-    /// Which holder is asked.
-    at: usize,
-    moved: Instant,
 }
 
 impl Transfers {
@@ -73,13 +47,16 @@ impl Transfers {
     }
 
     pub(in crate::protocol) fn deadline(&self) -> Option<Instant> {
-        let grants = self.pulls.values().filter_map(|pull| pull.grants.deadline());
-        grants.chain(self.retry.values().copied()).min()
+        self.pulls.deadline().into_iter().chain(self.retry.values().copied()).min()
     }
 
     /// Whether any pull got a chunk within `span`.
     pub(in crate::protocol) fn is_moving(&self, now: Instant, span: Duration) -> bool {
-        self.pulls.values().any(|pull| now.saturating_duration_since(pull.moved) < span)
+        self.pulls.is_moving(now, span)
+    }
+
+    pub(in crate::protocol) fn kept(&mut self, blob: &Digest) {
+        self.pulls.kept(blob);
     }
 }
 
@@ -90,17 +67,8 @@ impl Peer {
         let bound = bound.map(|(decree, holders)| (*decree.model(), holders.clone()));
         let proposal = self.proposal_to_pull().map(|(model, leader)| (model, vec![leader]));
         let mut needed: Vec<_> = self.head_to_pull().into_iter().chain(bound).chain(proposal).collect();
-        let updates = self.updates_to_pull();
-        let (begun, waiting): (Vec<_>, Vec<_>) = updates.into_iter().partition(|(update, _)| {
-            self.transfers.pulls.contains_key(&update.digest) || self.transfers.verifying.contains(&update.digest)
-        });
-        let mut room = GATHER_BYTES;
-        let chosen = begun.into_iter().chain(waiting).take_while(|(update, _)| {
-            let fits = room > 0;
-            room = room.saturating_sub(update.bytes.min(u64::from(WINDOW_BYTES)));
-            fits
-        });
-        needed.extend(chosen.map(|(update, owner)| (update, vec![owner])));
+        let updates = self.transfers.pulls.fitting(self.updates_to_pull());
+        needed.extend(updates.map(|(update, owner)| (update, vec![owner])));
         let wanted = |blob: &Digest| !self.transfers.holds(blob) && !self.transfers.retry.contains_key(blob);
         needed.retain(|(manifest, _)| wanted(&manifest.digest));
         needed
@@ -110,104 +78,37 @@ impl Peer {
         if self.stopped {
             self.transfers.pulls.clear();
             self.transfers.retry.clear();
-            return;
+        } else {
+            self.transfers.retry.retain(|_, at| *at > now);
+            let (needed, retry) = (self.needed(), self.heartbeat());
+            self.transfers.pulls.want(needed, retry, now);
         }
-        self.transfers.retry.retain(|_, at| *at > now);
-        let needed = self.needed();
-        self.transfers.pulls.retain(|blob, _| needed.iter().any(|(manifest, _)| manifest.digest == *blob));
-        for (manifest, holders) in needed {
-            self.pull(manifest, holders, now);
-        }
-        self.grant(now);
-    }
-
-    fn pull(&mut self, manifest: Manifest, holders: Vec<PeerId>, now: Instant) {
-        let blob = manifest.digest;
-        if self.transfers.verifying.contains(&blob) || holders.is_empty() {
-            return;
-        }
-        if let Some(pull) = self.transfers.pulls.get_mut(&blob) {
-            for holder in holders {
-                if !pull.holders.contains(&holder) {
-                    pull.holders.push(holder);
-                }
-            }
-            return;
-        }
-        let window = (WINDOW_BYTES / manifest.chunk_bytes.max(1)).max(2);
-        let grants = Grants::new(window, self.heartbeat());
-        let pull = Pull { assembly: Assembly::new(manifest), grants, holders, at: 0, moved: now };
-        self.transfers.pulls.insert(blob, pull);
-        let early = std::mem::take(&mut self.transfers.early);
-        for (of, index, chunk) in early {
-            if of == blob {
-                self.on_chunk(of, index, chunk, now);
-            } else {
-                self.transfers.early.push_back((of, index, chunk));
-            }
-        }
-    }
-
-    /// Sends the grants that are due.
-    fn grant(&mut self, now: Instant) {
+        let intakes = self.transfers.pulls.intakes();
+        self.actions.extend(intakes.into_iter().map(Action::Take));
         if !self.connected {
-            // Granted again on the next connection.
-            for pull in self.transfers.pulls.values_mut() {
-                if pull.grants.deadline().is_some_and(|at| at <= now) {
-                    pull.grants.next(&pull.assembly, now);
-                }
-            }
-            return;
+            return self.transfers.pulls.postpone(now);
         }
-        let mut granted = Vec::new();
-        for (blob, pull) in &mut self.transfers.pulls {
-            if pull.grants.stalls() >= STALLS_MAX && pull.holders.len() > 1 {
-                pull.at = (pull.at + 1) % pull.holders.len();
-                pull.grants.restart(now);
-            }
-            if let Some(chunks) = pull.grants.next(&pull.assembly, now) {
-                granted.push((pull.holders[pull.at].clone(), *blob, chunks));
-            }
-        }
-        for (holder, blob, chunks) in granted {
+        for (holder, blob, chunks) in self.transfers.pulls.grants(now) {
             self.publish(Topic::Grant(self.round(), holder), Body::Grant { blob, chunks });
         }
     }
 
     pub(in crate::protocol) fn restart_transfers(&mut self, now: Instant) {
         self.transfers.serves.clear();
-        for pull in self.transfers.pulls.values_mut() {
-            pull.grants.restart(now);
-        }
+        self.transfers.pulls.restart(now);
     }
 
     pub(in crate::protocol) fn on_chunk(&mut self, blob: Digest, index: u32, chunk: Bytes, now: Instant) {
-        let Some(pull) = self.transfers.pulls.get_mut(&blob) else {
-            if !self.transfers.holds(&blob) && !self.transfers.verifying.contains(&blob) {
-                self.transfers.early.push_back((blob, index, chunk));
-                if self.transfers.early.len() > EARLY_CHUNKS_MAX {
-                    self.transfers.early.pop_front();
-                }
-            }
+        if self.transfers.holds(&blob) {
             return;
-        };
-        match pull.assembly.insert(index, chunk) {
-            Ok(Inserted::New) => pull.moved = now,
-            Ok(Inserted::Duplicate) => {}
-            Err(error) => return self.bad_message(None, error.to_string()),
         }
-        pull.grants.received(index, now);
-        if pull.assembly.is_complete()
-            && let Some(pull) = self.transfers.pulls.remove(&blob)
-        {
-            self.transfers.verifying.insert(blob);
-            let manifest = *pull.assembly.manifest();
-            self.actions.push(Action::Start(Job::Verify { manifest, chunks: pull.assembly.into_chunks() }));
+        if let Err(error) = self.transfers.pulls.arrived(blob, index, chunk, now) {
+            self.bad_message(None, error.to_string());
         }
     }
 
     pub(in crate::protocol) fn on_verified(&mut self, manifest: Manifest, result: Result<(), String>, now: Instant) {
-        self.transfers.verifying.remove(&manifest.digest);
+        self.transfers.pulls.ended(&manifest.digest);
         match result {
             Ok(()) => {
                 self.transfers.hold(manifest);

@@ -23,8 +23,9 @@ pub(super) fn encoded_bytes(values: usize) -> u64 {
     values as u64 + values.div_ceil(BLOCK) as u64 * SCALE_BYTES as u64
 }
 
-/// The error is the index of a value that is not finite, or too large for a scale.
-pub(super) fn encode(values: &[f32], seed: u64) -> Result<Bytes, usize> {
+/// `values` begin with the block of this number. The error is the index of a value that is not finite, or too large for a
+/// scale.
+pub(super) fn encode(values: &[f32], first: usize, seed: u64) -> Result<Bytes, usize> {
     let mut bytes = vec![0; values.len() + values.len().div_ceil(BLOCK) * SCALE_BYTES];
     let blocks = bytes.chunks_mut(SCALE_BYTES + BLOCK).zip(values.chunks(BLOCK));
     for (index, (bytes, values)) in blocks.enumerate() {
@@ -38,7 +39,7 @@ pub(super) fn encode(values: &[f32], seed: u64) -> Result<Bytes, usize> {
         head.copy_from_slice(&scale.to_le_bytes());
         // Values whose scale underflows are nothing.
         if scale > 0.0 {
-            round_block(values, scale, mixed(seed ^ mixed(index as u64)) as u32, steps);
+            round_block(values, scale, mixed(seed ^ mixed((first + index) as u64)) as u32, steps);
         }
     }
     Ok(bytes.into())
@@ -94,7 +95,7 @@ mod tests {
 
     fn decoded(values: &[f32], seed: u64) -> Vec<f32> {
         let mut decoded = vec![f32::NAN; values.len()];
-        decode_into(&encode(values, seed).unwrap(), &mut decoded);
+        decode_into(&encode(values, 0, seed).unwrap(), &mut decoded);
         decoded
     }
 
@@ -102,14 +103,14 @@ mod tests {
     fn whole_steps_are_exact() {
         let values: Vec<f32> = (-127..=127).map(|step| step as f32 * 0.5).collect();
         assert_eq!(decoded(&values, 1), values);
-        assert_eq!(encode(&[0.0; 3], 1).unwrap()[..], [0; 7]);
+        assert_eq!(encode(&[0.0; 3], 0, 1).unwrap()[..], [0; 7]);
     }
 
     #[test]
     fn one_seed_gives_one_blob_and_another_another() {
         let values: Vec<f32> = (0..2000).map(|i| (i as f32).sin()).collect();
-        assert_eq!(encode(&values, 5), encode(&values, 5));
-        assert_ne!(encode(&values, 5), encode(&values, 6));
+        assert_eq!(encode(&values, 0, 5), encode(&values, 0, 5));
+        assert_ne!(encode(&values, 0, 5), encode(&values, 0, 6));
     }
 
     #[test]
@@ -117,7 +118,7 @@ mod tests {
         let mut values = vec![1.0; 1200];
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             values[700] = bad;
-            assert_eq!(encode(&values, 1), Err(700), "{bad}");
+            assert_eq!(encode(&values, 0, 1), Err(700), "{bad}");
         }
     }
 

@@ -175,19 +175,35 @@ impl Codec {
     ///
     /// An error if they hold a value that the codec cannot come near to, or (but for `f32`) one that is not finite.
     pub fn encode(self, weights: &Weights, tuning: &Tuning) -> Result<Bytes, EncodeError> {
-        let values = weights.values();
+        self.encode_range(weights.values(), 0, weights.layout(), tuning)
+    }
+
+    /// The bytes of a range of the weights of `layout`, `values`, which begin with value number `start`, at a border of
+    /// [blocks](Self::block). The bytes of all ranges in a row are the blob; a codec without blocks has but one range.
+    pub fn encode_range(
+        self,
+        values: &[f32],
+        start: usize,
+        layout: &Layout,
+        tuning: &Tuning,
+    ) -> Result<Bytes, EncodeError> {
         let encoded = match self {
             Codec::F32 => Ok(f32::encode(values)),
             Codec::F16 => f16::encode(values),
             Codec::Bf16 => bf16::encode(values),
-            Codec::Int8 => int8::encode(values, tuning.seed),
+            Codec::Int8 => int8::encode(values, start / int8::BLOCK, tuning.seed),
             Codec::TopK => topk::encode(values, topk::entries(values.len(), tuning.topk_ratio)),
         };
         encoded.map_err(|index| EncodeError {
             codec: self,
-            tensor: weights.layout().tensor_of(index).unwrap_or_default().to_owned(),
+            tensor: layout.tensor_of(start + index).unwrap_or_default().to_owned(),
             value: values.get(index).copied().unwrap_or_default(),
         })
+    }
+
+    /// The place of `values` in memory, where they stand there as they do in a blob: what is read into it is decoded.
+    pub(super) fn as_bytes(self, values: &mut [f32]) -> Option<&mut [u8]> {
+        (self == Codec::F32 && cfg!(target_endian = "little")).then(|| bytemuck::cast_slice_mut(values))
     }
 
     /// The weights of `layout` that `blob` holds. Values that are not finite pass: ask
@@ -322,6 +338,24 @@ mod tests {
         assert_ne!(of(1, "a"), of(1, "b"));
         assert_ne!(of(1, "a"), of(2, "a"));
         assert_ne!(codecs.for_model(Round(1)).seed, Codecs { seed: 7, ..codecs }.for_model(Round(1)).seed);
+    }
+
+    #[test]
+    fn the_bytes_of_all_ranges_in_a_row_are_the_blob() {
+        let values = 3 * 512 + 7;
+        let layout = Arc::new(Layout { tensors: vec![TensorSpec { name: "a".into(), shape: vec![values] }] });
+        let row: Vec<f32> = (0..values).map(|i| (i as f32 * 0.37).sin()).collect();
+        let weights = Weights::new(layout.clone(), row).unwrap();
+        for codec in Codec::ALL.into_iter().filter(|codec| codec.block().is_some()) {
+            let part = |start: usize| {
+                let values = &weights.values()[start..values.min(start + 1024)];
+                codec.encode_range(values, start, &layout, &TUNING).unwrap()
+            };
+            assert_eq!([part(0), part(1024)].concat(), codec.encode(&weights, &TUNING).unwrap(), "{codec}");
+        }
+        let bad = [0.0, f32::NAN];
+        let error = Codec::Int8.encode_range(&bad, 1024, &layout, &TUNING).unwrap_err();
+        assert_eq!(error.tensor, "a");
     }
 
     #[test]

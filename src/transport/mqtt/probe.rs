@@ -21,7 +21,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout, timeout_at};
 use tracing::debug;
 
-use super::{Broker, MqttConfig, SUBSCRIBE_ATTEMPTS, TransportError, refusal};
+use super::{Broker, Lane, MqttConfig, SUBSCRIBE_ATTEMPTS, TransportError, WRITE_MAX, allow_bulk, refusal};
 use crate::protocol::message::CHUNK_HEADER_BYTES_MAX;
 use crate::transport::{Found, Retained};
 
@@ -290,6 +290,8 @@ impl Prober<'_> {
         let mut options = self.config.named_options(name, self.broker);
         let packet_bytes_max = self.probe.chunk_bytes.max(CHUNK_BYTES_TRIED) + (64 << 10);
         options.set_max_packet_size(packet_bytes_max, packet_bytes_max);
+        // One message as long as a chunk goes both ways. Whether the broker is silent is for the waits to say.
+        allow_bulk(&mut options);
         if let Some(will) = will {
             options.set_last_will(will);
         }
@@ -396,6 +398,7 @@ impl Side {
     async fn open(options: MqttOptions) -> Result<Self, ConnectionError> {
         let (requests, mut events) = AsyncClient::new(options, REQUESTS);
         events.network_options.set_tcp_nodelay(true);
+        events.network_options.set_connection_timeout(WRITE_MAX[Lane::Bulk as usize].as_secs());
         events.poll().await?;
         let (sender, packets) = unbounded_channel();
         let mut polling = JoinSet::new();
@@ -614,6 +617,7 @@ mod tests {
         let broker = broker::Broker::start(BrokerConfig::default()).await.unwrap();
         let mut config = mqtt_config(&broker, "a", None);
         let patience = Duration::from_millis(300);
+        config.keep_alive = Duration::from_secs(1);
         config.probe = Some(Probe { topic: "t/probe/a".to_owned(), chunk_bytes: CHUNK, patience });
         let there = super::super::parse_broker(address).unwrap();
         let found = Probed::default().of(&config, &there, Duration::from_secs(5)).await;
@@ -670,10 +674,10 @@ mod tests {
         }
     }
 
-    /// Every answer takes longer than the patience for a quick link.
+    /// Every answer takes longer than the patience for a quick link, and that to a ping longer than its interval.
     #[tokio::test]
     async fn a_slow_link_is_given_its_time() {
-        let found = Fake { delay: Duration::from_millis(400), ..Fake::default() }.probe().await.unwrap();
+        let found = Fake { delay: Duration::from_millis(700), ..Fake::default() }.probe().await.unwrap();
         assert_eq!((found.chunk_bytes_max, found.retained), (None, Retained::Kept));
         assert!(found.took > Duration::from_millis(2400), "{found:?}");
     }
