@@ -438,7 +438,7 @@ mod tests {
         let text = "id,town,size\na,Lund,1\nb,Oslo,2\n";
         let data = read_text(text, &by_name).unwrap();
         assert_eq!((columns(&data), data.labels()), (vec![("size", None)], &[0, 1][..]));
-        let by_number = ReadOptions { label: Some("2".into()), ..by_name.clone() };
+        let by_number = ReadOptions { label: Some("2".into()), ..by_name };
         assert_eq!(read_text(text, &by_number), Ok(data));
         let wrong = refused(text, &ReadOptions { label: Some("twon".into()), ..options() });
         assert_eq!(
