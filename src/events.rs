@@ -14,7 +14,7 @@ use crate::aggregation::statistics::{Column, Summary};
 use crate::journal::read_blob;
 use crate::node::{Observation, Outcome, Traffic};
 use crate::protocol::{Committed, Notice, Seconds};
-use crate::rundir::{Inputs, MODEL, NamedModel, RunDir, RunDirError};
+use crate::rundir::{Inputs, MODEL, NamedModel, RunDir, RunDirError, Scales};
 use crate::training::Progress;
 use crate::transfer::Codec;
 use crate::types::{Digest, Metrics, PeerId, Round, Term};
@@ -663,7 +663,7 @@ impl Recorder {
     fn save_what_is_told(&mut self, entry: &Entry) -> Result<(), RunDirError> {
         match &entry.event {
             Event::Standardised { mean, std, target } => {
-                self.inputs.standardised = Some((mean.clone(), std.clone(), *target));
+                self.inputs.scales = Some(Scales { mean: mean.clone(), std: std.clone(), target: *target });
                 Ok(())
             }
             Event::ModelHeld { round, digest } if self.held.as_ref().is_none_or(|(held, ..)| held < round) => {

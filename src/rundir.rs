@@ -81,15 +81,26 @@ pub struct Inputs {
     pub features: Vec<String>,
     /// What the classes are called.
     pub classes: Vec<String>,
-    /// The mean and the standard deviation of each feature, and of the numbers to tell, if inputs are standardised.
-    pub standardised: Option<(Vec<f64>, Vec<f64>, Option<[f64; 2]>)>,
+    /// How they are standardised, if they are.
+    pub scales: Option<Scales>,
+}
+
+/// What is subtracted from inputs, and what they are divided by then.
+#[derive(Clone, Debug)]
+pub struct Scales {
+    /// The mean of each feature.
+    pub mean: Vec<f64>,
+    /// The standard deviation of each feature.
+    pub std: Vec<f64>,
+    /// Mean and standard deviation of the numbers to tell, if numbers are to be told.
+    pub target: Option<[f64; 2]>,
 }
 
 impl Inputs {
     /// The weights with what is subtracted from an input (`input.mean`) and what it is then divided by (`input.std`),
     /// `[features]` each, and with the like of the numbers to tell (`target.mean` and `target.std`, `[1]`).
     fn beside(&self, weights: &Weights) -> Weights {
-        let Some((mean, std, target)) = &self.standardised else { return weights.clone() };
+        let Some(Scales { mean, std, target }) = &self.scales else { return weights.clone() };
         let targets = target.iter().flat_map(|[mean, std]| [("target.mean", vec![*mean]), ("target.std", vec![*std])]);
         let own = [("input.mean", mean.clone()), ("input.std", std.clone())].into_iter().chain(targets);
         let (mut layout, mut values) = (Layout::clone(weights.layout()), weights.values().to_vec());

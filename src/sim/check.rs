@@ -34,6 +34,8 @@ pub(super) struct Check {
     /// The first committed decree of each round.
     decrees: BTreeMap<Round, Decree>,
     founded: Option<Roster>,
+    /// What the inputs of its members are like.
+    summary: Option<Bytes>,
     heads: BTreeMap<PeerId, Round>,
     ballots: BTreeMap<(PeerId, Round), BTreeMap<Term, PeerId>>,
     accepts: BTreeMap<(PeerId, Round, Term), Digest>,
@@ -69,6 +71,7 @@ impl Check {
             strategy,
             decrees: BTreeMap::new(),
             founded: None,
+            summary: None,
             heads: BTreeMap::new(),
             ballots: BTreeMap::new(),
             accepts: BTreeMap::new(),
@@ -105,6 +108,10 @@ impl Check {
             if founded != roster {
                 return Err((ONE_DECREE, format!("two first rosters: {founded:?} and {roster:?}")));
             }
+            let summary = self.summary.get_or_insert_with(|| durable.founding.summary.clone());
+            if *summary != durable.founding.summary {
+                return Err((ONE_DECREE, format!("{peer} has another summary of the inputs than others")));
+            }
         }
         if durable.open.update.is_some() {
             self.trained.insert((peer.clone(), durable.open.round));
@@ -137,6 +144,9 @@ impl Check {
         let Some(roster) = roster else { return Err((ONE_DECREE, format!("{:?} has no roster", decree.round))) };
         if before.is_some_and(|parent| parent.digest() != decree.parent) {
             return Err((ONE_DECREE, format!("{:?} does not continue the round before", decree.round)));
+        }
+        if self.summary.as_ref() != Some(&decree.summary) {
+            return Err((ONE_DECREE, format!("{:?} has another summary of the inputs than the genesis", decree.round)));
         }
         let holders = all.iter().filter(|peer| roster.contains(peer.peer) && holds(peer, decree)).count();
         if holders < roster.quorum() {

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use crate::aggregation::statistics::{Column, Moments, Summary};
 use crate::training::{OnProgress, TrainError, Trainer};
 use crate::types::{Digest, Metrics, PeerId, Round};
 use crate::weights::{Layout, LayoutMismatch, TensorSpec, Weights};
@@ -37,6 +38,11 @@ impl Trainer for ArithmeticTrainer {
 
     fn num_examples(&self) -> u64 {
         self.num_examples
+    }
+
+    fn summary(&self) -> Vec<u8> {
+        let moments = Moments { count: self.num_examples, mean: self.target.into(), squares: 0.0 };
+        Summary { columns: vec![Column::Number(moments)] }.encode()
     }
 
     fn weights(&self) -> Weights {

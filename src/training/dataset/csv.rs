@@ -346,6 +346,8 @@ fn is_header(lines: &[Line]) -> bool {
 mod tests {
     use std::fs;
 
+    use proptest::prelude::*;
+
     use super::*;
     use crate::training::Task;
 
@@ -391,6 +393,31 @@ mod tests {
         assert!(ready.features().iter().all(|value| value.is_finite()));
     }
 
+    proptest! {
+        /// Whatever a file holds and whatever columns are named, it is read or refused.
+        #[test]
+        fn no_file_makes_the_reader_panic(
+            bytes in prop_oneof![
+                "[a-c0-2,;?\"\n\t .-]{0,200}".prop_map(String::into_bytes),
+                "(([0-9]|a|b|[?]|NA),([0-9]{1,3}|),(x|y|z|1e400)\n){0,30}".prop_map(String::into_bytes),
+                prop::collection::vec(any::<u8>(), 0..200),
+            ],
+            label in prop::option::of("[a-c1-4]"),
+            ignored in prop::collection::vec("[a-c1-4]", 0..2),
+            header: Option<bool>,
+            regression: Option<bool>,
+        ) {
+            let options = ReadOptions { label, ignored, header, regression, ..options() };
+            match read_text(bytes, &options) {
+                Ok(data) => {
+                    let ready = data.standardised(&data.summary().unwrap());
+                    prop_assert!(!ready.is_empty() && ready.features().iter().all(|value| value.is_finite()));
+                }
+                Err(error) => prop_assert!(error.place.contains("my.csv") && !error.hint.is_empty()),
+            }
+        }
+    }
+
     #[test]
     fn a_header_is_told_from_a_line_of_values() {
         assert_eq!(read_text("1,2,a\n3,4,b\n", &options()).unwrap().len(), 2);
@@ -411,7 +438,7 @@ mod tests {
         let text = "id,town,size\na,Lund,1\nb,Oslo,2\n";
         let data = read_text(text, &by_name).unwrap();
         assert_eq!((columns(&data), data.labels()), (vec![("size", None)], &[0, 1][..]));
-        let by_number = ReadOptions { label: Some("2".into()), ..by_name.clone() };
+        let by_number = ReadOptions { label: Some("2".into()), ..by_name };
         assert_eq!(read_text(text, &by_number), Ok(data));
         let wrong = refused(text, &ReadOptions { label: Some("twon".into()), ..options() });
         assert_eq!(

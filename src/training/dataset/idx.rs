@@ -140,6 +140,8 @@ mod tests {
     use flate2::Compression;
     use flate2::write::GzEncoder;
 
+    use proptest::prelude::*;
+
     use super::*;
 
     fn idx(dims: &[u32], bytes: &[u8]) -> Vec<u8> {
@@ -189,6 +191,25 @@ mod tests {
         let held_out = held_out.unwrap();
         assert_eq!((train.len(), held_out.len()), (12, 3));
         assert_eq!((train.num_classes(), held_out.num_classes()), (12, 12));
+    }
+
+    proptest! {
+        /// A file with any byte changed is read or refused.
+        #[test]
+        fn no_file_makes_the_reader_panic(at in 0usize..34, byte: u8, packed: bool) {
+            let (mut images, labels) = pictures(3);
+            images[at] = byte;
+            if packed {
+                images = gzipped(&images);
+                let at = at % images.len();
+                images[at] ^= byte;
+            }
+            let name = if packed { "train-images-idx3-ubyte.gz" } else { "train-images-idx3-ubyte" };
+            let dir = dir(&[(name, images), ("train-labels-idx1-ubyte", labels)]);
+            if let Err(error) = read(dir.path()) {
+                prop_assert!(error.place.contains("-ubyte"), "{}", error);
+            }
+        }
     }
 
     #[test]
