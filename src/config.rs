@@ -20,8 +20,9 @@ mod value;
 pub use keys::{Group, KEYS, Key, NONE, UsedBy, VARIABLE_PREFIX, markdown};
 pub use value::{Kind, Part, Reals, Value, categories};
 
-/// Variables that carry the prefix and are no keys: the name of the configuration file, and the filter of the log.
-pub const OTHER_VARIABLES: [&str; 2] = ["RODIZIO_CONFIG", "RODIZIO_LOG"];
+/// Variables that carry the prefix and are no keys: the name of the configuration file, the filter of the log, and the
+/// interpreter that `bench train` finds torch with.
+pub const OTHER_VARIABLES: [&str; 3] = ["RODIZIO_CONFIG", "RODIZIO_LOG", "RODIZIO_PYTHON"];
 
 /// The outcome of all layers.
 #[derive(Debug, Clone, PartialEq)]
