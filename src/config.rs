@@ -157,6 +157,8 @@ pub struct Settings {
     pub peer: Option<PeerId>,
     /// What computes the training.
     pub backend: &'static str,
+    /// A file with the weights to start from.
+    pub init: Option<PathBuf>,
     /// Where a peer keeps its name and its state.
     pub state_dir: Option<PathBuf>,
     /// Where the results go.
@@ -374,6 +376,7 @@ impl Layers {
             processes: self.switch("processes"),
             peer: self.peer("peer"),
             backend: self.choice("backend"),
+            init: self.path("init"),
             state_dir: self.path("state_dir"),
             run_dir: self.path("run_dir"),
         };
@@ -675,6 +678,7 @@ impl Settings {
             "processes" => Value::Switch(self.processes),
             "peer" => or_unset(self.peer.clone(), Value::Peer),
             "backend" => Value::Choice(self.backend),
+            "init" => or_unset(self.init.clone(), Value::Path),
             "state_dir" => or_unset(self.state_dir.clone(), Value::Path),
             "run_dir" => or_unset(self.run_dir.clone(), Value::Path),
             _ => unreachable!("{name} is in the table but not in Settings: every test that prints them meets this"),

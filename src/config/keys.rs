@@ -287,6 +287,8 @@ pub static KEYS: &[Key] = &[
         "Name of this peer; none: the one kept in state_dir, or a new one"),
     key(Group::Machine, UsedBy::Peers, "backend", Kind::Choice(&["flex", "ndarray"]), "flex",
         "What computes the training"),
+    key(Group::Machine, UsedBy::Peers, "init", Kind::Path, NONE,
+        "Safetensors file of a model to start from, the same for all peers; none: weights drawn by seed"),
     key(Group::Machine, UsedBy::Join, "state_dir", Kind::Path, NONE,
         "Where a peer keeps its name and its state; none: under .rodizio/FEDERATION"),
     key(Group::Machine, UsedBy::Peers, "run_dir", Kind::Path, NONE,
