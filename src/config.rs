@@ -21,8 +21,9 @@ mod value;
 pub use keys::{Group, KEYS, Key, NONE, UsedBy, VARIABLE_PREFIX, markdown};
 pub use value::{Kind, Part, Reals, Value, categories};
 
-/// Variables that carry the prefix and are no keys: the name of the configuration file, and the filter of the log.
-pub const OTHER_VARIABLES: [&str; 2] = ["RODIZIO_CONFIG", "RODIZIO_LOG"];
+/// Variables that carry the prefix and are no keys: the name of the configuration file, the filter of the log, and the
+/// interpreter that `bench train` finds torch with.
+pub const OTHER_VARIABLES: [&str; 3] = ["RODIZIO_CONFIG", "RODIZIO_LOG", "RODIZIO_PYTHON"];
 
 /// The outcome of all layers.
 #[derive(Debug, Clone, PartialEq)]
@@ -181,6 +182,8 @@ pub struct Settings {
     pub trainer_timeout: Duration,
     /// What computes the training.
     pub backend: &'static str,
+    /// A file with the weights to start from.
+    pub init: Option<PathBuf>,
     /// Where a peer keeps its name and its state.
     pub state_dir: Option<PathBuf>,
     /// Where the results go.
@@ -410,6 +413,7 @@ impl Layers {
             trainer: self.optional_text("trainer"),
             trainer_timeout: self.duration("trainer_timeout"),
             backend: self.choice("backend"),
+            init: self.path("init"),
             state_dir: self.path("state_dir"),
             run_dir: self.path("run_dir"),
         };
@@ -762,6 +766,7 @@ impl Settings {
             "processes" => Value::Switch(self.processes),
             "peer" => or_unset(self.peer.clone(), Value::Peer),
             "backend" => Value::Choice(self.backend),
+            "init" => or_unset(self.init.clone(), Value::Path),
             "state_dir" => or_unset(self.state_dir.clone(), Value::Path),
             "run_dir" => or_unset(self.run_dir.clone(), Value::Path),
             _ => unreachable!("{name} is in the table but not in Settings: every test that prints them meets this"),

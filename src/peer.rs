@@ -9,11 +9,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::broker::BrokerConfig;
-use crate::config::{Part, Settings};
+use crate::config::{NONE, Part, Settings};
 use crate::events::{Entry, Event, Witness};
 use crate::journal::{Journal, JournalError};
 use crate::node::{self, Hosted, Meeting, Node, NodeError, Outcome, Storage};
 use crate::protocol::{Durable, Topics};
+use crate::training::export::from_safetensors;
 use crate::training::external::{ExternalConfig, ExternalTrainer};
 use crate::training::{
     BurnTrainer, DataError, Dataset, Examples, Partition, PartitionError, ReadError, Source, Task, Train, TrainError,
@@ -21,7 +22,7 @@ use crate::training::{
 };
 use crate::transport::mqtt::probe::Probe;
 use crate::transport::mqtt::{MqttConfig, MqttTransport, TransportError};
-use crate::types::{Address, PeerId};
+use crate::types::{Address, Digest, PeerId};
 use crate::weights::Layout;
 
 /// How often a connection shows that it lives. A dead one is noticed at the other end at once, or after
@@ -102,6 +103,14 @@ pub enum PeerError {
     /// Its model and its data do not go together.
     #[error(transparent)]
     Train(#[from] TrainError),
+    /// The model that it is to start from cannot be used.
+    #[error("init = {}: {why}", path.display())]
+    Init {
+        /// Its file.
+        path: PathBuf,
+        /// Why.
+        why: String,
+    },
     /// No broker was reached.
     #[error(transparent)]
     Transport(#[from] TransportError),
@@ -138,8 +147,12 @@ impl LocalPeer {
                 Some(examples) => own_data(settings, examples)?,
                 None => own_data(settings, &read_data(settings)?)?,
             };
-            let lesson = Lesson::of(settings, &train, &held_out);
-            Ok((Box::new(BurnTrainer::new(settings.training(), name.clone(), train, held_out)?), lesson))
+            let mut lesson = Lesson::of(settings, &train, &held_out);
+            let mut trainer = BurnTrainer::new(settings.training(), name.clone(), train, held_out)?;
+            // Any peer may be the one whose initial weights all start from: they must have the same.
+            let init = settings.init.as_deref().map(|path| start_from(&mut trainer, path)).transpose()?;
+            lesson.entries.insert("init".into(), init.map_or_else(|| NONE.to_owned(), |digest| digest.to_string()));
+            Ok((Box::new(trainer), lesson))
         })
     }
 
@@ -398,10 +411,20 @@ fn share(data: &Dataset, partition: Partition, part: Part, seed: u64) -> Result<
     Ok(data.subset(&parts[part.index - 1]))
 }
 
+/// Gives a trainer the weights in a file; returns their digest.
+fn start_from(trainer: &mut BurnTrainer, path: &Path) -> Result<Digest, PeerError> {
+    let failed = |why: String| PeerError::Init { path: path.to_owned(), why };
+    let bytes = std::fs::read(path).map_err(|error| failed(error.to_string()))?;
+    let (given, _) = from_safetensors(&bytes).map_err(|error| failed(error.to_string()))?;
+    trainer.start_from(&given).map_err(|error| failed(error.to_string()))?;
+    Ok(Digest::of(bytemuck::cast_slice(trainer.weights().values())))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::config::Layers;
+    use crate::training::export::to_safetensors;
 
     fn settings(state_dir: &Path) -> Settings {
         let state_dir = Some(state_dir.to_owned());
@@ -450,6 +473,25 @@ mod tests {
         assert_eq!(peer.lesson().histogram.iter().sum::<usize>() as u64, peer.num_examples());
         assert_eq!(peer.lesson().histogram.len(), 10);
         assert!(!peer.is_resumed() && !peer.has_finished());
+    }
+
+    #[test]
+    fn a_peer_starts_from_a_file_that_fits_and_refuses_another() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = |state: &str, init: Option<&Path>, hidden: usize| {
+            let settings = settings(&dir.path().join(state));
+            LocalPeer::open(&Settings { init: init.map(Path::to_owned), hidden: vec![hidden], ..settings })
+        };
+        let mut weights = open("a", None, 4).unwrap().trainer.weights();
+        weights.values_mut().fill(0.5);
+        let path = dir.path().join("half.safetensors");
+        std::fs::write(&path, to_safetensors(&weights, &BTreeMap::new()).unwrap()).unwrap();
+        let started = open("b", Some(&path), 4).unwrap();
+        assert_eq!(started.trainer.weights(), weights);
+        assert_ne!(started.data_entries["init"], open("c", None, 4).unwrap().data_entries["init"]);
+        let error = open("d", Some(&path), 5).err().unwrap().to_string();
+        assert!(error.contains("half.safetensors") && error.contains("fc1.weight [4, 64]"), "{error}");
+        assert!(open("e", Some(&dir.path().join("missing")), 4).is_err());
     }
 
     #[test]

@@ -5,7 +5,9 @@
 //!   pipe ([`pipe`]) in turn with it.
 //! - [`round`](round::run): whole rounds of real nodes, whose trainers do next to nothing ([`trainer`]).
 //!
-//! Both measure the machine in the same run ([`machine`]), because ratios travel better than speeds. Each measure is
+//! - [`train`](train::run): how fast each backend trains a model, beside PyTorch.
+//!
+//! The first two measure the machine in the same run ([`machine`]), because ratios travel better than speeds. Each measure is
 //! taken several times, those that are compared in turn, so that noise hits both; medians are reported.
 
 use std::fmt;
@@ -27,6 +29,7 @@ pub mod party;
 pub mod pipe;
 pub mod role;
 pub mod round;
+pub mod train;
 pub mod trainer;
 pub mod transfer;
 pub mod usage;

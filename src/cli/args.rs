@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use clap::{Arg, ArgAction, ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::config::{KEYS, Key, Kind, UsedBy, Value};
+use crate::training::{Model, UnknownName};
 use crate::transfer::{CHUNK_BYTES_MAX, CHUNK_BYTES_MIN};
 
 /// What the user asked for.
@@ -116,6 +117,8 @@ pub enum Measure {
     Transfer(TransferArgs),
     /// Whole rounds without training: what rodizio itself costs
     Round(RoundArgs),
+    /// Training: how many samples a second each backend trains, and PyTorch beside them
+    Train(TrainArgs),
     /// Play a role in a measurement, with orders from stdin: for `bench` itself
     #[command(hide = true)]
     Role {
@@ -160,6 +163,30 @@ pub struct RoundArgs {
     /// Keep the state in a new directory in this one, and remove it afterwards [default: the one for temporary files]
     #[arg(long, value_name = "DIR")]
     pub dir: Option<PathBuf>,
+}
+
+/// Arguments of `bench train`.
+#[derive(Debug, Args)]
+pub struct TrainArgs {
+    /// The model
+    #[arg(long, default_value = "mlp", value_parser = model)]
+    pub model: Model,
+    /// Samples in a step
+    #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..=4096))]
+    pub batch_size: u16,
+    /// How long to measure each, in seconds
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=600))]
+    pub seconds: u16,
+    /// Print one JSON document
+    #[arg(long)]
+    pub json: bool,
+    /// Print nothing but the result
+    #[arg(long, short)]
+    pub quiet: bool,
+}
+
+fn model(name: &str) -> Result<Model, String> {
+    name.parse().map_err(|unknown: UnknownName| unknown.to_string())
 }
 
 /// What all measurements are told.

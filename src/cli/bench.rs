@@ -10,9 +10,10 @@ use serde::Serialize;
 use crate::bench::machine::Machine;
 use crate::bench::role::{self, Stage};
 use crate::bench::round::{self, RoundOptions, RoundResult};
+use crate::bench::train::{self, TrainOptions, TrainResult};
 use crate::bench::transfer::{self, TransferOptions, TransferResult};
 use crate::bench::{BenchError, Growth, RoleUsage, Setting, Wire};
-use crate::cli::args::{BenchArgs, Measure, MeasureArgs, RoundArgs, TransferArgs};
+use crate::cli::args::{BenchArgs, Measure, MeasureArgs, RoundArgs, TrainArgs, TransferArgs};
 use crate::cli::{Exit, Failure, Shell, Stream, interrupt, log, runtime};
 
 /// Runs the measurement and prints what was measured.
@@ -21,6 +22,7 @@ pub fn run(args: &BenchArgs, shell: &mut Shell) -> Result<Exit, Failure> {
     match &args.measure {
         Measure::Transfer(args) => measure_transfer(args, shell),
         Measure::Round(args) => measure_round(args, shell),
+        Measure::Train(args) => measure_train(args, shell),
         Measure::Role { role } => {
             runtime()?.block_on(role::play_here(role, &mut *shell.stdout.out))?;
             Ok(Exit::Finished)
@@ -51,6 +53,14 @@ fn measure_round(args: &RoundArgs, shell: &mut Shell) -> Result<Exit, Failure> {
     let measured = until_interrupted(round::run(&options, &mut progress(&mut shell.stderr, args.common.quiet)))?;
     let Some(result) = measured else { return Ok(Exit::Interrupted) };
     print(&result, args.common.json, round_table, shell)
+}
+
+fn measure_train(args: &TrainArgs, shell: &mut Shell) -> Result<Exit, Failure> {
+    let python = shell.env.get(train::PYTHON).cloned().unwrap_or_else(|| "python3".into());
+    let (batch_size, seconds) = (args.batch_size.into(), args.seconds.into());
+    let options = TrainOptions { model: args.model, batch_size, seconds, python };
+    let result = train::run(&options, &mut progress(&mut shell.stderr, args.quiet)).context("cannot train")?;
+    print(&result, args.json, train_table, shell)
 }
 
 fn setting(args: &MeasureArgs) -> Result<Setting, Failure> {
@@ -227,6 +237,25 @@ fn growth_rows(result: &RoundResult) -> Vec<[String; 2]> {
         return Vec::new();
     }
     vec![row("growth", format!("after round {} and the last one: {}", result.rounds / 10, parts.join(", ")))]
+}
+
+fn train_table(result: &TrainResult) -> Vec<[String; 2]> {
+    let shape: Vec<String> = result.shape.iter().map(usize::to_string).collect();
+    let (model, values, batch) = (result.model, result.values, result.batch_size);
+    let mut rows =
+        vec![row("model", format!("{model} of {values} values, samples of {}, batches of {batch}", shape.join(" × ")))];
+    for speed in &result.backends {
+        let ratio = speed.to_torch.map_or_else(String::new, |ratio| format!(", {ratio:.2} of PyTorch's"));
+        rows.push(row(speed.backend.name(), format!("{:.0} samples/s{ratio}", speed.samples_per_s)));
+    }
+    rows.push(row(
+        "PyTorch",
+        match &result.torch {
+            Some(torch) => format!("{:.0} samples/s on one thread (version {})", torch.samples_per_s, torch.version),
+            None => format!("absent: {} can name the interpreter of a virtual environment with torch", train::PYTHON),
+        },
+    ));
+    rows
 }
 
 fn row(name: &str, value: String) -> [String; 2] {

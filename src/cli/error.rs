@@ -206,7 +206,7 @@ impl From<PeerError> for Failure {
             PeerError::Read(error) => error.into(),
             PeerError::Pattern { files, .. } => Failure::new(Exit::Usage, error)
                 .hint(format!("name one file with --data, or one of the {files} with --part I/{files}")),
-            PeerError::Data(_) | PeerError::Train(_) => Failure::new(Exit::BadData, error),
+            PeerError::Data(_) | PeerError::Train(_) | PeerError::Init { .. } => Failure::new(Exit::BadData, error),
         }
     }
 }

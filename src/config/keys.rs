@@ -317,6 +317,8 @@ pub static KEYS: &[Key] = &[
         "How long that program may be silent before it costs its peer the round's update"),
     key(Group::Machine, UsedBy::Peers, "backend", Kind::Choice(&["flex", "ndarray"]), "flex",
         "What computes the training"),
+    key(Group::Machine, UsedBy::Peers, "init", Kind::Path, NONE,
+        "Safetensors file of a model to start from, the same for all peers; none: weights drawn by seed"),
     key(Group::Machine, UsedBy::Join, "state_dir", Kind::Path, NONE,
         "Where a peer keeps its name and its state; none: under .rodizio/FEDERATION"),
     key(Group::Machine, UsedBy::Peers, "run_dir", Kind::Path, NONE,

@@ -10,6 +10,7 @@ use rand_chacha::ChaCha8Rng;
 use super::config::{Backend, TrainingConfig};
 use super::dataset::Dataset;
 use super::drift::{self, StepSum};
+use super::export::arranged;
 use super::loss::Loss;
 use super::metrics::Tally;
 use super::models::{Network, floats};
@@ -74,6 +75,17 @@ impl BurnTrainer {
     /// The examples this peer measures with.
     pub fn held_out_data(&self) -> &Dataset {
         &self.held_out
+    }
+
+    /// Starts from `given` instead of drawn weights: a model that was trained before, whose tensors may stand in any order.
+    pub fn start_from(&mut self, given: &Weights) -> Result<(), TrainError> {
+        let arranged = arranged(given, self.weights.layout());
+        let weights = arranged.map_err(|[here, given]| TrainError::OtherModel { here, given })?;
+        if let Some(tensor) = weights.first_non_finite() {
+            return Err(TrainError::Failed(format!("{tensor} holds a value that is not finite")));
+        }
+        self.weights = weights;
+        Ok(())
     }
 
     fn diverged(&self, round: Round, what: &str) -> TrainError {

@@ -12,6 +12,12 @@ use crate::weights::{Layout, TensorSpec, Weights};
 /// The one name that the format keeps for itself.
 const METADATA: &str = "__metadata__";
 
+/// A counter of whole numbers that PyTorch keeps beside running statistics, and does not need to load them again.
+const BATCHES_SEEN: &str = ".num_batches_tracked";
+
+/// The start of names that are no part of a model: what an exported file says of inputs and targets.
+const OF_DATA: [&str; 2] = ["input.", "target."];
+
 /// Why weights cannot be written to or read from a safetensors file.
 #[derive(Debug, thiserror::Error)]
 pub enum ExportError {
@@ -58,6 +64,9 @@ pub fn from_safetensors(bytes: &[u8]) -> Result<(Weights, BTreeMap<String, Strin
     let mut values = Vec::with_capacity(header.data_len() / 4);
     for name in header.offset_keys() {
         let tensor = file.tensor(&name)?;
+        if name.ends_with(BATCHES_SEEN) {
+            continue;
+        }
         if tensor.dtype() != Dtype::F32 {
             return Err(ExportError::NotF32 { name, dtype: tensor.dtype().to_string() });
         }
@@ -68,6 +77,32 @@ pub fn from_safetensors(bytes: &[u8]) -> Result<(Weights, BTreeMap<String, Strin
     let weights = Weights::new(Arc::new(layout), values).expect("a checked file has every value of its shapes");
     let metadata = header.metadata().iter().flatten().map(|(key, value)| (key.clone(), value.clone()));
     Ok((weights, metadata.collect()))
+}
+
+/// The values of `given` in the order of `layout`, by name; what a file says of inputs and targets is left out.
+///
+/// On failure the first tensor that differs, as each side has it: `layout` first.
+pub fn arranged(given: &Weights, layout: &Arc<Layout>) -> Result<Weights, [String; 2]> {
+    let is_of_model = |name: &str| !OF_DATA.iter().any(|start| name.starts_with(start));
+    let mut tensors: BTreeMap<&str, (&TensorSpec, &[f32])> = given
+        .tensors()
+        .filter(|(spec, _)| is_of_model(&spec.name))
+        .map(|(spec, values)| (spec.name.as_str(), (spec, values)))
+        .collect();
+    let describe = |spec: &TensorSpec| format!("{} {:?}", spec.name, spec.shape);
+    let none = || "no tensor of that name".to_owned();
+    let mut row = Vec::with_capacity(layout.len());
+    for spec in &layout.tensors {
+        match tensors.remove(spec.name.as_str()) {
+            Some((other, values)) if other.shape == spec.shape => row.extend_from_slice(values),
+            Some((other, _)) => return Err([describe(spec), describe(other)]),
+            None => return Err([describe(spec), none()]),
+        }
+    }
+    match tensors.into_values().next() {
+        Some((spec, _)) => Err([none(), describe(spec)]),
+        None => Ok(Weights::new(layout.clone(), row).expect("each tensor of the layout gave its values")),
+    }
 }
 
 /// Whether no tensor claims to end behind the file's end. What is no header at all is left for the crate to explain.
@@ -199,6 +234,18 @@ mod tests {
         let bytes = safetensors::serialize([("fc1.bias", view)], None).unwrap();
         let error = from_safetensors(&bytes).unwrap_err().to_string();
         assert_eq!(error, "tensor \"fc1.bias\" is of type F16: only F32 can be read");
+    }
+
+    #[test]
+    fn tensors_are_arranged_by_name_and_the_first_that_differs_is_told() {
+        let given = weights(&[("b", &[2]), ("input.mean", &[3]), ("a", &[1, 2])]);
+        let layout = |tensors| weights(tensors).layout().clone();
+        let row = arranged(&given, &layout(&[("a", &[1, 2]), ("b", &[2])])).unwrap();
+        assert_eq!(row.values(), [4.75, 5.75, -0.25, 0.75]);
+        let told = |tensors| arranged(&given, &layout(tensors)).unwrap_err();
+        assert_eq!(told(&[("a", &[2, 1]), ("b", &[2])]), ["a [2, 1]", "a [1, 2]"]);
+        assert_eq!(told(&[("a", &[1, 2]), ("c", &[2])]), ["c [2]", "no tensor of that name"]);
+        assert_eq!(told(&[("a", &[1, 2])]), ["no tensor of that name", "b [2]"]);
     }
 
     #[test]

@@ -8,8 +8,9 @@ use rand::Rng;
 use super::*;
 use crate::training::config::{Backend, Norm};
 use crate::training::dataset::Targets;
+use crate::training::export::to_safetensors;
 use crate::training::loss::Loss;
-use crate::weights::Layout;
+use crate::weights::{Layout, TensorSpec};
 
 fn network(config: &TrainingConfig, shape: &[usize], task: Task) -> Network {
     Network::new(config, shape, task).unwrap()
@@ -303,4 +304,64 @@ fn data_that_a_model_cannot_learn_from_are_refused_with_what_it_needs() {
     assert!(refused(&uneven, &[32], Task::Steps(60)).contains("of the same width"));
     let deep = TrainingConfig { channels: vec![4; 4], ..of(Model::Cnn) };
     assert!(refused(&deep, &[1, 8, 8], Task::Classes(10)).contains("2 pixels to halve"));
+}
+
+/// The interpreter of a virtual environment with torch and safetensors, if there is one: that in `RODIZIO_PYTHON`, else
+/// `python3`.
+fn python_with_torch() -> Option<String> {
+    let python = std::env::var("RODIZIO_PYTHON").unwrap_or_else(|_| "python3".into());
+    let mut command = std::process::Command::new(&python);
+    let found = command.args(["-c", "import torch, safetensors"]).output().is_ok_and(|output| output.status.success());
+    found.then_some(python)
+}
+
+#[test]
+fn every_exported_model_is_the_same_in_pytorch() {
+    let Some(python) = python_with_torch() else {
+        println!("skipped: no python with torch and safetensors (RODIZIO_PYTHON names one)");
+        return;
+    };
+    let dir = tempfile::tempdir().unwrap();
+    for (config, shape, task) in all_small() {
+        let network = network(&config, &shape, task);
+        let mut weights = network.initial_weights(3);
+        // Running statistics that differ from those of a new model.
+        let trainable = network.trainable();
+        for (index, value) in weights.values_mut().iter_mut().enumerate() {
+            if !trainable.iter().any(|range| range.contains(&index)) {
+                *value += 0.01 * (index % 7) as f32;
+            }
+        }
+        let (features, targets) = examples(&shape, task, 4);
+        let plain = Backend::Flex.device();
+        let outputs = network.forward(&network.pass(weights.values(), &plain), on_device(&features, 4, &plain));
+        let width = task.outputs();
+        let [in_training, gradient] = trained_once(&network, weights.values(), &features, &targets, 4);
+        let slope = Loss::of(&in_training, &targets).slope;
+        let rows = in_training.len() / width;
+        let spec = |name: &str, shape: &[usize]| TensorSpec { name: name.into(), shape: shape.to_vec() };
+        let mut tensors = weights.layout().tensors.clone();
+        tensors.extend([
+            spec("features", &[4, features.len() / 4]),
+            spec("outputs", &[rows, width]),
+            spec("outputs_train", &[rows, width]),
+            spec("slope", &[rows, width]),
+        ]);
+        let values = [gradient, features, floats(outputs), in_training, slope].concat();
+        let expected = Weights::new(Arc::new(Layout { tensors }), values).unwrap();
+        let of_rodizio = [("rodizio".to_owned(), config.model.to_string())].into();
+        let spec = serde_json::json!({
+            "model": config.model, "shape": shape, "outputs": width, "hidden": config.hidden,
+            "channels": config.channels, "norm": config.norm, "embedding_dim": config.embedding_dim,
+        });
+        let path = dir.path().join(format!("{}-{}", config.model, config.norm));
+        std::fs::write(path.with_extension("json"), spec.to_string()).unwrap();
+        std::fs::write(path.with_extension("safetensors"), to_safetensors(&weights, &of_rodizio).unwrap()).unwrap();
+        std::fs::write(path.with_extension("expected"), to_safetensors(&expected, &of_rodizio).unwrap()).unwrap();
+    }
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/src/bench/torch_models.py");
+    let output = std::process::Command::new(python).arg(script).arg("check").arg(dir.path()).output().unwrap();
+    let (said, failed) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    println!("{said}");
+    assert!(output.status.success() && said.lines().count() == all_small().len(), "{said}{failed}");
 }
