@@ -350,7 +350,7 @@ mod tests {
 
     #[test]
     fn a_role_is_told_by_its_middle_process_and_its_largest() {
-        let usage = |cpu, rss| Usage { cpu_seconds: Some(cpu), peak_rss_bytes: Some(rss) };
+        let usage = |cpu, rss| Usage { cpu_seconds: Some(cpu), peak_rss_bytes: Some(rss), rss_bytes: None };
         let used = [(usage(0.0, 0), usage(2.0, 5)), (usage(1.0, 0), usage(5.0, 9)), (usage(0.0, 0), usage(100.0, 7))];
         let role = RoleUsage::of("trainer", &used, 2);
         assert_eq!((role.count, role.cpu_seconds, role.peak_rss_bytes), (3, Some(2.0), Some(9)));
