@@ -135,8 +135,7 @@ impl Workshop {
 
     /// Goes through all updates at once, range by range, so that neither they nor the model are in memory as a whole.
     fn aggregate(&self, round: Round, parts: &[(Manifest, u64)], on_full: OnFull<'_>) -> Result<Manifest, String> {
-        let reader =
-            |(update, num_examples): &(Manifest, u64)| Ok((self.reader(update)?, *num_examples, Vec::new()));
+        let reader = |(update, num_examples): &(Manifest, u64)| Ok((self.reader(update)?, *num_examples, Vec::new()));
         let mut updates: Vec<(Reader, u64, Vec<f32>)> = parts.iter().map(reader).collect::<Result<_, String>>()?;
         let mut writer = self.writer(self.codecs.model, self.codecs.for_model(round), on_full)?;
         let mut model = Vec::new();
@@ -324,8 +323,7 @@ impl Writer {
     /// Names the blob, and makes it durable.
     pub fn finish(mut self, on_full: OnFull<'_>) -> Result<Manifest, String> {
         let digest = Digest(*self.hasher.finalize().as_bytes());
-        let manifest =
-            Manifest::named(digest, self.hasher.count(), self.chunk_bytes, self.codec).map_err(sentence)?;
+        let manifest = Manifest::named(digest, self.hasher.count(), self.chunk_bytes, self.codec).map_err(sentence)?;
         with_room(on_full, || self.draft.keep(digest))?;
         Ok(manifest)
     }
@@ -543,7 +541,7 @@ mod tests {
         // Six chunks.
         let layout = Arc::new(Layout { tensors: vec![TensorSpec { name: "w".into(), shape: vec![1_400] }] });
         let weights = Weights::new(layout.clone(), (0..1_400u16).map(f32::from).collect()).unwrap();
-        let maker = Workshop { layout: layout.clone(), ..from.workshop };
+        let maker = Workshop { layout, ..from.workshop };
         let model = maker.keep_model(Round(1), &weights, &mut |_| ControlFlow::Break(())).unwrap();
         let blob = maker.blobs.get(model.digest).unwrap().unwrap();
 

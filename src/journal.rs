@@ -113,7 +113,10 @@ pub struct Draft {
 #[derive(Debug)]
 enum DraftContent {
     /// The file has its temporary name until it is kept.
-    File { file: File, temporary: Temporary },
+    File {
+        file: File,
+        temporary: Temporary,
+    },
     Memory(Parts),
 }
 
@@ -396,9 +399,7 @@ impl Blob {
     pub fn read(&self, start: u64, out: &mut [u8]) -> Result<(), JournalError> {
         match &*self.0 {
             Content::File { file, path, .. } => read_exact_at(file, start, out).map_err(io_error("read", path)),
-            Content::Memory(parts) => {
-                parts.read(start, out).map_err(io_error("read", Path::new("a blob in memory")))
-            }
+            Content::Memory(parts) => parts.read(start, out).map_err(io_error("read", Path::new("a blob in memory"))),
         }
     }
 

@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
-use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::sync::Notify;
+use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
@@ -323,13 +323,7 @@ fn result(
 }
 
 /// CPU time is counted from the commit of the genesis to that of the last round; the broker's from its start.
-fn roles(
-    setting: &Setting,
-    seen: &[Vec<Committed>],
-    broker: &[Usage],
-    measured: usize,
-    rounds: u64,
-) -> Vec<RoleUsage> {
+fn roles(setting: &Setting, seen: &[Vec<Committed>], broker: &[Usage], measured: usize, rounds: u64) -> Vec<RoleUsage> {
     let rss = |seen: &[Vec<Committed>]| growth(seen, rounds, |committed| committed.usage.rss_bytes);
     let used = |commits: &Vec<Committed>| Some((commits.first()?.usage, commits.last()?.usage));
     let used: Vec<_> = seen.iter().filter_map(used).collect();

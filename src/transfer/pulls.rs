@@ -106,8 +106,7 @@ impl Pulls {
     /// for what they have in flight. One whose last chunks are being put away takes hardly any.
     pub fn fitting<T>(&self, blobs: Vec<(Manifest, T)>) -> impl Iterator<Item = (Manifest, T)> {
         let (begun, waiting): (Vec<_>, Vec<_>) = blobs.into_iter().partition(|(blob, _)| self.contains(&blob.digest));
-        let taken: u64 =
-            begun.iter().filter_map(|(blob, _)| self.pulls.get(&blob.digest)).map(Pull::weight).sum();
+        let taken: u64 = begun.iter().filter_map(|(blob, _)| self.pulls.get(&blob.digest)).map(Pull::weight).sum();
         let mut room = GATHER_BYTES.saturating_sub(taken);
         let others = waiting.into_iter().take_while(move |(blob, _)| {
             let fits = room > 0;

@@ -1270,14 +1270,15 @@ mod tests {
     #[tokio::test]
     async fn a_message_that_no_packet_can_hold_is_dropped_and_harms_nothing() {
         let broker = start().await;
-        let mut a = join(&broker, "a").await;
+        // The broker sends weights back to nobody.
+        let (mut a, mut b) = (join(&broker, "a").await, join(&broker, "b").await);
         let max = BrokerConfig::default().packet_bytes_max;
-        let longest = max - PACKET_OVERHEAD - "t/weights/a".len();
-        a.send(outgoing(Class::Bulk, "t/weights/a", "", &Bytes::from(vec![0; longest + 1])));
-        a.send(outgoing(Class::Bulk, "t/weights/a", "", &Bytes::from(vec![1; longest])));
+        let longest = max - PACKET_OVERHEAD - "t/weights/b".len();
+        a.send(outgoing(Class::Bulk, "t/weights/b", "", &Bytes::from(vec![0; longest + 1])));
+        a.send(outgoing(Class::Bulk, "t/weights/b", "", &Bytes::from(vec![1; longest])));
         loop {
-            let TransportEvent::Message { topic, payload } = a.next().await else { panic!("not a message") };
-            if topic == "t/weights/a" {
+            let TransportEvent::Message { topic, payload } = b.next().await else { panic!("not a message") };
+            if topic == "t/weights/b" {
                 assert_eq!((payload.len(), payload[0]), (longest, 1));
                 return;
             }
