@@ -14,7 +14,8 @@ use rand_chacha::ChaCha8Rng;
 
 use rodizio::aggregation::{Contribution, Share, Strategy as Aggregation};
 use rodizio::transfer::{
-    Assembly, CHUNK_BYTES_MIN, ChunkSet, Codec, Grants, Inserted, Manifest, Route, Serve, Tuning, Verifier,
+    Assembly, CHUNK_BYTES_MIN, ChunkSet, Codec, GATHER_BYTES, Grants, Inserted, Intake, Manifest, Pulls, Route, Serve,
+    Tuning, Verifier, WINDOW_BYTES,
 };
 use rodizio::types::{Digest, PeerId};
 use rodizio::weights::{Layout, TensorSpec, Weights};
@@ -411,13 +412,16 @@ struct Link {
     deafness: f64,
     /// How long a chunk occupies the link.
     chunk_time: Duration,
+    /// How many chunks the broker keeps for this receiver: what comes on top is lost.
+    room: usize,
 }
 
 impl Link {
     /// A link that keeps order and loses nothing.
     fn clean(delay_ms: u64) -> Self {
         let chunk_time = Duration::ZERO;
-        Self { delay_ms: (delay_ms, delay_ms), loss: 0.0, duplication: 0.0, deafness: 0.0, chunk_time }
+        let room = usize::MAX;
+        Self { delay_ms: (delay_ms, delay_ms), loss: 0.0, duplication: 0.0, deafness: 0.0, chunk_time, room }
     }
 }
 
@@ -571,7 +575,9 @@ impl Transfer {
             } else {
                 self.log.to_all.push(index);
                 for to in 0..self.receivers.len() {
-                    if !self.rng.random_bool(self.receivers[to].link.deafness) {
+                    if self.receivers[to].in_flight < self.receivers[to].link.room
+                        && !self.rng.random_bool(self.receivers[to].link.deafness)
+                    {
                         self.send_chunk(to, index, &chunk);
                     }
                 }
@@ -711,6 +717,98 @@ proptest! {
         let served: BTreeSet<_> = log.to_one.iter().map(|(_, index)| index).collect();
         prop_assert_eq!(served.len(), chunks.min(log.to_all.len()));
         prop_assert_eq!(served.len(), log.to_one.len(), "a chunk was sent to it twice");
+    }
+
+    #[test]
+    fn a_throttled_receiver_gets_every_chunk_through_a_broker_that_keeps_few_and_slows_nobody(
+        chunks in 10..60usize,
+        window in 2..8u32,
+        delays in prop::collection::vec(1..20u64, 2..5),
+        times_slower in 2..20u32,
+        seed in any::<u64>(),
+    ) {
+        let mut links: Vec<_> = delays.into_iter().map(Link::clean).collect();
+        let (alone, _) = Transfer::new(chunks, window, &links, seed).run();
+        let room = 2 * window as usize;
+        let chunk_time = times_slower * Duration::from_millis(20);
+        links.push(Link { chunk_time, room, ..Link::clean(20) });
+        // Each run ends when every receiver has every chunk.
+        let (finished, log) = Transfer::new(chunks, window, &links, seed).run();
+        let slow = links.len() - 1;
+        for (with, without) in finished.iter().zip(&alone) {
+            prop_assert!(with <= without, "{with:?} with the throttled receiver, {without:?} without it");
+        }
+        prop_assert!(log.to_one.iter().all(|(to, _)| *to == slow), "somebody else had to ask twice");
+    }
+
+    #[test]
+    fn whoever_stalls_is_sent_what_it_granted_and_no_more_while_the_others_go_on(
+        chunks in 20..200u32,
+        window in 1..8u32,
+    ) {
+        let (mut serve, now) = (Serve::new(chunks, RETRY), Instant::now());
+        let of = |range: std::ops::Range<u32>| ChunkSet::new(range).unwrap();
+        let mut sends = serve.granted(&peer(0), &of(0..window), now, false);
+        prop_assert_eq!(sends.len(), window as usize);
+        for at in 0..chunks {
+            sends.extend(serve.granted(&peer(1), &of(at..at + 1), now, false));
+        }
+        let to = |number| sends.iter().filter(|(_, route)| *route == Route::One(peer(number))).count();
+        prop_assert_eq!((to(0), to(1)), (window as usize, chunks as usize));
+    }
+
+    #[test]
+    fn what_all_pulls_have_in_flight_or_in_memory_is_bounded_however_slow_the_disk(
+        lengths in prop::collection::vec(1..20u64, 1..20),
+        chunk_kib in prop::sample::select(vec![256u32, 512, 1024]),
+        slowness in 0.05..0.95f64,
+        seed in any::<u64>(),
+    ) {
+        let chunk_bytes = chunk_kib << 10;
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let blob = |(number, chunks): (usize, &u64)| {
+            let bytes = chunks * u64::from(chunk_bytes);
+            let digest = Digest::of(&number.to_le_bytes());
+            (Manifest { digest, bytes, chunk_bytes, codec: Codec::F32, base: None }, vec![peer(number)])
+        };
+        let mut needed: Vec<_> = lengths.iter().enumerate().map(blob).collect();
+        let (mut pulls, now) = (Pulls::default(), Instant::now());
+        let chunk = Bytes::from(vec![0; chunk_bytes as usize]);
+        let (mut in_flight, mut unkept, mut left) = (Vec::new(), Vec::new(), BTreeMap::new());
+        while !needed.is_empty() {
+            let chosen = pulls.fitting(needed.clone()).collect();
+            pulls.want(chosen, RETRY, now);
+            for (_, blob, set) in pulls.grants(now) {
+                in_flight.extend(set.iter().map(|index| (blob, index)));
+            }
+            for intake in pulls.intakes() {
+                match intake {
+                    Intake::Begin(manifest) => _ = left.insert(manifest.digest, manifest.chunks()),
+                    Intake::Chunk { blob, .. } => unkept.push(blob),
+                    Intake::Abandon(blob) => prop_assert!(false, "{blob} was abandoned"),
+                }
+            }
+            let bytes = (in_flight.len() + unkept.len()) as u64 * u64::from(chunk_bytes);
+            prop_assert!(bytes <= GATHER_BYTES + 2 * u64::from(WINDOW_BYTES), "{bytes} bytes of {} blobs", left.len());
+            if !in_flight.is_empty() && (unkept.is_empty() || rng.random_bool(slowness)) {
+                // Each holder keeps order.
+                let (holder, _) = in_flight[rng.random_range(0..in_flight.len())];
+                let first = in_flight.iter().position(|(blob, _)| *blob == holder).unwrap();
+                let (blob, index) = in_flight.remove(first);
+                pulls.arrived(blob, index, chunk.clone(), now).unwrap();
+            } else {
+                prop_assert!(!unkept.is_empty(), "nothing is on its way, and {} blobs are wanted", needed.len());
+                let blob = unkept.remove(0);
+                pulls.kept(&blob);
+                let left = left.get_mut(&blob).expect("it was begun");
+                *left -= 1;
+                if *left == 0 {
+                    pulls.ended(&blob);
+                    needed.retain(|(manifest, _)| manifest.digest != blob);
+                }
+            }
+        }
+        prop_assert!(pulls.is_empty() && in_flight.is_empty());
     }
 
     #[test]

@@ -9,7 +9,7 @@
 //! ```
 //!
 //! A chunk leaves at once: only which ones have come is remembered here. What all pulls have in flight, with what has
-//! come and is not put away, is bounded by [`GATHER_BYTES`].
+//! come and is not put away, is bounded by [`GATHER_BYTES`] and two windows.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
@@ -23,8 +23,12 @@ use crate::types::{Digest, PeerId};
 pub const WINDOW_BYTES: u32 = 2 * 1024 * 1024;
 
 /// How many bytes of updates a leader has in flight at once: the other updates wait with their owners. What all of
-/// one peer's pulls have in flight must fit half of the broker's log of its topic.
+/// one peer's pulls have in flight, this and two windows, must fit half of the broker's log of its topic.
 pub const GATHER_BYTES: u64 = 4 * WINDOW_BYTES as u64;
+
+/// How many bytes of a blob are in flight that was the only one when it was begun: on a busy machine a smaller window
+/// runs dry before the next grant arrives.
+const ALONE_BYTES: u32 = 2 * WINDOW_BYTES;
 
 /// Chunks that came before the word of what they belong to.
 const EARLY_CHUNKS_MAX: usize = 8;
@@ -125,12 +129,13 @@ impl Pulls {
             }
             stays
         });
+        let window_bytes = if needed.len() == 1 { ALONE_BYTES } else { WINDOW_BYTES };
         for (manifest, holders) in needed {
-            self.pull(manifest, holders, retry, now);
+            self.pull(manifest, holders, window_bytes, retry, now);
         }
     }
 
-    fn pull(&mut self, manifest: Manifest, holders: Vec<PeerId>, retry: Duration, now: Instant) {
+    fn pull(&mut self, manifest: Manifest, holders: Vec<PeerId>, window_bytes: u32, retry: Duration, now: Instant) {
         let blob = manifest.digest;
         if let Some(pull) = self.pulls.get_mut(&blob) {
             for holder in holders {
@@ -143,7 +148,7 @@ impl Pulls {
         if holders.is_empty() {
             return;
         }
-        let window = (WINDOW_BYTES / manifest.chunk_bytes.max(1)).max(2);
+        let window = (window_bytes / manifest.chunk_bytes.max(1)).max(2);
         let grants = Grants::new(window, retry);
         let pull = Pull { assembly: Assembly::new(manifest), grants, holders, at: 0, moved: now };
         self.pulls.insert(blob, pull);
@@ -249,7 +254,7 @@ mod tests {
     use crate::transfer::Codec;
 
     const RETRY: Duration = Duration::from_millis(100);
-    const CHUNK: u32 = WINDOW_BYTES / 4;
+    const CHUNK: u32 = ALONE_BYTES / 4;
 
     fn manifest(name: &str, chunks: u64) -> Manifest {
         let bytes = chunks * u64::from(CHUNK);

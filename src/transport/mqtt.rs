@@ -1275,8 +1275,8 @@ mod tests {
     #[tokio::test]
     async fn a_message_that_no_packet_can_hold_is_dropped_and_harms_nothing() {
         let broker = start().await;
-        let mut a = join(&broker, "a").await;
-        let mut b = join(&broker, "b").await;
+        // The broker sends weights back to nobody.
+        let (mut a, mut b) = (join(&broker, "a").await, join(&broker, "b").await);
         let max = BrokerConfig::default().packet_bytes_max;
         let longest = max - PACKET_OVERHEAD - "t/weights/b".len();
         a.send(outgoing(Class::Bulk, "t/weights/b", "", &Bytes::from(vec![0; longest + 1])));
