@@ -571,7 +571,7 @@ mod tests {
         // Six chunks.
         let layout = Arc::new(Layout { tensors: vec![TensorSpec { name: "w".into(), shape: vec![1_400] }] });
         let weights = Weights::new(layout.clone(), (0..1_400u16).map(f32::from).collect()).unwrap();
-        let maker = Workshop { layout: layout.clone(), ..from.workshop };
+        let maker = Workshop { layout, ..from.workshop };
         let model = maker.keep_model(Round(1), &weights, &mut |_| ControlFlow::Break(())).unwrap();
         let blob = maker.blobs.get(model.digest).unwrap().unwrap();
 

@@ -488,7 +488,7 @@ mod tests {
         std::fs::write(&path, to_safetensors(&weights, &BTreeMap::new()).unwrap()).unwrap();
         let started = open("b", Some(&path), 4).unwrap();
         assert_eq!(started.trainer.weights(), weights);
-        assert_ne!(started.data_entries["init"], open("c", None, 4).unwrap().data_entries["init"]);
+        assert_ne!(started.lesson.entries["init"], open("c", None, 4).unwrap().lesson.entries["init"]);
         let error = open("d", Some(&path), 5).err().unwrap().to_string();
         assert!(error.contains("half.safetensors") && error.contains("fc1.weight [4, 64]"), "{error}");
         assert!(open("e", Some(&dir.path().join("missing")), 4).is_err());

@@ -300,7 +300,9 @@ fn labels(peers: &[LocalPeer]) -> String {
     let head = ["peer", "train"].into_iter().chain(held_out).map(str::to_owned).chain(label_heads);
     let mut rows: Vec<Vec<String>> = vec![head.collect()];
     let listed = peers.iter().zip(&counted).take(LISTED_MAX);
-    rows.extend(listed.map(|(peer, (name, counts))| row(name, peer.num_examples(), peer.lesson().num_held_out, counts)));
+    rows.extend(
+        listed.map(|(peer, (name, counts))| row(name, peer.num_examples(), peer.lesson().num_held_out, counts)),
+    );
     let mut total = vec![0; names.len()];
     counted.iter().for_each(|(_, counts)| total.iter_mut().zip(counts).for_each(|(sum, count)| *sum += count));
     let train = peers.iter().map(LocalPeer::num_examples).sum();

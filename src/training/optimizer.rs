@@ -105,9 +105,9 @@ mod tests {
     use super::*;
 
     /// Three steps from (1, -2) with the gradient (w0, 3 w1) of a bowl; the third value is a buffer.
-    fn walked(config: TrainingConfig) -> Vec<f32> {
+    fn walked(config: &TrainingConfig) -> Vec<f32> {
         let mut values = vec![1.0, -2.0, 7.0];
-        let mut descent = Descent::new(&config, vec![0..2], 3);
+        let mut descent = Descent::new(config, vec![0..2], 3);
         for _ in 0..3 {
             let gradient = [values[0], 3.0 * values[1], 5.0];
             descent.step(config.learning_rate, &mut values, &gradient);
@@ -116,7 +116,7 @@ mod tests {
     }
 
     fn assert_walk(config: TrainingConfig, expected: [f32; 2]) {
-        let values = walked(config);
+        let values = walked(&config);
         let near = values.iter().zip(expected).all(|(value, expected)| (value - expected).abs() < 2e-6);
         assert!(near && values[2] == 7.0, "{values:?} against {expected:?}");
     }
