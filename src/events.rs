@@ -198,6 +198,9 @@ pub enum Event {
         val_accuracy: f64,
         /// How many examples were held out in all.
         num_examples: u64,
+        /// What else there is for the task.
+        #[serde(flatten)]
+        scores: Scores,
     },
     /// Local training goes on. Shown, and not written down.
     Training {
@@ -353,6 +356,31 @@ pub struct RoundCommitted {
     pub seconds: PhaseSeconds,
 }
 
+/// Metrics that only some tasks have: see [`Metrics`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Scores {
+    /// Mean F1 of all classes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub val_macro_f1: Option<f64>,
+    /// Area under the receiver operating characteristic, with two classes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub val_auc: Option<f64>,
+    /// Root of the mean squared error, of numbers.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub val_rmse: Option<f64>,
+    /// Perplexity, of texts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub val_perplexity: Option<f64>,
+}
+
+impl From<Metrics> for Scores {
+    fn from(metrics: Metrics) -> Self {
+        let (val_macro_f1, val_auc) = (metrics.macro_f1, metrics.auc);
+        Self { val_macro_f1, val_auc, val_rmse: metrics.rmse(), val_perplexity: metrics.perplexity() }
+    }
+}
+
 /// How long each phase of a round took for one peer, in seconds: see [`Seconds`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "the fields are those of `Seconds`")]
@@ -489,8 +517,9 @@ impl Witness {
             Notice::Measured { round, metrics: Metrics { num_examples, loss, accuracy, .. } } => {
                 Event::Measured { round, val_loss: loss, val_accuracy: accuracy, num_examples }
             }
-            Notice::Evaluated { round, model, metrics: Metrics { num_examples, loss, accuracy, .. } } => {
-                Event::Evaluated { round, digest: model, val_loss: loss, val_accuracy: accuracy, num_examples }
+            Notice::Evaluated { round, model, metrics } => {
+                let Metrics { num_examples, loss: val_loss, accuracy: val_accuracy, .. } = metrics;
+                Event::Evaluated { round, digest: model, val_loss, val_accuracy, num_examples, scores: metrics.into() }
             }
             // The first batch follows at once, and tells how many there are.
             Notice::TrainingStarted { .. } => return None,
@@ -508,7 +537,7 @@ impl Witness {
                     reason: reason.name().to_owned(),
                     rounds,
                     val_loss: metrics.map(|metrics| metrics.loss),
-                    val_accuracy: metrics.map(|metrics| metrics.accuracy),
+                    val_accuracy: metrics.and_then(|metrics| metrics.known_accuracy()),
                     model: MODEL.to_owned(),
                     digest: model,
                     bytes_sent,
@@ -544,7 +573,7 @@ impl Witness {
             members: committed.members,
             next_roster: decree.next_roster.members().to_vec(),
             val_loss: decree.parent_metrics.map(|metrics| metrics.loss),
-            val_accuracy: decree.parent_metrics.map(|metrics| metrics.accuracy),
+            val_accuracy: decree.parent_metrics.and_then(|metrics| metrics.known_accuracy()),
             bytes_sent,
             bytes_received,
             seconds: committed.seconds.into(),
@@ -670,7 +699,7 @@ impl Recorder {
                 self.held = Some((*round, *digest, entry.peer.clone()));
                 Ok(())
             }
-            Event::Evaluated { round, digest, val_loss, val_accuracy, num_examples } => {
+            Event::Evaluated { round, digest, val_loss, val_accuracy, num_examples, .. } => {
                 let metrics = Metrics {
                     num_examples: *num_examples,
                     loss: *val_loss,
@@ -793,9 +822,10 @@ mod tests {
     fn an_entry_survives_its_line() {
         let time = SystemTime::UNIX_EPOCH + Duration::from_millis(1_778_772_612_345);
         let digest = Digest::of(b"x");
+        let scores = Scores { val_auc: Some(0.9), ..Scores::default() };
         let events = [
             Event::RoundCommitted(Box::new(committed())),
-            Event::Evaluated { round: Round(2), digest, val_loss: 0.5, val_accuracy: 0.75, num_examples: 8 },
+            Event::Evaluated { round: Round(2), digest, val_loss: 0.5, val_accuracy: 0.75, num_examples: 8, scores },
             Event::Deposed { round: Round(2), term: Term(4), leader: peer("b"), gone: true },
             Event::Waiting { what: None },
             Event::BadMessage { who: None, why: "a \"quoted\"\nline".into() },
@@ -885,7 +915,8 @@ mod tests {
         }
 
         fn evaluated(&mut self, round: u64, digest: Digest, val_loss: f64) {
-            self.tell(Event::Evaluated { round: Round(round), digest, val_loss, val_accuracy: 0.5, num_examples: 1 });
+            let (round, scores) = (Round(round), Scores::default());
+            self.tell(Event::Evaluated { round, digest, val_loss, val_accuracy: 0.5, num_examples: 1, scores });
         }
 
         fn model(&self, name: &str) -> Option<f32> {
@@ -925,8 +956,14 @@ mod tests {
         let mut fixture = Fixture::new();
         let first = fixture.hold(1.0);
         std::fs::remove_dir_all(fixture.dir.path().join("run")).unwrap();
-        let event =
-            Event::Evaluated { round: Round(1), digest: first, val_loss: 1.0, val_accuracy: 0.5, num_examples: 1 };
+        let event = Event::Evaluated {
+            round: Round(1),
+            digest: first,
+            val_loss: 1.0,
+            val_accuracy: 0.5,
+            num_examples: 1,
+            scores: Scores::default(),
+        };
         let entry = Entry::now(&peer("a"), event);
         let warning = fixture.recorder.record(&entry).unwrap();
         assert!(warning.contains("training goes on"), "{warning}");

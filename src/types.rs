@@ -288,6 +288,11 @@ impl Metrics {
         [Some(self.loss), Some(self.accuracy), self.macro_f1, self.auc].into_iter().flatten().all(f64::is_finite)
     }
 
+    /// The accuracy, where the targets are classes.
+    pub fn known_accuracy(&self) -> Option<f64> {
+        (self.measured != Measured::Numbers).then_some(self.accuracy)
+    }
+
     /// The root of the mean squared error, in the unit of the targets, where those are numbers.
     pub fn rmse(&self) -> Option<f64> {
         (self.measured == Measured::Numbers).then(|| self.loss.max(0.0).sqrt())

@@ -48,8 +48,8 @@ pub struct Narrator {
 struct Pending {
     /// What each peer told of its commit.
     commits: BTreeMap<PeerId, RoundCommitted>,
-    /// Validation loss and accuracy.
-    metrics: Option<(f64, f64)>,
+    /// Validation loss, and accuracy where there is one.
+    metrics: Option<(f64, Option<f64>)>,
 }
 
 #[derive(Debug)]
@@ -109,8 +109,9 @@ impl Narrator {
             Event::Gathered { round, done, total } => self.gathered(*round, *done, *total).into_iter().collect(),
             Event::Proposed { round, leader } => self.phase(*round, &format!("the peers take over what {leader} made")),
             Event::RoundCommitted(committed) => self.committed(peer, committed),
-            Event::Evaluated { round, val_loss, val_accuracy, .. } => {
-                self.evaluated(*round, (*val_loss, *val_accuracy))
+            Event::Evaluated { round, val_loss, val_accuracy, scores, .. } => {
+                // Where numbers are told there is no accuracy.
+                self.evaluated(*round, (*val_loss, Some(*val_accuracy).filter(|_| scores.val_rmse.is_none())))
             }
             Event::Finished { .. } => self.finish(&entry.event),
             Event::Waiting { what } => {
@@ -213,7 +214,7 @@ impl Narrator {
         self.tell_what_is_complete()
     }
 
-    fn evaluated(&mut self, round: Round, metrics: (f64, f64)) -> Vec<Notice> {
+    fn evaluated(&mut self, round: Round, metrics: (f64, Option<f64>)) -> Vec<Notice> {
         let Some(pending) = self.pending.get_mut(&round) else { return Vec::new() };
         pending.metrics = Some(metrics);
         // Who has not told of an earlier round by now will hardly do so.
@@ -246,7 +247,7 @@ impl Narrator {
             rounds: self.rounds,
             term: committed.term,
             leader: committed.leader.clone(),
-            accuracy: metrics.map(|(_, accuracy)| accuracy),
+            accuracy: metrics.and_then(|(_, accuracy)| accuracy),
             loss: metrics.map(|(loss, _)| loss),
             contributors: committed.contributors.len(),
             members: committed.members,
@@ -336,7 +337,7 @@ impl Narrator {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::events::PhaseSeconds;
+    use crate::events::{PhaseSeconds, Scores};
     use crate::types::Term;
 
     fn peer(name: &str) -> PeerId {
@@ -369,7 +370,8 @@ mod tests {
 
     fn evaluated(round: u64) -> Event {
         let digest = Digest::of(b"model");
-        Event::Evaluated { round: Round(round), digest, val_loss: 0.5, val_accuracy: 0.75, num_examples: 4 }
+        let (round, scores) = (Round(round), Scores::default());
+        Event::Evaluated { round, digest, val_loss: 0.5, val_accuracy: 0.75, num_examples: 4, scores }
     }
 
     /// The rounds that are told when `who` tells `event`.
