@@ -105,9 +105,10 @@ impl Member {
         assert_eq!(taken.last(), Some(true));
     }
 
-    fn evaluate(&self, model: Manifest) -> Metrics {
+    /// `None`: the model is ruined, and its loss not finite.
+    fn evaluate(&self, model: Manifest) -> Option<Metrics> {
         let Done::Evaluated { result, .. } = self.perform(Job::Evaluate { model }) else { unreachable!() };
-        result.unwrap()
+        result.ok()
     }
 }
 
@@ -132,7 +133,11 @@ impl Federation {
             let (residual, control) = (Residual::default(), member.control);
             let done = member.perform(Job::Train { round, model, residual, control });
             let Done::Trained { result, .. } = done else { unreachable!() };
-            trained.push((index, result.unwrap()));
+            // Who cannot train from a model that is ruined declines.
+            trained.extend(result.ok().map(|trained| (index, trained)));
+        }
+        if trained.is_empty() {
+            return;
         }
         let leads = &self.members[leader];
         trained.iter().for_each(|(index, trained)| leads.pull(&self.members[*index], trained.update));
@@ -158,10 +163,11 @@ impl Federation {
         }
     }
 
-    /// The accuracy that those of `who` measure.
+    /// The accuracy that those of `who` measure; 0 of a ruined model.
     fn accuracy(&self, who: Range<usize>) -> f64 {
-        let metrics: Vec<Metrics> = self.members[who].iter().map(|member| member.evaluate(self.model)).collect();
-        Metrics::weighted_mean(&metrics).unwrap().accuracy
+        let metrics: Option<Vec<Metrics>> =
+            self.members[who].iter().map(|member| member.evaluate(self.model)).collect();
+        metrics.map_or(0.0, |metrics| Metrics::weighted_mean(&metrics).unwrap().accuracy)
     }
 
     /// All that stands in the global model's blob.

@@ -204,6 +204,8 @@ mod tests {
         let mut expected = settings.training_entries();
         let codecs = [("codec", "f32"), ("model_codec", "f32"), ("topk_ratio", "0.01")];
         expected.extend(codecs.map(|(key, value)| (key.to_owned(), value.to_owned())));
+        // Without fedprox it is 0, whatever its key says.
+        expected.insert("mu".into(), "0".into());
         assert_eq!(settings.shared().training, expected);
         let shared = settings.shared().entries();
         for key in KEYS.iter().filter(|key| matches!(key.group, Group::Strategy | Group::Stopping | Group::Training)) {
