@@ -115,8 +115,8 @@ mod tests {
         values
     }
 
-    fn assert_walk(config: TrainingConfig, expected: [f32; 2]) {
-        let values = walked(&config);
+    fn assert_walk(config: &TrainingConfig, expected: [f32; 2]) {
+        let values = walked(config);
         let near = values.iter().zip(expected).all(|(value, expected)| (value - expected).abs() < 2e-6);
         assert!(near && values[2] == 7.0, "{values:?} against {expected:?}");
     }
@@ -129,11 +129,11 @@ mod tests {
         let nesterov = TrainingConfig { nesterov: true, ..heavy.clone() };
         let adam = TrainingConfig { optimizer: Optimizer::Adam, learning_rate: 0.1, weight_decay: 0.05, ..sgd.clone() };
         let adamw = TrainingConfig { optimizer: Optimizer::AdamW, ..adam.clone() };
-        assert_walk(sgd, WALKS[0]);
-        assert_walk(heavy, WALKS[1]);
-        assert_walk(nesterov, WALKS[2]);
-        assert_walk(adam, WALKS[3]);
-        assert_walk(adamw, WALKS[4]);
+        assert_walk(&sgd, WALKS[0]);
+        assert_walk(&heavy, WALKS[1]);
+        assert_walk(&nesterov, WALKS[2]);
+        assert_walk(&adam, WALKS[3]);
+        assert_walk(&adamw, WALKS[4]);
     }
 
     const WALKS: [[f32; 2]; 5] =
