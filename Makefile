@@ -10,13 +10,16 @@ FAULT ?=
 # The longest blob that `make bench` measures with.
 BYTES ?= 100MB
 
+# How `make demo` is built. CI takes dev, which the tests have built already.
+PROFILE ?= release
+
 # How the source is formatted: wide lines, since names are words.
 STYLE := --config max_width=120,use_small_heuristics=Max
 
 .PHONY: demo test format fmt lint docs sim chaos bench clean
 
 demo: ## Train on this machine: a broker and five peers, until the target is reached
-	cargo run --release --quiet -- run --config configs/quickstart.toml
+	cargo run --profile $(PROFILE) --quiet -- run --config configs/quickstart.toml
 
 test: format lint docs ## Everything that must hold before a change lands
 	cargo test --quiet

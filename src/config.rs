@@ -765,6 +765,8 @@ impl Settings {
             "peers" => Value::Count(self.peers as u64),
             "processes" => Value::Switch(self.processes),
             "peer" => or_unset(self.peer.clone(), Value::Peer),
+            "trainer" => or_unset(self.trainer.clone(), Value::Text),
+            "trainer_timeout" => Value::Duration(self.trainer_timeout),
             "backend" => Value::Choice(self.backend),
             "init" => or_unset(self.init.clone(), Value::Path),
             "state_dir" => or_unset(self.state_dir.clone(), Value::Path),

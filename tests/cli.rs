@@ -297,6 +297,27 @@ fn a_run_prints_its_rounds_and_one_json_document_without_colour() {
     assert!(printed(&["config", "--config", config.to_str().unwrap()], &[]).contains("min_peers = 3 "));
 }
 
+/// The first interpreter that has numpy.
+fn python_with_numpy() -> Option<&'static str> {
+    let has = |python: &&str| {
+        let imported = Command::new(python).args(["-c", "import numpy"]).output();
+        imported.is_ok_and(|output| output.status.success())
+    };
+    ["python3", "/usr/bin/python3"].into_iter().find(has)
+}
+
+#[test]
+fn a_program_in_python_is_the_trainer_of_every_peer() {
+    let Some(python) = python_with_numpy() else { return eprintln!("skipped: there is no python3 with numpy") };
+    let (dir, here) = (tempfile::tempdir().unwrap(), env!("CARGO_MANIFEST_DIR"));
+    let command = format!("{python} '{here}/configs/trainer_numpy.py' '{here}/src/training/data/digits.csv.gz'");
+    let args = ["run", "--peers", "3", "--rounds", "4", "--json", "--run-dir", "run", "--trainer", &command];
+    let (code, out, err) = Program::start(dir.path(), &args).end();
+    assert_eq!(code, Some(0), "{err}");
+    assert!(err.contains("configs/trainer_numpy.py") && err.contains("650 parameters"), "{err}");
+    assert!(result(&out)["val_accuracy"].as_f64().is_some_and(|accuracy| accuracy > 0.85), "{out}");
+}
+
 #[test]
 fn peers_as_processes_give_the_same_model_as_peers_as_tasks() {
     let dir = tempfile::tempdir().unwrap();

@@ -82,8 +82,10 @@ pub enum TrainError {
 ///
 /// A trainer starts with its initial weights; the peer that founds a federation sends its own to all.
 pub trait Trainer: Send {
-    /// Names and shapes of the weights.
-    fn layout(&self) -> Arc<Layout>;
+    /// Names and shapes of the weights. Worth saying in another way where [`weights`](Self::weights) copies much.
+    fn layout(&self) -> Arc<Layout> {
+        self.weights().layout().clone()
+    }
 
     /// How many training examples this peer has: its weight in the mean.
     fn num_examples(&self) -> u64;
