@@ -297,13 +297,13 @@ fn a_run_prints_its_rounds_and_one_json_document_without_colour() {
     assert!(printed(&["config", "--config", config.to_str().unwrap()], &[]).contains("min_peers = 3 "));
 }
 
-/// The first interpreter that has numpy.
-fn python_with_numpy() -> Option<&'static str> {
-    let has = |python: &&str| {
-        let imported = Command::new(python).args(["-c", "import numpy"]).output();
-        imported.is_ok_and(|output| output.status.success())
+/// The path of the first interpreter that has numpy.
+fn python_with_numpy() -> Option<String> {
+    let path = |python: &str| {
+        let output = Command::new(python).args(["-c", "import numpy, sys; print(sys.executable)"]).output().ok()?;
+        output.status.success().then(|| stdout(&output).trim().to_owned())
     };
-    ["python3", "/usr/bin/python3"].into_iter().find(has)
+    ["python3", "/usr/bin/python3"].into_iter().find_map(path)
 }
 
 #[test]

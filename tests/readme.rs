@@ -19,7 +19,7 @@ fn part<'a>(readme: &'a str, name: &str) -> &'a str {
 /// The `$ rodizio …` lines, each as its words.
 fn commands(readme: &str) -> Vec<Vec<String>> {
     let lines = readme.lines().filter_map(|line| line.strip_prefix("$ ")).filter(|line| line.starts_with("rodizio "));
-    lines.map(|line| line.split_whitespace().map(str::to_owned).collect()).collect()
+    lines.map(|line| shlex::split(line).unwrap_or_else(|| panic!("{line}: its quotes do not match"))).collect()
 }
 
 #[test]
