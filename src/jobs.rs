@@ -228,7 +228,8 @@ impl Workshop {
         if !codec.writes_difference() {
             return Ok((self.keep(&weights, codec, &tuning, on_full)?, None));
         }
-        self.subtract(&mut weights, self.read_as(&self.strategy.model_layout(&self.layout), model)?)?;
+        let parent = self.read_as(&self.strategy.model_layout(&self.layout), model)?;
+        self.combine(&mut weights, parent, |value, parent| *value -= parent)?;
         if codec == Codec::TopK {
             self.add_residual(&mut weights, residual)?;
         }
@@ -236,7 +237,7 @@ impl Workshop {
         if codec != Codec::TopK {
             return Ok((Manifest { base: Some(model.digest), ..update }, None));
         }
-        self.subtract(&mut weights, self.read_as(&self.layout, &update)?)?;
+        self.combine(&mut weights, self.read_as(&self.layout, &update)?, |value, sent| *value -= sent)?;
         let unsent = self.keep_own(&weights, on_full)?;
         Ok((Manifest { base: Some(model.digest), ..update }, Some(unsent)))
     }
@@ -247,29 +248,28 @@ impl Workshop {
         self.keep(weights, Codec::F32, &tuning, on_full).map(|manifest| manifest.digest)
     }
 
-    /// Takes away the values of a blob that is held from as many weights, range by range.
-    fn subtract(&self, weights: &mut Weights, mut reader: Reader) -> Result<(), String> {
-        let mut values = Vec::new();
-        for range in ranges(self.layout.len()) {
-            values.resize(range.len(), 0.0);
-            reader.read(range.clone(), &mut values).map_err(sentence)?;
-            weights.values_mut()[range].iter_mut().zip(&values).for_each(|(value, other)| *value -= other);
+    /// A blob whose damaged file somebody has removed is gone, and with it what it held: training goes on without.
+    fn add_residual(&self, weights: &mut Weights, residual: &Residual) -> Result<(), String> {
+        for (part, codec) in [(residual.unsent, Codec::F32), (residual.returned, Codec::TopK)] {
+            if let Some(reader) = self.read_own(part, codec)? {
+                self.combine(weights, reader, |value, own| *value += own)?;
+            }
         }
         Ok(())
     }
 
-    /// A blob whose damaged file somebody has removed is gone, and with it what it held: training goes on without.
-    fn add_residual(&self, weights: &mut Weights, residual: &Residual) -> Result<(), String> {
-        for (part, codec) in [(residual.unsent, Codec::F32), (residual.returned, Codec::TopK)] {
-            let blob = part.map(|part| self.blobs.open(part)).transpose().map_err(sentence)?.flatten();
-            let Some(blob) = blob else { continue };
-            let mut reader = Reader::new(codec, &self.layout, blob, None).map_err(sentence)?;
-            let mut values = Vec::new();
-            for range in ranges(self.layout.len()) {
-                values.resize(range.len(), 0.0);
-                reader.read(range.clone(), &mut values).map_err(sentence)?;
-                weights.values_mut()[range].iter_mut().zip(&values).for_each(|(value, other)| *value += other);
-            }
+    /// Reads what the peer has kept for itself, if it has, and it is still here.
+    fn read_own(&self, blob: Option<Digest>, codec: Codec) -> Result<Option<Reader>, String> {
+        let blob = blob.map(|blob| self.blobs.open(blob)).transpose().map_err(sentence)?.flatten();
+        blob.map(|blob| Reader::new(codec, &self.layout, blob, None)).transpose().map_err(sentence)
+    }
+
+    /// Changes each of a model's weights by the value that stands in its place in a blob, range by range. What travels behind
+    /// the model stays.
+    fn combine(&self, weights: &mut Weights, mut reader: Reader, change: impl Fn(&mut f32, f32)) -> Result<(), String> {
+        let mut room = Vec::new();
+        for range in ranges(self.layout.len()) {
+            reader.combine(range.clone(), &mut room, &mut weights.values_mut()[range], &change).map_err(sentence)?;
         }
         Ok(())
     }
@@ -371,12 +371,6 @@ fn with_room<T>(on_full: OnFull<'_>, mut write: impl FnMut() -> Result<T, Journa
             written => return written.map_err(sentence),
         }
     }
-}
-
-/// No early exit, so that many values are looked at at a time.
-fn first_non_finite(values: &[f32]) -> Option<usize> {
-    let finite = values.iter().fold(true, |finite, value| finite & value.is_finite());
-    if finite { None } else { values.iter().position(|value| !value.is_finite()) }
 }
 
 /// What a job does while the disk has no room: see [`Workshop::perform`].

@@ -2,10 +2,11 @@
 
 use std::ops::Range;
 
-use super::{OnFull, Workshop, first_non_finite, sentence};
+use super::{OnFull, Workshop, sentence};
 use crate::aggregation::{AggregateError, Inspection, Parent, Part, Section, Share};
 use crate::transfer::{Manifest, Reader, ranges};
 use crate::types::Round;
+use crate::weights::first_non_finite;
 
 impl Workshop {
     /// Goes through all updates at once, range by range, so that neither they nor the model are in memory as a whole: once

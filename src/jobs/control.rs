@@ -1,8 +1,8 @@
 //! A trainer's part in SCAFFOLD: its own control variate, which corrects its gradients, and what its update brings of it.
 
-use super::{Workshop, load, sentence};
+use super::{Workshop, load};
 use crate::aggregation::{Section, advance_control};
-use crate::transfer::{Codec, Manifest, Reader};
+use crate::transfer::{Codec, Manifest};
 use crate::types::Digest;
 use crate::weights::Weights;
 
@@ -27,12 +27,8 @@ impl Workshop {
         let index = self.strategy.sections().position(|section| section == Section::Control).unwrap_or_default();
         let blob = self.read_as(&self.strategy.model_layout(&self.layout), model)?;
         let common = load(blob, index * self.layout.len(), self.layout.clone())?;
-        let blob = own.map(|own| self.blobs.open(own)).transpose().map_err(sentence)?.flatten();
-        let own = match blob {
-            Some(blob) => {
-                let reader = Reader::new(Codec::F32, &self.layout, blob, None).map_err(sentence)?;
-                load(reader, 0, self.layout.clone())?
-            }
+        let own = match self.read_own(own, Codec::F32)? {
+            Some(reader) => load(reader, 0, self.layout.clone())?,
             None => Weights::zeros(self.layout.clone()),
         };
         Ok(Drift { start, common, own })

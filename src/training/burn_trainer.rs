@@ -16,7 +16,7 @@ use super::metrics::Tally;
 use super::models::{Network, floats};
 use super::optimizer::{Descent, clip_norm};
 use super::random::generator;
-use super::{OnProgress, Progress, TrainError, Trainer};
+use super::{OnProgress, Progress, TrainError, Trainer, check_layout};
 use crate::aggregation::statistics::Summary;
 use crate::types::{Metrics, PeerId, Round};
 use crate::weights::{Layout, LayoutMismatch, Weights};
@@ -257,19 +257,6 @@ impl Backend {
             Self::Ndarray => Device::ndarray(),
         }
     }
-}
-
-pub(super) fn check_layout(here: &Layout, given: &Layout) -> Result<(), TrainError> {
-    if here == given {
-        return Ok(());
-    }
-    let differ = |&index: &usize| here.tensors.get(index) != given.tensors.get(index);
-    let first = (0..here.tensors.len().max(given.tensors.len())).find(differ).unwrap_or(0);
-    let describe = |layout: &Layout| match layout.tensors.get(first) {
-        Some(tensor) => format!("{} {:?}", tensor.name, tensor.shape),
-        None => "no further tensor".into(),
-    };
-    Err(TrainError::OtherModel { here: describe(here), given: describe(given) })
 }
 
 fn on_device(features: Vec<f32>, examples: usize, device: &Device) -> Tensor<2> {

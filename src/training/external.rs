@@ -28,8 +28,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use super::burn_trainer::check_layout;
-use super::{OnProgress, Progress, TrainError, Trainer, export};
+use super::{OnProgress, Progress, TrainError, Trainer, check_layout, export};
 use crate::types::{Metrics, PeerId, Round};
 use crate::weights::{Layout, Weights};
 

@@ -137,3 +137,17 @@ pub trait Trainer: Send {
     /// Measures the current weights on held-out data. Without any, all metrics are 0.
     fn evaluate(&mut self) -> Result<Metrics, TrainError>;
 }
+
+/// What every trainer refuses: weights of another layout, told by the first tensor that differs.
+fn check_layout(here: &Layout, given: &Layout) -> Result<(), TrainError> {
+    if here == given {
+        return Ok(());
+    }
+    let differ = |&index: &usize| here.tensors.get(index) != given.tensors.get(index);
+    let first = (0..here.tensors.len().max(given.tensors.len())).find(differ).unwrap_or(0);
+    let describe = |layout: &Layout| match layout.tensors.get(first) {
+        Some(tensor) => format!("{} {:?}", tensor.name, tensor.shape),
+        None => "no further tensor".into(),
+    };
+    Err(TrainError::OtherModel { here: describe(here), given: describe(given) })
+}

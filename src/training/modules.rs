@@ -8,8 +8,7 @@ use std::sync::Arc;
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{Tensor, TensorData};
 
-use super::TrainError;
-use super::burn_trainer::check_layout;
+use super::{TrainError, check_layout};
 use crate::weights::{Layout, TensorSpec, Weights};
 
 /// The values of a module's parameters.

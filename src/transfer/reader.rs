@@ -116,17 +116,23 @@ impl Reader {
             Some(whole) => shown.copy_from_slice(&whole.values()[seen]),
             None => self.decode(seen, shown)?,
         }
-        self.add_base(range, out)
+        match &mut self.base {
+            Some((base, values)) => base.combine(range, values, out, |value, base| *value += base),
+            None => Ok(()),
+        }
     }
 
-    /// Adds what the blob is a difference from, if it is one.
-    fn add_base(&mut self, range: Range<usize>, out: &mut [f32]) -> Result<(), ReadError> {
-        let Some((base, values)) = &mut self.base else { return Ok(()) };
-        values.resize(range.len(), 0.0);
-        base.read(range, values)?;
-        for (value, base) in out.iter_mut().zip(values) {
-            *value += *base;
-        }
+    /// Changes each value of `out` by what [`read`](Self::read) fills `room` with.
+    pub fn combine(
+        &mut self,
+        range: Range<usize>,
+        room: &mut Vec<f32>,
+        out: &mut [f32],
+        change: impl Fn(&mut f32, f32),
+    ) -> Result<(), ReadError> {
+        room.resize(range.len(), 0.0);
+        self.read(range, room)?;
+        out.iter_mut().zip(room).for_each(|(value, read)| change(value, *read));
         Ok(())
     }
 

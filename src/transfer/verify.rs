@@ -6,7 +6,7 @@ use super::codec::CodecError;
 use super::reader::ranges_of;
 use super::{Manifest, RANGE_VALUES, ReadError, Reader};
 use crate::types::Digest;
-use crate::weights::Layout;
+use crate::weights::{Layout, first_non_finite};
 
 /// What is known of a blob whose bytes come in their order: its digest so far, and that every value is finite.
 #[derive(Debug)]
@@ -119,15 +119,11 @@ impl Verifier {
         self.manifest.codec.decode_into(bytes, &mut self.values)?;
         if let Some((base, values)) = &mut self.base {
             for part in ranges_of(range.clone()) {
-                values.resize(part.len(), 0.0);
-                base.read(part.clone(), values).map_err(VerifyError::Base)?;
                 let own = &mut self.values[part.start - range.start..part.end - range.start];
-                own.iter_mut().zip(&*values).for_each(|(value, base)| *value += *base);
+                base.combine(part, values, own, |value, base| *value += base).map_err(VerifyError::Base)?;
             }
         }
-        // No early exit, so that many are looked at at a time.
-        if !self.values.iter().fold(true, |finite, value| finite & value.is_finite()) {
-            let place = self.values.iter().position(|value| !value.is_finite()).unwrap_or_default();
+        if let Some(place) = first_non_finite(&self.values) {
             let tensor = self.layout.tensor_of(range.start + place).unwrap_or_default();
             return Err(VerifyError::NotFinite(tensor.to_owned()));
         }
