@@ -35,7 +35,7 @@ use tracing::{debug, error};
 use answers::{Answers, Patience};
 use pieces::Joiner;
 use probe::{Failed, Lack, Probe, Probed};
-use pulse::Pulse;
+use pulse::{Pulse, Stopped};
 
 use super::{Class, Found, Outgoing, Retained, Transport, TransportEvent, Will};
 use crate::types::PeerId;
@@ -662,16 +662,20 @@ impl Connection {
         let pulse = Pulse::default();
         // Bulk is silent for as long as nobody needs weights, and its answers wait behind chunks.
         let watches = self.lane == Lane::Control;
-        let silence = async { if watches { pulse.stops().await } else { pending().await } };
-        let feeder = Feeder { lane: self.lane, limits: self.limits, requests: self.requests, acks, published: 0 };
+        let stopping = async { if watches { pulse.stops().await } else { pending().await } };
+        let Self { lane, limits, requests, events } = self;
+        let feeder = Feeder { lane, limits, requests, acks, published: 0, pulse: &pulse, own_topic: None };
         let feeding = async {
             // It ends with the requests' other end, which tells the reason.
             let _ = feeder.run(orders, opening).await;
             pending::<Infallible>().await
         };
         tokio::select! {
-            ended = poll(self.events, inbox, acked, &pulse) => ended,
-            silent = silence => Ended::Lost(format!("nothing heard for {:.1} s", silent.as_secs_f64())),
+            ended = poll(events, inbox, acked, &pulse) => ended,
+            stopped = stopping => Ended::Lost(match stopped {
+                Stopped::Silent(lasted) => format!("nothing heard for {:.1} s", lasted.as_secs_f64()),
+                Stopped::Deaf => "the broker takes messages and delivers none".to_owned(),
+            }),
             never = feeding => match never {},
         }
     }
@@ -732,16 +736,19 @@ struct Acks {
 }
 
 /// Gives rumqttc what to send. Waits here, not in the transport, when the broker is slower than the node.
-struct Feeder {
+struct Feeder<'a> {
     lane: Lane,
     limits: Limits,
     requests: AsyncClient,
     acks: watch::Receiver<Acks>,
     /// How many messages have been given away that will be acknowledged.
     published: u64,
+    pulse: &'a Pulse,
+    /// The topic of hellos, once this peer has subscribed to it as to everybody's.
+    own_topic: Option<String>,
 }
 
-impl Feeder {
+impl Feeder<'_> {
     async fn run(mut self, mut orders: UnboundedReceiver<Order>, opening: Opening) -> Result<(), ClientError> {
         if opening.hello_first {
             match orders.recv().await {
@@ -769,6 +776,7 @@ impl Feeder {
         self.publish(hello.clone()).await?;
         self.acknowledged().await;
         self.subscribe(filters).await?;
+        self.own_topic = Some(hello.topic.clone());
         self.publish(hello).await
     }
 
@@ -781,6 +789,9 @@ impl Feeder {
         for piece in pieces {
             if qos != QoS::AtMostOnce {
                 self.published += 1;
+                if self.own_topic.as_ref() == Some(&topic) {
+                    self.pulse.says(&topic, self.published);
+                }
             }
             self.requests.publish_bytes(topic.clone(), qos, retain, piece).await?;
         }
@@ -1231,6 +1242,39 @@ mod tests {
         // Some brokers keep nothing for those who subscribe with wildcards.
         assert!(matches!(wire.receive().await, Packet::Publish(publish, _) if publish.topic == "t/init/a"));
         assert!(matches!(wire.receive().await, Packet::Publish(publish, _) if publish.payload == "second"));
+    }
+
+    #[tokio::test]
+    async fn a_broker_that_acknowledges_the_hello_and_does_not_deliver_it_is_given_up() {
+        use rumqttd::protocol::ConnectReturnCode::Success;
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let broker = start().await;
+        // No ping asks for an answer meanwhile.
+        let keep_alive = Duration::from_secs(600);
+        let mut config = MqttConfig { keep_alive, ..mqtt_config(&broker, "a", None) };
+        config.brokers = vec![listener.local_addr().unwrap().to_string()];
+        let serving = async {
+            let mut bulk = Wire::accept(&listener).await;
+            bulk.let_in(Success).await;
+            bulk.confirm_subscription().await;
+            let mut control = Wire::accept(&listener).await;
+            control.let_in(Success).await;
+            (bulk, control)
+        };
+        let (transport, (_bulk, mut wire)) = tokio::join!(MqttTransport::connect(config, Duration::ZERO), serving);
+        let mut transport = transport.unwrap();
+        assert!(matches!(transport.next().await, TransportEvent::Connected { .. }));
+        transport.send(hello("a"));
+        for hello in 1..=2 {
+            assert!(matches!(wire.receive().await, Packet::Publish(publish, _) if publish.topic == "t/init/a"));
+            wire.send(Packet::PubAck(PubAck { pkid: hello, reason: PubAckReason::Success }, None)).await;
+            for _ in 0..2 * (2 - hello) {
+                wire.confirm_subscription().await;
+            }
+        }
+        // From here on nothing happens.
+        let reason = disconnected(&mut transport).await;
+        assert!(reason.ends_with("the broker takes messages and delivers none"), "{reason}");
     }
 
     #[tokio::test]

@@ -1,17 +1,22 @@
-//! Whether the broker still answers: a frozen one, or a cut line, closes nothing.
+//! Whether the broker still answers, and delivers: a frozen one, or a cut line, closes nothing.
 //!
 //! A peer says something every few hundred milliseconds, and the broker acknowledges each message. When something was
 //! said and then *nothing at all* is heard for several times as long as answers took at worst of late, the broker is
 //! lost. MQTT's own pings show the same only after one to two keepalive times. How long answers take is measured, since
 //! a lost packet on a slow line stalls a connection for seconds without harm.
 //!
+//! A peer hears its own hellos, as everybody does. When one was acknowledged and does not come, the broker has lost what
+//! this peer subscribed to, while all else looks well: NATS, killed and started again, may do so. Only a new connection
+//! mends it.
+//!
 //! Time is counted in ticks of the runtime that would hear the answer: a process that was stopped, or a machine that has
 //! no time for it, does not mistake its own sleep for the broker's.
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use rumqttc::{Event, Outgoing};
+use rumqttc::{Event, Outgoing, Packet};
 use tokio::time::{MissedTickBehavior, interval};
 
 /// How often it is looked.
@@ -32,6 +37,10 @@ const SLOWEST_AT_FIRST: Duration = Duration::from_secs(1);
 /// In so many ticks of faster answers the memory of the slowest one fades to about a third: 30 s.
 const FADE_TICKS: u32 = 300;
 
+/// How long an acknowledged message may take to come back. The two follow each other on one connection, so a slow line
+/// or a lost packet holds up both; a busy broker has some more to deliver in between.
+const DELIVERY_MAX: Duration = Duration::from_secs(10);
+
 /// What a connection said and heard.
 #[derive(Debug, Default)]
 pub(super) struct Pulse {
@@ -39,12 +48,44 @@ pub(super) struct Pulse {
     asked: AtomicU64,
     /// How many packets came.
     heard: AtomicU64,
+    /// How many messages were acknowledged.
+    acknowledged: AtomicU64,
+    /// The topic on which this peer hears itself.
+    own_topic: OnceLock<String>,
+    /// How many messages had been sent with the newest one on that topic.
+    own_sent: AtomicU64,
+    /// How many messages came on that topic.
+    own_heard: AtomicU64,
+}
+
+/// Why a broker is given up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stopped {
+    /// Nothing at all was heard for so long.
+    Silent(Duration),
+    /// It acknowledges messages, and delivers none.
+    Deaf,
 }
 
 impl Pulse {
+    /// A message that this peer is to hear itself is about to be sent: the `number`-th of its messages, from 1 on.
+    pub(super) fn says(&self, topic: &str, number: u64) {
+        self.own_topic.get_or_init(|| topic.to_owned());
+        self.own_sent.store(number, Ordering::Relaxed);
+    }
+
     pub(super) fn note(&self, event: &Event) {
         match event {
-            Event::Incoming(_) => self.heard.fetch_add(1, Ordering::Relaxed),
+            Event::Incoming(packet) => {
+                match packet {
+                    Packet::PubAck(_) => self.acknowledged.fetch_add(1, Ordering::Relaxed),
+                    Packet::Publish(publish) if self.own_topic.get() == Some(&publish.topic) => {
+                        self.own_heard.fetch_add(1, Ordering::Relaxed)
+                    }
+                    _ => 0,
+                };
+                self.heard.fetch_add(1, Ordering::Relaxed)
+            }
             // On the control connection every message is acknowledged.
             Event::Outgoing(Outgoing::Publish(_) | Outgoing::Subscribe(_) | Outgoing::PingReq) => {
                 self.asked.fetch_add(1, Ordering::Relaxed)
@@ -53,18 +94,50 @@ impl Pulse {
         };
     }
 
-    /// Waits until the broker has been silent for too long; for how long that was.
-    pub(super) async fn stops(&self) -> Duration {
+    /// Waits until the broker has been silent, or has delivered nothing, for too long.
+    pub(super) async fn stops(&self) -> Stopped {
         let mut ticks = interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut silence = Silence::default();
+        let (mut silence, mut deafness) = (Silence::default(), Deafness::default());
+        let count = |of: &AtomicU64| of.load(Ordering::Relaxed);
         loop {
             ticks.tick().await;
-            let (asked, heard) = (self.asked.load(Ordering::Relaxed), self.heard.load(Ordering::Relaxed));
-            if let Some(lasted) = silence.tick(asked, heard) {
-                return lasted;
+            if let Some(lasted) = silence.tick(count(&self.asked), count(&self.heard)) {
+                return Stopped::Silent(lasted);
+            }
+            // In this order: nothing is waited for that has just come.
+            let own_heard = count(&self.own_heard);
+            if deafness.tick(own_heard, count(&self.own_sent), count(&self.acknowledged)) {
+                return Stopped::Deaf;
             }
         }
+    }
+}
+
+/// How long a message of this peer's own was acknowledged and has not come back, tick by tick.
+#[derive(Debug, Default)]
+struct Deafness {
+    heard: u64,
+    /// The number of the newest message when one came last: it is not waited for.
+    settled: u64,
+    /// The number of the message that is waited for, if one is.
+    waits_for: Option<u64>,
+    lasts: Duration,
+}
+
+impl Deafness {
+    /// Takes note of how many messages came back, of the number of the newest one that is to, and of how many were
+    /// acknowledged; whether one is waited for in vain.
+    fn tick(&mut self, heard: u64, sent: u64, acknowledged: u64) -> bool {
+        if heard != self.heard {
+            *self = Self { heard, settled: sent, waits_for: None, lasts: Duration::ZERO };
+        } else if sent > self.settled {
+            let number = *self.waits_for.get_or_insert(sent);
+            if acknowledged >= number {
+                self.lasts += TICK;
+            }
+        }
+        self.lasts > DELIVERY_MAX
     }
 }
 
@@ -145,6 +218,44 @@ mod tests {
                 assert_eq!(silence.tick(n, n - 1), None, "answer {n}");
             }
             assert_eq!(silence.tick(n, n), None);
+        }
+    }
+
+    /// How long it takes to notice that nothing comes back from now on; the `acknowledged` first messages are acknowledged.
+    fn undelivered(mut deafness: Deafness, heard: u64, sent: u64, acknowledged: u64) -> Option<Duration> {
+        let ticks = DELIVERY_MAX.div_duration_f64(TICK) as u32;
+        (0..10 * ticks).find(|_| deafness.tick(heard, sent, acknowledged)).map(|ticks| ticks * TICK)
+    }
+
+    #[test]
+    fn who_does_not_hear_itself_though_the_broker_acknowledges_is_deaf() {
+        let deaf = undelivered(Deafness::default(), 0, 1, 1).unwrap();
+        assert!(deaf.abs_diff(DELIVERY_MAX) <= TICK, "{deaf:?}");
+        // It goes on asking meanwhile.
+        let mut deafness = Deafness::default();
+        assert!(
+            (1..).take_while(|&n| !deafness.tick(0, n, n)).count() as u32 <= DELIVERY_MAX.div_duration_f64(TICK) as u32
+        );
+        // It was not so at first.
+        let mut deafness = Deafness::default();
+        for n in 1..100 {
+            assert!(!deafness.tick(n, n, n));
+        }
+        assert!(undelivered(deafness, 99, 100, 100).is_some());
+    }
+
+    #[test]
+    fn who_has_heard_all_it_said_or_waits_for_the_acknowledgement_is_not_deaf() {
+        assert_eq!(undelivered(Deafness::default(), 0, 0, 0), None);
+        assert_eq!(undelivered(Deafness::default(), 0, 7, 6), None, "the silence of a broker is another matter");
+        assert_eq!(undelivered(Deafness::default(), 1, 7, 9), None, "the message and its echo came between two ticks");
+        let mut deafness = Deafness::default();
+        // One comes back after 9 s each time.
+        for n in 1..20 {
+            for _ in 0..90 {
+                assert!(!deafness.tick(n - 1, n, n));
+            }
+            assert!(!deafness.tick(n, n, n));
         }
     }
 
