@@ -6,6 +6,7 @@
 //! (Stich et al. 2018, arXiv 1809.07599).
 
 use std::cmp::Reverse;
+use std::ops::Range;
 
 use bytes::Bytes;
 
@@ -98,18 +99,85 @@ fn least_of(values: &[f32], count: usize) -> u32 {
 
 /// Fills `values` with what `bytes` hold, and zeros; `None` if they are no blob of so many values.
 pub(super) fn decode_into(bytes: &[u8], values: &mut [f32]) -> Option<()> {
-    values.fill(0.0);
-    let (count, rest) = bytes.split_first_chunk()?;
-    let count = usize::try_from(u64::from_le_bytes(*count)).ok().filter(|count| *count <= values.len())?;
-    let (entries, mut places) = rest.split_at_checked(count * VALUE_BYTES)?;
-    let mut next = 0usize;
-    for entry in entries.as_chunks().0 {
-        let skipped = usize::try_from(take_leb128(&mut places)?).ok()?;
-        let place = next.checked_add(skipped)?;
-        *values.get_mut(place)? = f32::from_bits(u32::from(u16::from_le_bytes(*entry)) << 16);
-        next = place + 1;
+    Entries::new(bytes, values.len())?.read(0..values.len(), values);
+    Some(())
+}
+
+/// The entries of a blob, which are read a range of values at a time: the zeros between them take no memory.
+#[derive(Debug)]
+pub(in crate::transfer) struct Entries<B> {
+    blob: B,
+    count: usize,
+    next: Next,
+}
+
+/// Where the next entry is.
+#[derive(Clone, Copy, Debug)]
+struct Next {
+    /// Its number.
+    index: usize,
+    /// The first place that may be its own.
+    from: usize,
+    /// Where in the blob it says how many places it skips.
+    at: usize,
+}
+
+impl Next {
+    fn first(count: usize) -> Self {
+        Self { index: 0, from: 0, at: COUNT_BYTES + count * VALUE_BYTES }
     }
-    places.is_empty().then_some(())
+}
+
+impl<B: AsRef<[u8]>> Entries<B> {
+    /// `None` if `blob` is none of so many values.
+    pub(in crate::transfer) fn new(blob: B, values: usize) -> Option<Self> {
+        let (count, rest) = blob.as_ref().split_first_chunk()?;
+        let count = usize::try_from(u64::from_le_bytes(*count)).ok().filter(|count| *count <= values)?;
+        rest.get(..count * VALUE_BYTES)?;
+        let mut entries = Self { blob, count, next: Next::first(count) };
+        while entries.next.index < count {
+            let (place, next) = entries.place()?;
+            if place >= values {
+                return None;
+            }
+            entries.next = next;
+        }
+        let is_whole = entries.next.at == entries.blob.as_ref().len();
+        entries.next = Next::first(count);
+        is_whole.then_some(entries)
+    }
+
+    /// Fills `out` with the values of `range`, which is as long. Quick for ranges in their order; one that lies before the last
+    /// is looked for from the first entry on.
+    pub(in crate::transfer) fn read(&mut self, range: Range<usize>, out: &mut [f32]) {
+        out.fill(0.0);
+        if range.start < self.next.from {
+            self.next = Next::first(self.count);
+        }
+        while self.next.index < self.count {
+            let Some((place, next)) = self.place().filter(|(place, _)| *place < range.end) else { break };
+            if let Some(value) = place.checked_sub(range.start).and_then(|place| out.get_mut(place)) {
+                *value = self.value(self.next.index);
+            }
+            self.next = next;
+        }
+    }
+
+    /// The place of the next entry, and where the one after it is. `None` if the blob ends there, or lies.
+    fn place(&self) -> Option<(usize, Next)> {
+        let Next { index, from, at } = self.next;
+        let blob = self.blob.as_ref();
+        let mut rest = blob.get(at..)?;
+        let skipped = usize::try_from(take_leb128(&mut rest)?).ok()?;
+        let place = from.checked_add(skipped)?;
+        Some((place, Next { index: index + 1, from: place.checked_add(1)?, at: blob.len() - rest.len() }))
+    }
+
+    fn value(&self, index: usize) -> f32 {
+        let values = &self.blob.as_ref()[COUNT_BYTES..];
+        let value = values.as_chunks().0.get(index).copied().unwrap_or_default();
+        f32::from_bits(u32::from(u16::from_le_bytes(value)) << 16)
+    }
 }
 
 fn put_leb128(bytes: &mut Vec<u8>, mut number: u64) {
@@ -172,6 +240,18 @@ mod tests {
         }
         assert_eq!(decoded(&values, 4), values);
         assert_eq!(encode(&values, 4).unwrap().len(), 8 + 4 * 2 + 1 + 1 + 2 + 3);
+    }
+
+    #[test]
+    fn ranges_in_any_order_are_what_is_decoded_at_once() {
+        let values: Vec<f32> = (0..1000).map(|i| (i as f32 * 0.7).sin()).collect();
+        let (blob, whole) = (encode(&values, 90).unwrap(), decoded(&values, 90));
+        let mut entries = Entries::new(blob, values.len()).unwrap();
+        for range in [0..300, 300..301, 301..1000, 10..20, 990..1000, 0..1000, 0..0, 500..1000] {
+            let mut out = vec![f32::NAN; range.len()];
+            entries.read(range.clone(), &mut out);
+            assert_eq!(out, whole[range.clone()], "{range:?}");
+        }
     }
 
     #[test]
