@@ -12,7 +12,10 @@ use super::codec::topk::Entries;
 use crate::weights::Layout;
 
 /// How many values are read at a time: enough to be quick, few enough to stay in a cache for several models.
-pub const RANGE_VALUES: usize = 1 << 16;
+///
+/// They are 64 KiB. Of longer pieces the allocator keeps 4 MiB ready for every thread that has ever used one, so that memory would
+/// grow for as long as new threads come to help.
+pub const RANGE_VALUES: usize = 1 << 14;
 
 /// The ranges, in order, that so many values fall into.
 pub fn ranges(values: usize) -> impl Iterator<Item = Range<usize>> {
