@@ -5,7 +5,6 @@
 //! nothing here: what rounding takes from a value is not sent either, and stays with the sender
 //! (Stich et al. 2018, arXiv 1809.07599).
 
-use std::cmp::Reverse;
 use std::ops::Range;
 
 use bytes::Bytes;
@@ -15,7 +14,7 @@ use super::bf16;
 const COUNT_BYTES: usize = size_of::<u64>();
 const VALUE_BYTES: usize = size_of::<u16>();
 
-/// Bits of a magnitude that are not looked at first.
+/// Bits of a magnitude that are not looked at first: half of all bits.
 const LOWER_BITS: u32 = 16;
 
 /// The bits of the largest finite `bf16`.
@@ -83,18 +82,26 @@ fn magnitude(value: &f32) -> u32 {
 
 /// The magnitude of which `count` values, at least one, have as much or more, and fewer have more.
 ///
-/// Counted by their upper bits first, so that only the few that share them with the one that is sought are sorted.
+/// Counted by their upper bits first, then by the lower ones of those that share them with the one that is sought: two looks
+/// at every value, and no room for copies, whatever the values are.
 fn least_of(values: &[f32], count: usize) -> u32 {
-    let mut counts = vec![0; 1 << (31 - LOWER_BITS)];
-    values.iter().for_each(|value| counts[(magnitude(value) >> LOWER_BITS) as usize] += 1);
-    let (mut upper, mut left) = (counts.len() - 1, count);
-    while counts[upper] < left {
-        left -= counts[upper];
-        upper -= 1;
+    let magnitudes = || values.iter().map(magnitude);
+    let (upper, left) = nth_largest(magnitudes().map(|bits| bits >> LOWER_BITS), count);
+    let sharing = magnitudes().filter(|bits| bits >> LOWER_BITS == upper);
+    let (lower, _) = nth_largest(sharing.map(|bits| bits & ((1 << LOWER_BITS) - 1)), left);
+    upper << LOWER_BITS | lower
+}
+
+/// The number, of 16 bits, that comes `count`th when the largest comes first, and how many from its first like on that is.
+fn nth_largest(numbers: impl Iterator<Item = u32>, count: usize) -> (u32, usize) {
+    let mut counts = vec![0; 1 << LOWER_BITS];
+    numbers.for_each(|number| counts[number as usize] += 1);
+    let (mut number, mut left) = (counts.len() - 1, count);
+    while counts[number] < left {
+        left -= counts[number];
+        number -= 1;
     }
-    let mut sharing: Vec<u32> =
-        values.iter().map(magnitude).filter(|bits| (bits >> LOWER_BITS) as usize == upper).collect();
-    *sharing.select_nth_unstable_by_key(left - 1, |&bits| Reverse(bits)).1
+    (number as u32, left)
 }
 
 /// Fills `values` with what `bytes` hold, and zeros; `None` if they are no blob of so many values.
@@ -218,6 +225,15 @@ mod tests {
         assert_eq!(decoded(&[1.0, -4.0, 2.0, -2.0, 2.0, 0.0], 3), [0.0, -4.0, 2.0, -2.0, 0.0, 0.0]);
         assert_eq!(decoded(&[1.0, 2.0], 5), [1.0, 2.0]);
         assert_eq!(decoded(&[0.0, 0.0], 1), [0.0, 0.0]);
+    }
+
+    #[test]
+    fn magnitudes_that_differ_in_their_last_bits_alone_are_told_apart() {
+        let values: Vec<f32> = (0..1000).map(|i| f32::from_bits(1f32.to_bits() + i * 7 % 1000)).collect();
+        for count in [1, 2, 500, 999, 1000] {
+            let least = least_of(&values, count);
+            assert_eq!(values.iter().filter(|value| magnitude(value) >= least).count(), count);
+        }
     }
 
     #[test]
