@@ -31,7 +31,8 @@ fn tasks() -> Vec<Task> {
     let mnist = std::env::var_os("MNIST").filter(|dir| !dir.is_empty()).map(PathBuf::from);
     match mnist.filter(|dir| dir.is_dir()) {
         Some(dir) => {
-            let args = ["--data", &format!("idx:{}", dir.display()), "--model", "cnn", "--local-epochs", "1"];
+            let data = format!("idx:{}", dir.display());
+            let args = ["--data", &data, "--model", "cnn", "--local-epochs", "1", "--learning-rate", "0.02"];
             tasks.push(Task { name: "MNIST, `cnn`", args: args.map(str::to_owned).to_vec() });
         }
         None => eprintln!("without a CNN: MNIST names no directory of its images"),
