@@ -10,13 +10,18 @@ FAULT ?=
 # The longest blob that `make bench` measures with.
 BYTES ?= 100MB
 
+# The codec of updates that `make codecs` runs (empty: all), seeds of which it takes the mean, and MNIST's directory for a CNN.
+CODEC ?=
+CODEC_SEEDS ?= 5
+MNIST ?= ../shared/data/mnist10k
+
 # How `make demo` is built. CI takes dev, which the tests have built already.
 PROFILE ?= release
 
 # How the source is formatted: wide lines, since names are words.
 STYLE := --config max_width=120,use_small_heuristics=Max
 
-.PHONY: demo test format fmt lint docs sim chaos bench clean
+.PHONY: demo test format fmt lint docs sim chaos bench codecs clean
 
 demo: ## Train on this machine: a broker and five peers, until the target is reached
 	cargo run --profile $(PROFILE) --quiet -- run --config configs/quickstart.toml
@@ -51,6 +56,9 @@ bench: ## The kernels, then transfers and rounds: how fast this machine is
 	for bytes in 1MB 10MB $(BYTES); do \
 		cargo run --release --quiet -- bench round --quiet --bytes $$bytes && echo || exit 1; \
 	done
+
+codecs: ## What each codec costs in real runs: bytes, accuracy, seconds
+	CODEC="$(CODEC)" SEEDS=$(CODEC_SEEDS) MNIST="$(MNIST)" cargo test --release --test codecs -- --ignored --nocapture
 
 clean:
 	cargo clean

@@ -145,6 +145,23 @@ fn rounds_are_measured_in_one_process_and_in_memory() {
 }
 
 #[test]
+fn codecs_halve_and_quarter_what_a_round_sends_and_topk_sends_next_to_no_updates() {
+    let sent = |codecs: &str| {
+        let args = "round --bytes 2MB --chunk-bytes 64KiB --rounds 2 --peers 3 --memory --processes=false";
+        number(&measured(&format!("{args} {codecs}")), "wire.sent_bytes")
+    };
+    let exact = sent("--codec f32");
+    // Messages without weights take as much whatever the codec.
+    for (codec, share) in [("f16", 0.5), ("bf16", 0.5), ("int8", 0.25)] {
+        let found = sent(&format!("--codec {codec} --model-codec {codec}")) / exact;
+        assert!((found / share - 1.0).abs() < 0.02, "{codec}: {found}");
+    }
+    let models = exact / 3.0;
+    let updates = (sent("--codec topk") - models) / (exact - models);
+    assert!(updates < 0.03, "{updates}");
+}
+
+#[test]
 fn the_table_is_for_people() {
     let output = bench("transfer --bytes 100KB --chunk-bytes 16KiB --repeat 1 --processes=false");
     let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
@@ -166,6 +183,8 @@ fn what_cannot_be_measured_is_refused_with_a_hint() {
     };
     refused("transfer --bytes 0", 2, "a size from 1 to");
     refused("round --peers 2", 2, "--peers");
+    refused("round --codec f64", 2, "is no codec");
+    refused("round --model-codec topk", 2, "topk is for updates");
     if cfg!(target_os = "linux") {
         refused("round --bytes 900GB", 2, "4 peers take about");
     }

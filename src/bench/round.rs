@@ -18,7 +18,7 @@ use crate::events::PhaseSeconds;
 use crate::journal::Journal;
 use crate::node::{self, Node, Observation, Outcome, Storage};
 use crate::protocol::{Config, Notice, Policy};
-use crate::transfer::Codecs;
+use crate::transfer::{Codec, Codecs};
 use crate::types::{PeerId, Round};
 
 /// How often this machine is measured before the rounds, and again after them.
@@ -36,6 +36,8 @@ pub struct RoundOptions {
     pub rounds: u64,
     /// Where peers keep their state, each in a directory of its own; nowhere: in memory alone.
     pub state_dir: Option<PathBuf>,
+    /// How updates and models are written.
+    pub codecs: Codecs,
 }
 
 /// What was measured: medians of all rounds, as the leader saw them.
@@ -51,6 +53,10 @@ pub struct RoundResult {
     pub peers: usize,
     /// How many rounds were measured.
     pub rounds: u64,
+    /// How updates were written.
+    pub codec: Codec,
+    /// How models were.
+    pub model_codec: Codec,
     /// `embedded`, or the broker's address.
     pub broker: String,
     /// Whether each role had a process of its own.
@@ -65,7 +71,7 @@ pub struct RoundResult {
     pub fastest: f64,
     /// The slowest round, in seconds.
     pub slowest: f64,
-    /// What the leader received and the trainers received, over the whole round, in MB/s.
+    /// What the leader received and the trainers received, as it was sent, over the whole round, in MB/s.
     pub mb_per_s: f64,
     /// This machine.
     pub machine: Machine,
@@ -97,6 +103,7 @@ pub struct PeerConfig {
     /// What it adds to each, as a number.
     number: u64,
     config: Config,
+    codecs: Codecs,
     state_dir: Option<PathBuf>,
 }
 
@@ -106,7 +113,7 @@ pub(super) async fn take_part(
     mut orders: UnboundedReceiver<Order>,
     tell: &(dyn Fn(Report) + Sync),
 ) -> Result<(), Failure> {
-    let PeerConfig { site, peer, values, number, config, state_dir } = config;
+    let PeerConfig { site, peer, values, number, config, codecs, state_dir } = config;
     let (storage, durable) = match &state_dir {
         Some(dir) => (Storage::Disk(Journal::open(dir, &config.federation, Some(&peer)).map_err(Failure::of)?.0), None),
         None => (Storage::Memory, None),
@@ -117,7 +124,7 @@ pub(super) async fn take_part(
     let topics = site.topics();
     let node = Node {
         transport: site.connect(&peer, &topics).await?,
-        codecs: Codecs::default(),
+        codecs,
         meeting: node::Meeting { brokers: vec![site.broker.clone()], hosted: None },
         trainer: Box::new(trainer),
         wait_timeout: None,
@@ -236,6 +243,7 @@ fn start(
             state_dir: options.state_dir.as_ref().map(|dir| dir.join(peer.as_str())),
             peer: peer.clone(),
             config,
+            codecs: options.codecs,
         };
         let mut actor = Actor::start(&setting.stage, peer.as_str(), Role::Peer(Box::new(config)))?;
         let (tenth, is_tenth) = (tenth.clone(), Round(tenth_of(options.rounds)));
@@ -287,14 +295,16 @@ fn result(
     let (sent, received) = seen.iter().flatten().filter(is_measured).fold((0, 0), |(sent, received), committed| {
         (sent + committed.traffic.sent, received + committed.traffic.received)
     });
-    let delivered = 2 * (peers - 1) as u64 * setting.bytes;
-    let speed = mb_per_s(delivered, total);
+    let (sent, received) = (sent / led.len() as u64, received / led.len() as u64);
+    let speed = mb_per_s(received, total);
     Ok(RoundResult {
         bench: "round",
         bytes: setting.bytes,
         chunk_bytes: setting.chunk_bytes,
         peers,
         rounds,
+        codec: options.codecs.updates,
+        model_codec: options.codecs.model,
         broker: setting.broker_name(),
         processes: setting.has_processes(),
         disk: options.state_dir.is_some(),
@@ -317,7 +327,7 @@ fn result(
             to_tcp: speed / machine.tcp_mb_per_s,
             to_memory_copy: speed / machine.memory_copy_mb_per_s,
         },
-        wire: Wire::new(sent / led.len() as u64, received / led.len() as u64, setting.bytes),
+        wire: Wire::new(sent, received, setting.bytes),
         roles: roles(setting, seen, broker, led.len(), rounds),
     })
 }

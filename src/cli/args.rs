@@ -7,7 +7,8 @@ use clap::{Arg, ArgAction, ArgMatches, Args, CommandFactory, FromArgMatches, Par
 
 use crate::config::{KEYS, Key, Kind, UsedBy, Value};
 use crate::training::{Model, UnknownName};
-use crate::transfer::{CHUNK_BYTES_MAX, CHUNK_BYTES_MIN};
+use crate::transfer::codec::CodecNameError;
+use crate::transfer::{CHUNK_BYTES_MAX, CHUNK_BYTES_MIN, Codec};
 
 /// What the user asked for.
 #[derive(Debug)]
@@ -157,6 +158,12 @@ pub struct RoundArgs {
     /// How many rounds to measure; medians are reported
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=1000))]
     pub rounds: u16,
+    /// How updates are encoded
+    #[arg(long, value_name = "CODEC", default_value_t, value_parser = codec)]
+    pub codec: Codec,
+    /// How the new model is encoded: any codec but topk
+    #[arg(long, value_name = "CODEC", default_value_t, value_parser = model_codec)]
+    pub model_codec: Codec,
     /// Keep the state in memory and leave the disk out
     #[arg(long, conflicts_with = "dir")]
     pub memory: bool,
@@ -183,6 +190,17 @@ pub struct TrainArgs {
     /// Print nothing but the result
     #[arg(long, short)]
     pub quiet: bool,
+}
+
+fn codec(name: &str) -> Result<Codec, String> {
+    name.parse().map_err(|unknown: CodecNameError| unknown.to_string())
+}
+
+fn model_codec(name: &str) -> Result<Codec, String> {
+    match codec(name)? {
+        Codec::TopK => Err("topk is for updates: a model must be readable alone".to_owned()),
+        codec => Ok(codec),
+    }
 }
 
 fn model(name: &str) -> Result<Model, String> {

@@ -15,6 +15,7 @@ use crate::bench::transfer::{self, TransferOptions, TransferResult};
 use crate::bench::{BenchError, Growth, RoleUsage, Setting, Wire};
 use crate::cli::args::{BenchArgs, Measure, MeasureArgs, RoundArgs, TrainArgs, TransferArgs};
 use crate::cli::{Exit, Failure, Shell, Stream, interrupt, log, runtime};
+use crate::transfer::Codecs;
 
 /// Runs the measurement and prints what was measured.
 pub fn run(args: &BenchArgs, shell: &mut Shell) -> Result<Exit, Failure> {
@@ -49,6 +50,7 @@ fn measure_round(args: &RoundArgs, shell: &mut Shell) -> Result<Exit, Failure> {
         peers: args.peers.into(),
         rounds: args.rounds.into(),
         state_dir: dir.as_ref().map(|dir| dir.0.clone()),
+        codecs: Codecs { updates: args.codec, model: args.model_codec, ..Codecs::default() },
     };
     let measured = until_interrupted(round::run(&options, &mut progress(&mut shell.stderr, args.common.quiet)))?;
     let Some(result) = measured else { return Ok(Exit::Interrupted) };
@@ -191,9 +193,11 @@ fn round_table(result: &RoundResult) -> Vec<[String; 2]> {
         row(
             "round",
             format!(
-                "{} among {}, chunks of {} KiB, broker {}, {}, state {}",
+                "{} among {}, updates {}, models {}, chunks of {} KiB, broker {}, {}, state {}",
                 megabytes(result.bytes),
                 counted(result.peers, "peer"),
+                result.codec,
+                result.model_codec,
                 result.chunk_bytes / 1024,
                 result.broker,
                 place(result.processes),

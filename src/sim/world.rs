@@ -739,3 +739,52 @@ fn failed(job: &Job) -> Done {
         Job::Aggregate { round, term, .. } => Done::Aggregated { round: *round, term: *term, result: Err(why) },
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::ops::Range;
+
+    use super::*;
+
+    /// How many lines all that the peers remember, with its blobs, takes to print: nothing that they keep stands outside of it.
+    fn remembered(world: &World<'_>) -> usize {
+        let lines = |peer: &SimulatedPeer| format!("{:#?}", (&peer.peer, &peer.blobs, &peer.receiving)).lines().count();
+        world.peers.values().map(lines).sum()
+    }
+
+    /// What is remembered when the last peer enters a round, by round.
+    fn remembered_by_round(scenario: &Scenario, seed: u64) -> BTreeMap<Round, usize> {
+        let mut quiet = |_: Duration, _: &PeerId, _: &str| {};
+        let mut world = World::new(scenario, seed, Detail::Commits, &mut quiet);
+        let mut by_round = BTreeMap::new();
+        while !world.is_over() {
+            let ((at, _), happening) = world.queue.pop_first().expect("a run that is not over goes on");
+            world.wakes_at_once = if at > world.now { 0 } else { world.wakes_at_once };
+            world.now = at;
+            world.happen(happening).unwrap();
+            let rounds = world.peers.values().map(|peer| peer.peer.as_ref().map(Peer::round)).min().flatten();
+            if let Some(round) = rounds {
+                by_round.entry(round).or_insert_with(|| remembered(&world));
+            }
+        }
+        by_round
+    }
+
+    #[test]
+    fn what_a_peer_remembers_does_not_grow_with_the_rounds() {
+        let lossy = Scenario { rounds: 130, crashes: 0, cuts: 0, ..Scenario::default() };
+        for codec in [Codec::F32, Codec::TopK] {
+            let by_round = remembered_by_round(&Scenario { codec, ..lossy.clone() }, 1);
+            // What is on its way differs from round to round.
+            let median = |rounds: Range<u64>| {
+                let of = by_round.range(Round(rounds.start)..Round(rounds.end));
+                let mut lines: Vec<usize> = of.map(|(_, lines)| *lines).collect();
+                lines.sort_unstable();
+                lines[lines.len() / 2]
+            };
+            let (early, late) = (median(10..50), median(90..130));
+            // An entry for each round in one of the peers would be 80 lines more.
+            assert!(late < early + 40, "{codec}: {early} lines before round 50, {late} from 90 on");
+        }
+    }
+}

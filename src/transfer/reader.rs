@@ -8,20 +8,18 @@ use bytes::Bytes;
 
 use super::Codec;
 use super::codec::CodecError;
-use crate::weights::{Layout, Weights};
+use super::codec::topk::Entries;
+use crate::weights::Layout;
 
 /// How many values are read at a time: enough to be quick, few enough to stay in a cache for several models.
-pub const RANGE_VALUES: usize = 1 << 16;
+///
+/// They are 64 KiB. Of longer pieces the allocator keeps 4 MiB ready for every thread that has ever used one, so that memory would
+/// grow for as long as new threads come to help.
+pub const RANGE_VALUES: usize = 1 << 14;
 
 /// The ranges, in order, that so many values fall into.
 pub fn ranges(values: usize) -> impl Iterator<Item = Range<usize>> {
-    ranges_of(0..values)
-}
-
-/// The part of those that lies in a range which begins at the border of one.
-pub(super) fn ranges_of(values: Range<usize>) -> impl Iterator<Item = Range<usize>> {
-    let end = values.end;
-    values.step_by(RANGE_VALUES).map(move |start| start..end.min(start + RANGE_VALUES))
+    (0..values).step_by(RANGE_VALUES).map(move |start| start..values.min(start + RANGE_VALUES))
 }
 
 /// Bytes that can be read from any place on: a blob in memory, or on disk.
@@ -70,8 +68,8 @@ pub struct Reader {
     source: Box<dyn Source>,
     /// The bytes of a range.
     bytes: Vec<u8>,
-    /// All values, where the codec knows no ranges.
-    whole: Option<Weights>,
+    /// The whole blob, where the codec knows no ranges.
+    entries: Option<Entries<Vec<u8>>>,
     /// What the blob's values are added to, if they are a difference, and room for a range of it.
     base: Option<(Box<Reader>, Vec<f32>)>,
 }
@@ -86,14 +84,14 @@ impl Reader {
     ) -> Result<Self, ReadError> {
         let values = layout.len();
         codec.check_length(values, source.bytes())?;
-        let mut whole = None;
+        let mut entries = None;
         if codec.block().is_none() {
             let mut blob = vec![0; usize::try_from(source.bytes()).unwrap_or(usize::MAX)];
             source.read_at(0, &mut blob).map_err(ReadError::Source)?;
-            whole = Some(codec.decode(&blob, layout)?);
+            entries = Some(Entries::new(blob, values).ok_or(CodecError::Malformed(codec))?);
         }
         let base = base.map(|base| (Box::new(base), Vec::new()));
-        Ok(Self { codec, values, visible: values, source: Box::new(source), bytes: Vec::new(), whole, base })
+        Ok(Self { codec, values, visible: values, source: Box::new(source), bytes: Vec::new(), entries, base })
     }
 
     /// The same, with 0 for all but the first values: what stands behind them in the blob is not for the reader.
@@ -112,8 +110,8 @@ impl Reader {
         let seen = range.start.min(self.visible)..range.end.min(self.visible);
         let (shown, hidden) = out.split_at_mut(seen.len());
         hidden.fill(0.0);
-        match &self.whole {
-            Some(whole) => shown.copy_from_slice(&whole.values()[seen]),
+        match &mut self.entries {
+            Some(entries) => entries.read(seen, shown),
             None => self.decode(seen, shown)?,
         }
         match &mut self.base {
@@ -154,7 +152,7 @@ mod tests {
 
     use super::*;
     use crate::transfer::{Codec, Tuning};
-    use crate::weights::{Layout, TensorSpec};
+    use crate::weights::{Layout, TensorSpec, Weights};
 
     const TUNING: Tuning = Tuning { seed: 1, topk_ratio: 0.1 };
 

@@ -1,10 +1,11 @@
 //! Verifies a blob while it comes: whoever has its beginning need not wait for its end.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::codec::CodecError;
-use super::reader::ranges_of;
-use super::{Manifest, RANGE_VALUES, ReadError, Reader};
+use super::codec::topk::Entries;
+use super::{Manifest, RANGE_VALUES, ReadError, Reader, ranges};
 use crate::types::Digest;
 use crate::weights::{Layout, first_non_finite};
 
@@ -112,16 +113,27 @@ impl Verifier {
     }
 
     fn check(&mut self, bytes: &[u8]) -> Result<(), VerifyError> {
-        let all = self.layout.len();
-        let step = if self.manifest.codec.block().is_some() { RANGE_VALUES } else { all };
-        let range = self.checked..all.min(self.checked + step);
-        self.values.resize(range.len(), 0.0);
-        self.manifest.codec.decode_into(bytes, &mut self.values)?;
-        if let Some((base, values)) = &mut self.base {
-            for part in ranges_of(range.clone()) {
-                let own = &mut self.values[part.start - range.start..part.end - range.start];
-                base.combine(part, values, own, |value, base| *value += base).map_err(VerifyError::Base)?;
-            }
+        let (all, codec) = (self.layout.len(), self.manifest.codec);
+        if codec.block().is_some() {
+            let range = self.checked..all.min(self.checked + RANGE_VALUES);
+            self.values.resize(range.len(), 0.0);
+            codec.decode_into(bytes, &mut self.values)?;
+            return self.check_values(range);
+        }
+        let mut entries = Entries::new(bytes, all).ok_or(CodecError::Malformed(codec))?;
+        for range in ranges(all) {
+            self.values.resize(range.len(), 0.0);
+            entries.read(range.clone(), &mut self.values);
+            self.check_values(range)?;
+        }
+        Ok(())
+    }
+
+    /// Looks at the values of a range, as they were decoded.
+    fn check_values(&mut self, range: Range<usize>) -> Result<(), VerifyError> {
+        if let Some((base, room)) = &mut self.base {
+            base.combine(range.clone(), room, &mut self.values, |value, base| *value += base)
+                .map_err(VerifyError::Base)?;
         }
         if let Some(place) = first_non_finite(&self.values) {
             let tensor = self.layout.tensor_of(range.start + place).unwrap_or_default();

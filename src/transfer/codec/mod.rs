@@ -22,7 +22,7 @@ mod bf16;
 mod f16;
 mod f32;
 mod int8;
-mod topk;
+pub(super) mod topk;
 
 use std::fmt;
 use std::ops::Range;
@@ -62,7 +62,7 @@ pub struct Tuning {
 }
 
 /// Which codecs a federation uses. Every peer must use the same.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Codecs {
     /// For updates.
     pub updates: Codec,

@@ -5,7 +5,7 @@
 //! nothing here: what rounding takes from a value is not sent either, and stays with the sender
 //! (Stich et al. 2018, arXiv 1809.07599).
 
-use std::cmp::Reverse;
+use std::ops::Range;
 
 use bytes::Bytes;
 
@@ -14,7 +14,7 @@ use super::bf16;
 const COUNT_BYTES: usize = size_of::<u64>();
 const VALUE_BYTES: usize = size_of::<u16>();
 
-/// Bits of a magnitude that are not looked at first.
+/// Bits of a magnitude that are not looked at first: half of all bits.
 const LOWER_BITS: u32 = 16;
 
 /// The bits of the largest finite `bf16`.
@@ -82,34 +82,109 @@ fn magnitude(value: &f32) -> u32 {
 
 /// The magnitude of which `count` values, at least one, have as much or more, and fewer have more.
 ///
-/// Counted by their upper bits first, so that only the few that share them with the one that is sought are sorted.
+/// Counted by their upper bits first, then by the lower ones of those that share them with the one that is sought: two looks
+/// at every value, and no room for copies, whatever the values are.
 fn least_of(values: &[f32], count: usize) -> u32 {
-    let mut counts = vec![0; 1 << (31 - LOWER_BITS)];
-    values.iter().for_each(|value| counts[(magnitude(value) >> LOWER_BITS) as usize] += 1);
-    let (mut upper, mut left) = (counts.len() - 1, count);
-    while counts[upper] < left {
-        left -= counts[upper];
-        upper -= 1;
+    let magnitudes = || values.iter().map(magnitude);
+    let (upper, left) = nth_largest(magnitudes().map(|bits| bits >> LOWER_BITS), count);
+    let sharing = magnitudes().filter(|bits| bits >> LOWER_BITS == upper);
+    let (lower, _) = nth_largest(sharing.map(|bits| bits & ((1 << LOWER_BITS) - 1)), left);
+    upper << LOWER_BITS | lower
+}
+
+/// The number, of 16 bits, that comes `count`th when the largest comes first, and how many from its first like on that is.
+fn nth_largest(numbers: impl Iterator<Item = u32>, count: usize) -> (u32, usize) {
+    let mut counts = vec![0; 1 << LOWER_BITS];
+    numbers.for_each(|number| counts[number as usize] += 1);
+    let (mut number, mut left) = (counts.len() - 1, count);
+    while counts[number] < left {
+        left -= counts[number];
+        number -= 1;
     }
-    let mut sharing: Vec<u32> =
-        values.iter().map(magnitude).filter(|bits| (bits >> LOWER_BITS) as usize == upper).collect();
-    *sharing.select_nth_unstable_by_key(left - 1, |&bits| Reverse(bits)).1
+    (number as u32, left)
 }
 
 /// Fills `values` with what `bytes` hold, and zeros; `None` if they are no blob of so many values.
 pub(super) fn decode_into(bytes: &[u8], values: &mut [f32]) -> Option<()> {
-    values.fill(0.0);
-    let (count, rest) = bytes.split_first_chunk()?;
-    let count = usize::try_from(u64::from_le_bytes(*count)).ok().filter(|count| *count <= values.len())?;
-    let (entries, mut places) = rest.split_at_checked(count * VALUE_BYTES)?;
-    let mut next = 0usize;
-    for entry in entries.as_chunks().0 {
-        let skipped = usize::try_from(take_leb128(&mut places)?).ok()?;
-        let place = next.checked_add(skipped)?;
-        *values.get_mut(place)? = f32::from_bits(u32::from(u16::from_le_bytes(*entry)) << 16);
-        next = place + 1;
+    Entries::new(bytes, values.len())?.read(0..values.len(), values);
+    Some(())
+}
+
+/// The entries of a blob, which are read a range of values at a time: the zeros between them take no memory.
+#[derive(Debug)]
+pub(in crate::transfer) struct Entries<B> {
+    blob: B,
+    count: usize,
+    next: Next,
+}
+
+/// Where the next entry is.
+#[derive(Clone, Copy, Debug)]
+struct Next {
+    /// Its number.
+    index: usize,
+    /// The first place that may be its own.
+    from: usize,
+    /// Where in the blob it says how many places it skips.
+    at: usize,
+}
+
+impl Next {
+    fn first(count: usize) -> Self {
+        Self { index: 0, from: 0, at: COUNT_BYTES + count * VALUE_BYTES }
     }
-    places.is_empty().then_some(())
+}
+
+impl<B: AsRef<[u8]>> Entries<B> {
+    /// `None` if `blob` is none of so many values.
+    pub(in crate::transfer) fn new(blob: B, values: usize) -> Option<Self> {
+        let (count, rest) = blob.as_ref().split_first_chunk()?;
+        let count = usize::try_from(u64::from_le_bytes(*count)).ok().filter(|count| *count <= values)?;
+        rest.get(..count * VALUE_BYTES)?;
+        let mut entries = Self { blob, count, next: Next::first(count) };
+        while entries.next.index < count {
+            let (place, next) = entries.place()?;
+            if place >= values {
+                return None;
+            }
+            entries.next = next;
+        }
+        let is_whole = entries.next.at == entries.blob.as_ref().len();
+        entries.next = Next::first(count);
+        is_whole.then_some(entries)
+    }
+
+    /// Fills `out` with the values of `range`, which is as long. Quick for ranges in their order; one that lies before the last
+    /// is looked for from the first entry on.
+    pub(in crate::transfer) fn read(&mut self, range: Range<usize>, out: &mut [f32]) {
+        out.fill(0.0);
+        if range.start < self.next.from {
+            self.next = Next::first(self.count);
+        }
+        while self.next.index < self.count {
+            let Some((place, next)) = self.place().filter(|(place, _)| *place < range.end) else { break };
+            if let Some(value) = place.checked_sub(range.start).and_then(|place| out.get_mut(place)) {
+                *value = self.value(self.next.index);
+            }
+            self.next = next;
+        }
+    }
+
+    /// The place of the next entry, and where the one after it is. `None` if the blob ends there, or lies.
+    fn place(&self) -> Option<(usize, Next)> {
+        let Next { index, from, at } = self.next;
+        let blob = self.blob.as_ref();
+        let mut rest = blob.get(at..)?;
+        let skipped = usize::try_from(take_leb128(&mut rest)?).ok()?;
+        let place = from.checked_add(skipped)?;
+        Some((place, Next { index: index + 1, from: place.checked_add(1)?, at: blob.len() - rest.len() }))
+    }
+
+    fn value(&self, index: usize) -> f32 {
+        let values = &self.blob.as_ref()[COUNT_BYTES..];
+        let value = values.as_chunks().0.get(index).copied().unwrap_or_default();
+        f32::from_bits(u32::from(u16::from_le_bytes(value)) << 16)
+    }
 }
 
 fn put_leb128(bytes: &mut Vec<u8>, mut number: u64) {
@@ -153,6 +228,15 @@ mod tests {
     }
 
     #[test]
+    fn magnitudes_that_differ_in_their_last_bits_alone_are_told_apart() {
+        let values: Vec<f32> = (0..1000).map(|i| f32::from_bits(1f32.to_bits() + i * 7 % 1000)).collect();
+        for count in [1, 2, 500, 999, 1000] {
+            let least = least_of(&values, count);
+            assert_eq!(values.iter().filter(|value| magnitude(value) >= least).count(), count);
+        }
+    }
+
+    #[test]
     fn a_share_is_at_least_one_entry() {
         assert_eq!([entries(0, 0.5), entries(1, 0.01), entries(250, 0.01), entries(3, 0.99)], [0, 1, 3, 3]);
     }
@@ -172,6 +256,18 @@ mod tests {
         }
         assert_eq!(decoded(&values, 4), values);
         assert_eq!(encode(&values, 4).unwrap().len(), 8 + 4 * 2 + 1 + 1 + 2 + 3);
+    }
+
+    #[test]
+    fn ranges_in_any_order_are_what_is_decoded_at_once() {
+        let values: Vec<f32> = (0..1000).map(|i| (i as f32 * 0.7).sin()).collect();
+        let (blob, whole) = (encode(&values, 90).unwrap(), decoded(&values, 90));
+        let mut entries = Entries::new(blob, values.len()).unwrap();
+        for range in [0..300, 300..301, 301..1000, 10..20, 990..1000, 0..1000, 0..0, 500..1000] {
+            let mut out = vec![f32::NAN; range.len()];
+            entries.read(range.clone(), &mut out);
+            assert_eq!(out, whole[range.clone()], "{range:?}");
+        }
     }
 
     #[test]
