@@ -26,7 +26,7 @@
 //! that pass when somebody makes room from those that need a person: after an input/output error, or when the
 //! directory has vanished (another process may hold the one that comes back), nothing here is to be relied on.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fs::{self, File, TryLockError};
 use std::io::{self, ErrorKind, Write};
 use std::ops::Range;
@@ -34,7 +34,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 
 use crate::transfer::Source;
 use crate::types::{Digest, PeerId};
@@ -59,6 +59,9 @@ const BLOB_END: &str = ".blob";
 
 /// What stands for a blob's name while it is being written.
 const DRAFT: &str = "draft.blob";
+
+/// What [`Buffers`] hold at most: what one receiver has asked for at a time, twice.
+const BUFFERS_BYTES_MAX: usize = 8 << 20;
 
 /// How the last line of an identity file starts.
 const CHECKSUM: &str = "checksum ";
@@ -88,11 +91,18 @@ pub struct Blobs {
     disk: Option<Arc<Disk>>,
     /// Those that are known to be whole: put by this process, or verified by it.
     known: Arc<Mutex<BTreeMap<Digest, Blob>>>,
+    /// Without a disk: the memory of blobs that were dropped last, for what is written next.
+    spare: Arc<Mutex<Buffers>>,
 }
 
 /// A blob that is there, whole. It stays readable when it is dropped from its [`Blobs`].
 #[derive(Debug, Clone)]
 pub struct Blob(Arc<Content>);
+
+/// Memory for messages, used again once they are sent: new memory would have to be given by the system and filled with
+/// zeros, chunk by chunk.
+#[derive(Debug, Default)]
+pub struct Buffers(VecDeque<Bytes>);
 
 #[derive(Debug)]
 enum Content {
@@ -261,7 +271,7 @@ impl Journal {
         create_dir(&blobs_dir)?;
         disk.remove_temporaries(&blobs_dir)?;
         let state = disk.state()?;
-        let blobs = Blobs { disk: Some(disk.clone()), known: Arc::default() };
+        let blobs = Blobs { disk: Some(disk.clone()), known: Arc::default(), spare: Arc::default() };
         Ok((Journal { disk, blobs }, Loaded { peer, state }))
     }
 
@@ -314,7 +324,7 @@ pub fn read_blob(dir: &Path, digest: Digest) -> Result<Option<Bytes>, JournalErr
 impl Blobs {
     /// Blobs in memory alone, for tests and simulation.
     pub fn memory() -> Self {
-        Self { disk: None, known: Arc::default() }
+        Self { disk: None, known: Arc::default(), spare: Arc::default() }
     }
 
     /// Begins a blob.
@@ -370,8 +380,14 @@ impl Blobs {
     /// Drops every blob that is not in `keep`, from memory and from disk. A blob that another thread is putting must be in
     /// `keep` already, or it may be dropped.
     pub fn retain(&self, keep: &BTreeSet<Digest>) -> Result<(), JournalError> {
-        self.known().retain(|digest, _| keep.contains(digest));
-        let Some(disk) = &self.disk else { return Ok(()) };
+        let dropped: Vec<(Digest, Blob)> = self.known().extract_if(.., |digest, _| !keep.contains(digest)).collect();
+        let Some(disk) = &self.disk else {
+            let parts = dropped.into_iter().filter_map(|(_, blob)| blob.into_parts()).flat_map(|parts| parts.0);
+            // Of parts that came in one buffer, one can have it.
+            let unshared = parts.filter_map(|(_, part)| part.try_into_mut().ok().map(BytesMut::freeze));
+            *self.spare() = Buffers(unshared.collect());
+            return Ok(());
+        };
         for (name, path) in list(&disk.blobs_dir())? {
             let digest = name.strip_suffix(BLOB_END).and_then(|hex| hex.parse().ok());
             if digest.is_some_and(|digest: Digest| !keep.contains(&digest)) {
@@ -379,6 +395,10 @@ impl Blobs {
             }
         }
         Ok(())
+    }
+
+    fn spare(&self) -> MutexGuard<'_, Buffers> {
+        self.spare.lock().expect("nothing panics while it holds the lock")
     }
 
     fn known(&self) -> MutexGuard<'_, BTreeMap<Digest, Blob>> {
@@ -403,13 +423,22 @@ impl Blob {
         }
     }
 
-    /// A message: `header`, and behind it the bytes of `range`, all of which must be there. No copy has to join them.
-    pub fn behind(&self, header: &[u8], range: Range<usize>) -> Result<Bytes, JournalError> {
-        let mut message = vec![0; header.len() + range.len()];
+    /// A message in one of `buffers`: `header`, and behind it the bytes of `range`, all of which must be there. No copy has
+    /// to join them.
+    pub fn behind(&self, header: &[u8], range: Range<usize>, buffers: &mut Buffers) -> Result<Bytes, JournalError> {
+        let mut message = buffers.take(header.len() + range.len());
         let (head, tail) = message.split_at_mut(header.len());
         head.copy_from_slice(header);
         self.read(range.start as u64, tail)?;
-        Ok(message.into())
+        Ok(buffers.lend(message))
+    }
+
+    /// Its memory, if it lies in memory and nobody else reads it.
+    fn into_parts(self) -> Option<Parts> {
+        match Arc::into_inner(self.0)? {
+            Content::Memory(parts) => Some(parts),
+            Content::File { .. } => None,
+        }
     }
 
     fn read_all(&self) -> Result<Bytes, JournalError> {
@@ -421,6 +450,35 @@ impl Blob {
         let mut bytes = vec![0; usize::try_from(self.bytes()).unwrap_or(usize::MAX)];
         self.read(0, &mut bytes)?;
         Ok(bytes.into())
+    }
+}
+
+impl Buffers {
+    /// So many bytes, of any value.
+    fn take(&mut self, length: usize) -> BytesMut {
+        self.spare(length).unwrap_or_else(|| BytesMut::zeroed(length))
+    }
+
+    /// So many bytes, of any value, that were used before.
+    fn spare(&mut self, length: usize) -> Option<BytesMut> {
+        // What was lent first is back first.
+        match self.0.pop_front()?.try_into_mut() {
+            Ok(mut buffer) if buffer.capacity() >= length => {
+                buffer.resize(length, 0);
+                return Some(buffer);
+            }
+            Ok(_too_short) => {}
+            Err(lent) => self.0.push_front(lent),
+        }
+        None
+    }
+
+    fn lend(&mut self, buffer: BytesMut) -> Bytes {
+        let lent = buffer.freeze();
+        if lent.len().saturating_mul(self.0.len() + 1) <= BUFFERS_BYTES_MAX {
+            self.0.push_back(lent.clone());
+        }
+        lent
     }
 }
 
@@ -443,7 +501,15 @@ impl Draft {
                 write_all_at(file, start, bytes).map_err(io_error("write", &temporary.0))
             }
             DraftContent::Memory(parts) => {
-                parts.0.insert(start, bytes.clone());
+                let spare = self.blobs.spare().spare(bytes.len());
+                let part = spare.map_or_else(
+                    || bytes.clone(),
+                    |mut part| {
+                        part.copy_from_slice(bytes);
+                        part.freeze()
+                    },
+                );
+                parts.0.insert(start, part);
                 Ok(())
             }
         }
@@ -1137,6 +1203,42 @@ mod tests {
             blob.read(0, &mut found).unwrap();
             assert_eq!(found, bytes);
         }
+    }
+
+    #[test]
+    fn a_buffer_is_used_again_once_nobody_reads_it_and_never_before() {
+        let (blobs, mut buffers) = (Blobs::memory(), Buffers::default());
+        let bytes = Bytes::from_static(b"weights of a model");
+        blobs.put(Digest::of(&bytes), &bytes).unwrap();
+        let blob = blobs.open(Digest::of(&bytes)).unwrap().unwrap();
+        let first = blob.behind(b"head:", 0..7, &mut buffers).unwrap();
+        let second = blob.behind(b"head:", 11..18, &mut buffers).unwrap();
+        assert_eq!((&first[..], &second[..]), (&b"head:weights"[..], &b"head:a model"[..]));
+        let place = first.as_ptr();
+        drop(first);
+        let third = blob.behind(b"h", 8..10, &mut buffers).unwrap();
+        assert_eq!((&third[..], third.as_ptr()), (&b"hof"[..], place));
+        assert_eq!(second, &b"head:a model"[..]);
+    }
+
+    #[test]
+    fn without_a_disk_the_memory_of_a_dropped_blob_is_used_again_unless_somebody_reads_it() {
+        let blobs = Blobs::memory();
+        let write = |bytes: &'static [u8]| {
+            let mut draft = blobs.draft().unwrap();
+            // As a chunk comes: memory that can be written to.
+            draft.write(0, &BytesMut::from(bytes).freeze()).unwrap();
+            draft.keep(Digest::of(bytes)).unwrap();
+            blobs.open(Digest::of(bytes)).unwrap().unwrap()
+        };
+        let place = |blob: &Blob| blob.read_all().unwrap().as_ptr();
+        let (first, second) = (write(b"first"), write(b"second"));
+        let place_of_second = place(&second);
+        drop(second);
+        blobs.retain(&BTreeSet::new()).unwrap();
+        let third = write(b"third");
+        assert_eq!((place(&third), third.read_all().unwrap()), (place_of_second, Bytes::from_static(b"third")));
+        assert_eq!(first.read_all().unwrap(), &b"first"[..]);
     }
 
     #[test]
