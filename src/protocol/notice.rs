@@ -202,6 +202,9 @@ pub struct Seconds {
     pub total: f64,
 }
 
+/// The value of a key that a peer does not have.
+pub const UNKNOWN: &str = "unknown";
+
 /// What differs between two peers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Difference {

@@ -241,14 +241,16 @@ struct Program {
 impl Program {
     fn spawn(command: &str) -> Result<Self, TrainError> {
         let words = shlex::split(command).filter(|words| !words.is_empty());
-        let words = words.ok_or_else(|| TrainError::Failed(format!("trainer = {command:?} is no command")))?;
+        let cannot = |program: &str, why: String| TrainError::Program { program: program.to_owned(), why };
+        let words =
+            words.ok_or_else(|| cannot(command, "it is no command: a quote is open, or nothing is in it".into()))?;
         let mut child = Command::new(&words[0])
             .args(&words[1..])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
-            .map_err(|error| TrainError::Failed(format!("cannot start the trainer program {:?}: {error}", words[0])))?;
+            .map_err(|error| cannot(&words[0], error.to_string()))?;
         let (questions, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
         let last_words = Arc::new(Mutex::new(String::new()));
         let (sender, answers) = mpsc::channel();

@@ -9,9 +9,9 @@ use std::sync::Arc;
 use csv::{ReaderBuilder, StringRecord, Trim};
 
 use super::source::{ReadError, ReadOptions};
-use super::table::{Column, Table};
+use super::table::{Column, Table, classes};
 use super::{Dataset, Targets};
-use crate::aggregation::statistics::COLUMNS_MAX;
+use crate::aggregation::statistics::{COLUMNS_MAX, SUMMARY_BYTES_MAX};
 
 /// Texts that stand for no value.
 const MISSING: [&str; 5] = ["", "?", "NA", "NaN", "nan"];
@@ -133,20 +133,25 @@ impl Rows {
         }
         let columns = features.iter().map(|&at| self.describe(at, options)).collect::<Result<Vec<_>, _>>()?;
         let table = Table { columns, label: self.names[label].clone() };
+        let path = self.lines[0].path.display();
         if table.num_features() >= COLUMNS_MAX {
             let what = format!("its columns make {} features, more than {COLUMNS_MAX}", table.num_features());
-            return Err(ReadError::new(self.lines[0].path.display(), what, "leave some out with --ignore-columns"));
+            return Err(ReadError::new(path, what, "leave some out with --ignore-columns"));
         }
         let targets = self.targets(label, options)?;
-        let mut values = Vec::with_capacity(self.lines.len() * table.num_features());
+        let mut values = Vec::with_capacity(self.lines.len() * table.columns.len());
         for line in &self.lines {
             for (&at, column) in features.iter().zip(&table.columns) {
                 self.encode(line, at, column, &mut values)?;
             }
         }
-        Dataset::of_table(values, table, targets).map_err(|error| {
-            ReadError::new(self.lines[0].path.display(), error.to_string(), "look for numbers beyond all reason")
-        })
+        let data = Dataset::of_table(values, table, targets)
+            .map_err(|error| ReadError::new(&path, error.to_string(), "look for numbers beyond all reason"))?;
+        if data.summary().is_some_and(|summary| summary.encode().len() > SUMMARY_BYTES_MAX) {
+            let what = format!("the names of its categories and classes take more than {SUMMARY_BYTES_MAX} bytes");
+            return Err(ReadError::new(&path, what, "shorten them, or leave columns out with --ignore-columns"));
+        }
+        Ok(data)
     }
 
     /// The column that a user names, by name or by number.
@@ -178,7 +183,7 @@ impl Rows {
     fn describe(&self, at: usize, options: &ReadOptions) -> Result<Column, ReadError> {
         let name = self.names[at].clone();
         if let Some(categories) = options.categories.get(&name) {
-            return Ok(Column { name, categories: Some(categories.clone()) });
+            return Ok(Column { name, categories: Some(sorted(categories)) });
         }
         let Some((line, text)) = self.cells(at).find(|(_, cell)| number(cell).is_none()) else {
             return Ok(Column { name, categories: None });
@@ -195,17 +200,16 @@ impl Rows {
         Ok(Column { name, categories: Some(categories.into_iter().map(str::to_owned).collect()) })
     }
 
-    fn encode(&self, line: &Line, at: usize, column: &Column, values: &mut Vec<f32>) -> Result<(), ReadError> {
+    fn encode(&self, line: &Line, at: usize, column: &Column, values: &mut Vec<f64>) -> Result<(), ReadError> {
         let cell = &line.cells[at];
-        match &column.categories {
-            _ if is_missing(cell) => values.extend(std::iter::repeat_n(f32::NAN, column.width())),
-            None => values.push(number(cell).expect("a column with any other value is one of categories") as f32),
+        values.push(match &column.categories {
+            _ if is_missing(cell) => f64::NAN,
+            None => number(cell).expect("a column with any other value is one of categories"),
             Some(categories) => {
                 let category = categories.iter().position(|category| category == cell);
-                let category = category.ok_or_else(|| not_listed(line, &column.name, cell, categories))?;
-                values.extend((0..categories.len()).map(|index| if index == category { 1.0 } else { 0.0 }));
+                category.ok_or_else(|| not_listed(line, &column.name, cell, categories))? as f64
             }
-        }
+        });
         Ok(())
     }
 
@@ -228,43 +232,47 @@ impl Rows {
                 let what = format!("{text:?} is no number, as task regression needs");
                 Err(ReadError::new(line.place(name), what, "correct it, or use --task classes"))
             }
-            (true, None) => {
-                Ok(Targets::Numbers(self.cells(at).filter_map(|(_, cell)| number(cell)).map(|x| x as f32).collect()))
-            }
+            (true, None) => Ok(Targets::Numbers(self.cells(at).filter_map(|(_, cell)| number(cell)).collect())),
             (false, _) => self.classes(at, &distinct, options),
         }
     }
 
     fn classes(&self, at: usize, distinct: &BTreeSet<&str>, options: &ReadOptions) -> Result<Targets, ReadError> {
         let name = &self.names[at];
-        let mut texts: Vec<String> = distinct.iter().map(|text| (*text).to_owned()).collect();
-        // 10 comes after 9; texts, and texts among numbers, in the order of their letters.
-        texts.sort_by(|a, b| number(a).zip(number(b)).map_or_else(|| a.cmp(b), |(a, b)| a.total_cmp(&b)));
-        let texts = options.categories.get(name).cloned().unwrap_or(texts);
-        let path = self.lines[0].path.display();
-        if texts.len() < 2 {
-            let what = format!("column {name:?}: every example is of class {:?}", texts.join(""));
-            let hint = format!("two classes are needed; if other peers have more, list all: --categories '{name}=A|B'");
-            return Err(ReadError::new(path, what, hint));
-        }
+        let listed = options.categories.get(name);
+        // What the file's first line calls the classes 0, 1, …
+        let called = self
+            .class_names
+            .as_ref()
+            .filter(|names| listed.is_none() && distinct.iter().all(|text| index_of(text, names).is_some()));
+        let class_of = |cell: &str| {
+            called.and_then(|names| Some(names[index_of(cell, names)?].clone())).unwrap_or_else(|| cell.to_owned())
+        };
+        let texts = match listed.or(called) {
+            Some(names) => classes(names.iter().cloned()),
+            None => classes(distinct.iter().map(|text| (*text).to_owned())),
+        };
         if texts.len() > self.lines.len() / 2 && texts.len() > CLASSES_MAX && options.categories.is_empty() {
             let what = format!("column {name:?}: {} different labels for {} examples", texts.len(), self.lines.len());
-            return Err(ReadError::new(path, what, "choose the label's column with --label"));
+            return Err(ReadError::new(self.lines[0].path.display(), what, "choose the label's column with --label"));
         }
         let label = |line: &Line| {
-            let cell = &line.cells[at];
-            let label = texts.iter().position(|text| text == cell);
-            Ok(label.ok_or_else(|| not_listed(line, name, cell, &texts))? as u32)
+            let class = class_of(&line.cells[at]);
+            let label = texts.iter().position(|text| *text == class);
+            Ok(label.ok_or_else(|| not_listed(line, name, &class, &texts))? as u32)
         };
         let labels = self.lines.iter().map(label).collect::<Result<_, ReadError>>()?;
-        let names = self.class_names.iter().flatten().enumerate();
-        let renamed: Vec<String> = names
-            .filter(|(index, _)| texts.get(*index) == Some(&index.to_string()))
-            .map(|(_, name)| name.clone())
-            .collect();
-        let names = if renamed.len() == texts.len() { renamed } else { texts };
-        Ok(Targets::Classes { labels, names: names.into() })
+        Ok(Targets::Classes { labels, names: texts.into() })
     }
+}
+
+/// The index, if it is one, that scikit-learn's tables write in the place of one of these names.
+fn index_of(text: &str, names: &[String]) -> Option<usize> {
+    text.parse().ok().filter(|index| *index < names.len())
+}
+
+fn sorted(texts: &[String]) -> Vec<String> {
+    texts.iter().cloned().collect::<BTreeSet<_>>().into_iter().collect()
 }
 
 fn not_listed(line: &Line, column: &str, cell: &str, listed: &[String]) -> ReadError {
@@ -349,7 +357,8 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::training::Task;
+    use crate::aggregation::statistics::{Summary, merge};
+    use crate::training::{DataError, Task};
 
     fn options() -> ReadOptions {
         ReadOptions::default()
@@ -368,6 +377,11 @@ mod tests {
         format!("{}: {} ({})", &error.place[file..], error.what, error.hint)
     }
 
+    /// The table as its only owner learns from it.
+    fn ready(data: &Dataset) -> Dataset {
+        data.standardised(&data.summary().unwrap()).unwrap()
+    }
+
     const PEOPLE: &str = "age,town,sick\n30,Lund,no\n40,?,yes\n,Oslo,no\n50,Lund,yes\n";
 
     fn columns(data: &Dataset) -> Vec<(&str, Option<Vec<&str>>)> {
@@ -382,10 +396,10 @@ mod tests {
         let data = read_text(PEOPLE, &options()).unwrap();
         assert_eq!(columns(&data), [("age", None), ("town", Some(vec!["Lund", "Oslo"]))]);
         assert_eq!((data.labels(), data.class_names()), (&[0, 1, 0, 1][..], &["no".to_owned(), "yes".into()][..]));
-        assert_eq!(data.example(0), [30.0, 1.0, 0.0]);
-        assert!(data.example(1)[1..].iter().all(|value| value.is_nan()) && data.example(2)[0].is_nan());
         let summary = data.summary().unwrap();
-        let ready = data.standardised(&summary);
+        assert_eq!(data.table().unwrap().feature_names(&summary), ["age", "town=Lund", "town=Oslo"]);
+        let ready = data.standardised(&summary).unwrap();
+        assert_eq!(ready.example(0)[1..], [1.0, 0.0]);
         assert_eq!(ready.example(2), [0.0, 0.0, 1.0], "the mean, and the category that it has");
         assert_eq!(ready.example(1)[1..], [1.0, 0.0], "the most frequent category");
         let ages: f32 = (0..4).map(|index| ready.example(index)[0].powi(2)).sum();
@@ -410,8 +424,13 @@ mod tests {
             let options = ReadOptions { label, ignored, header, regression, ..options() };
             match read_text(bytes, &options) {
                 Ok(data) => {
-                    let ready = data.standardised(&data.summary().unwrap());
-                    prop_assert!(!ready.is_empty() && ready.features().iter().all(|value| value.is_finite()));
+                    let summary = data.summary().unwrap();
+                    match data.standardised(&summary) {
+                        Ok(ready) => {
+                            prop_assert!(!ready.is_empty() && ready.features().iter().all(|value| value.is_finite()));
+                        }
+                        Err(error) => prop_assert!(matches!(error, DataError::OneClass { .. }), "{}", error),
+                    }
                 }
                 Err(error) => prop_assert!(error.place.contains("my.csv") && !error.hint.is_empty()),
             }
@@ -454,10 +473,10 @@ mod tests {
         let many: String = (0..30).map(|i| format!("{i},{}\n", i * 2)).collect();
         let data = read_text(&many, &options()).unwrap();
         assert_eq!((data.task(), data.len()), (Task::Numbers, 30));
-        let Targets::Numbers(numbers) = data.standardised(&data.summary().unwrap()).targets().clone() else { panic!() };
+        let Targets::Numbers(numbers) = ready(&data).targets().clone() else { panic!() };
         assert!(
-            numbers.iter().sum::<f32>().abs() < 1e-4
-                && (numbers.iter().map(|x| x * x).sum::<f32>() - 30.0).abs() < 1e-3
+            numbers.iter().sum::<f64>().abs() < 1e-4
+                && (numbers.iter().map(|x| x * x).sum::<f64>() - 30.0).abs() < 1e-3
         );
         let few: String = (0..30).map(|i| format!("{i},{}\n", 9 + i % 3)).collect();
         assert_eq!(read_text(&few, &options()).unwrap().class_names(), ["9", "10", "11"]);
@@ -467,12 +486,13 @@ mod tests {
     }
 
     #[test]
-    fn categories_that_are_listed_stand_in_their_order_and_no_others_pass() {
+    fn categories_that_are_listed_are_known_and_no_others_pass() {
         let mut listed = options();
         listed.categories.insert("town".into(), ["Rome", "Oslo", "Lund"].map(String::from).into());
         listed.categories.insert("sick".into(), ["yes", "no"].map(String::from).into());
         let data = read_text(PEOPLE, &listed).unwrap();
-        assert_eq!((data.example(0), data.labels()), (&[30.0, 0.0, 0.0, 1.0][..], &[1, 0, 1, 0][..]));
+        assert_eq!((&ready(&data).example(0)[1..], data.labels()), (&[1.0, 0.0, 0.0][..], &[0, 1, 0, 1][..]));
+        assert_eq!(columns(&data)[1].1, Some(vec!["Lund", "Oslo", "Rome"]));
         listed.categories.insert("town".into(), vec!["Lund".into()]);
         let error = refused(PEOPLE, &listed);
         assert!(
@@ -481,6 +501,50 @@ mod tests {
         );
         listed.categories.insert("city".into(), Vec::new());
         assert!(refused(PEOPLE, &listed).contains("no column \"city\""));
+    }
+
+    /// What all the tables together are like.
+    fn merged(tables: &[&Dataset]) -> Summary {
+        let summaries: Vec<Vec<u8>> = tables.iter().map(|table| table.summary().unwrap().encode()).collect();
+        Summary::decode(&merge(summaries.iter().map(Vec::as_slice))).unwrap()
+    }
+
+    #[test]
+    fn tables_that_nobody_has_together_get_the_features_and_classes_of_all() {
+        let one = read_text("age,town,sick\n30,Lund,no\n40,Oslo,no\n50,Lund,no\n", &options()).unwrap();
+        let other = read_text("age,town,sick\n20,Rome,yes\n?,?,maybe\n", &options()).unwrap();
+        assert_eq!(one.shared_entries(), other.shared_entries());
+        let all = merged(&[&other, &one]);
+        assert_eq!(all, merged(&[&one, &other]));
+        let (one, other) = (one.standardised(&all).unwrap(), other.standardised(&all).unwrap());
+        assert_eq!((one.class_names(), one.labels()), (other.class_names(), &[1, 1, 1][..]));
+        assert_eq!((other.class_names().concat().as_str(), other.labels()), ("maybenoyes", &[2, 0][..]));
+        assert_eq!((&one.example(0)[1..], &one.example(1)[1..]), (&[1.0, 0.0, 0.0][..], &[0.0, 1.0, 0.0][..]));
+        assert_eq!(other.example(0)[1..], [0.0, 0.0, 1.0]);
+        assert_eq!(other.example(1), [0.0, 1.0, 0.0, 0.0], "the mean, and the most frequent town of all");
+
+        // Who comes later has none of the known towns, and no class that is not known.
+        let late = read_text("age,town,sick\n30,Bath,no\n31,Lund,yes\n", &options()).unwrap();
+        assert_eq!(late.standardised(&all).unwrap().example(0)[1..], [0.0; 3]);
+        let stranger = read_text("age,town,sick\n30,Lund,no\n30,Lund,dead\n", &options()).unwrap();
+        let error = stranger.standardised(&all).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "an example is of class \"dead\" of column \"sick\", and the federation tells apart only maybe|no|yes"
+        );
+        let other_columns = read_text("age,sick\n30,no\n31,yes\n", &options()).unwrap();
+        assert_eq!(other_columns.standardised(&all), Err(DataError::OtherColumns));
+        let healthy = read_text("age,sick\n30,no\n31,no\n", &options()).unwrap();
+        let error = healthy.standardised(&healthy.summary().unwrap()).unwrap_err();
+        assert_eq!(error.to_string(), "column \"sick\": every example of every peer is of class \"no\"");
+    }
+
+    #[test]
+    fn large_numbers_that_differ_little_stay_apart() {
+        let times: String = (0..10).map(|second| format!("{},{}\n", 1_700_000_000 + second, second % 2)).collect();
+        let data = ready(&read_text(format!("time,odd\n{times}"), &options()).unwrap());
+        let step = data.example(1)[0] - data.example(0)[0];
+        assert!((step - 0.348_155_3).abs() < 1e-5, "{step}: the seconds' standard deviation is 2.872");
     }
 
     #[test]
@@ -495,7 +559,6 @@ mod tests {
             refused("a,b\n1,x\n2,?\n", &options())
                 .starts_with("my.csv, line 3, column \"b\": the label is missing (\"?\")")
         );
-        assert!(refused("a,b\n1,x\n2,x\n", &options()).contains("every example is of class \"x\""));
         assert!(refused("a,a,b\n1,2,x\n", &options()).contains("two columns are called \"a\""));
         assert!(refused(b"a,b\n1,x\n\xff,y\n", &options()).starts_with("my.csv, line 3: value 1 is not UTF-8"));
         let names: String = (0..200)
@@ -517,7 +580,8 @@ mod tests {
         let train = write("train.csv", PEOPLE);
         let test = write("test.csv", "age,town,sick\n20,Rome,no\n");
         let [train_data, held_out] = read(&[&train, &test], &options()).unwrap().try_into().unwrap();
-        assert_eq!((train_data.len(), held_out.example(0)), (4, &[20.0, 0.0, 0.0, 1.0][..]));
+        let held_out_ready = held_out.standardised(&train_data.summary().unwrap()).unwrap();
+        assert_eq!((train_data.len(), &held_out_ready.example(0)[1..]), (4, &[0.0, 0.0, 1.0][..]));
         assert_eq!(held_out.class_names(), train_data.class_names());
         let other = write("other.csv", "age,city,sick\n20,Rome,no\n");
         assert!(
