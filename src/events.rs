@@ -277,6 +277,9 @@ pub enum Event {
         val_loss: Option<f64>,
         /// Share of examples that the last model predicts right, over all peers.
         val_accuracy: Option<f64>,
+        /// What else there is for the task.
+        #[serde(flatten)]
+        scores: Scores,
         /// The last model's file in the run directory.
         model: String,
         /// The last model's blob.
@@ -561,6 +564,7 @@ impl Witness {
                     rounds,
                     val_loss: metrics.map(|metrics| metrics.loss),
                     val_accuracy: metrics.and_then(|metrics| metrics.known_accuracy()),
+                    scores: metrics.map(Scores::from).unwrap_or_default(),
                     model: MODEL.to_owned(),
                     digest: model,
                     bytes_sent,

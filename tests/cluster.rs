@@ -7,6 +7,7 @@ mod common {
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::{Deref, DerefMut};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use common::peers::{Peers, Running, commit, peer};
@@ -19,7 +20,9 @@ use rodizio::node::{NodeError, Outcome};
 use rodizio::peer::{LocalPeer, PeerError};
 use rodizio::protocol::{Durable, Reason};
 use rodizio::rundir::{BEST, EVENTS, MODEL, RunDir};
-use rodizio::types::{Digest, PeerId, Round};
+use rodizio::training::{OnProgress, TrainError, Trainer};
+use rodizio::types::{Digest, Metrics, PeerId, Round};
+use rodizio::weights::{Layout, TensorSpec, Weights};
 use safetensors::SafeTensors;
 use tokio::sync::mpsc::unbounded_channel;
 use tokio::time::timeout;
@@ -246,6 +249,67 @@ async fn a_leader_that_dies_in_its_round_costs_nothing_but_time() {
         assert_ne!(*contributor, leader);
     }
     assert!(second.contributors.len() >= 2, "{:?}", second.contributors);
+}
+
+/// Learns nothing, and fails as often as is left.
+struct Failing {
+    weights: Weights,
+    left: u32,
+}
+
+impl Failing {
+    fn new(left: u32) -> Self {
+        let layout = Layout { tensors: vec![TensorSpec { name: "w".into(), shape: vec![4] }] };
+        Self { weights: Weights::zeros(Arc::new(layout)), left }
+    }
+}
+
+impl Trainer for Failing {
+    fn num_examples(&self) -> u64 {
+        1
+    }
+
+    fn weights(&self) -> Weights {
+        self.weights.clone()
+    }
+
+    fn set_weights(&mut self, weights: &Weights) -> Result<(), TrainError> {
+        self.weights = weights.clone();
+        Ok(())
+    }
+
+    fn train(&mut self, _: Round, _: &mut OnProgress<'_>) -> Result<Metrics, TrainError> {
+        match self.left.checked_sub(1) {
+            Some(left) => {
+                self.left = left;
+                Err(TrainError::Failed("out of memory".into()))
+            }
+            None => self.evaluate(),
+        }
+    }
+
+    fn evaluate(&mut self) -> Result<Metrics, TrainError> {
+        Ok(Metrics { num_examples: 1, loss: 1.0, ..Metrics::default() })
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_round_in_which_all_trainers_fail_is_tried_again_long_before_its_time_is_over() {
+    let mut place = Place::new().await;
+    // Longer than this test may last.
+    let round_timeout = LIMIT * 10;
+    let settings = Settings { election_timeout: Duration::from_secs(2), round_timeout, ..place.settings(3, 2) };
+    let start = |name: &str| {
+        let settings =
+            Settings { peer: Some(peer(name)), state_dir: Some(place.dir.path().join(name)), ..settings.clone() };
+        let peer = LocalPeer::of_trainer(&settings, Box::new(Failing::new(1))).unwrap();
+        cluster::spawn(peer, &place.stop, &place.sender)
+    };
+    let running = ["a", "b", "c"].map(start);
+    let outcomes = place.ends(running.into()).await;
+    assert!(outcomes.iter().all(|outcome| matches!(outcome, Outcome::Finished { .. })), "{outcomes:?}");
+    let gave_up = |event: &Event| matches!(event, Event::Failed { what, .. } if what == "gathering");
+    assert!(place.heard.iter().any(|entry| gave_up(&entry.event)), "{}", place.told());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -520,8 +520,8 @@ for line in sys.stdin:
         let refused =
             |command| ExternalTrainer::start(config(command), PeerId::new("a").unwrap()).unwrap_err().to_string();
         assert!(refused("no-such-program --x").contains("cannot start the trainer program \"no-such-program\""));
-        assert_eq!(refused("'open"), "trainer = \"'open\" is no command");
-        assert_eq!(refused(""), "trainer = \"\" is no command");
+        assert!(refused("'open").starts_with("cannot start the trainer program \"'open\": it is no command"));
+        assert!(refused("").starts_with("cannot start the trainer program \"\": it is no command"));
         if has_python() {
             let error = start(dir.path(), "no start").unwrap_err().to_string();
             assert_eq!(error, "the trainer program ended without an answer (exit status: 1): no data here");

@@ -196,6 +196,7 @@ impl Peer {
             accepts: BTreeSet::new(),
             refusals: BTreeSet::new(),
             late: false,
+            barren: false,
             told: None,
         });
         self.open.following = None;

@@ -28,6 +28,8 @@ pub(in crate::protocol) struct OpenRound {
     pub training: Work<()>,
     /// Why no update will come from this peer.
     pub declined: Option<String>,
+    /// How often its training failed in this round.
+    pub failures: u32,
     /// Members' evaluations of the parent model, sent to this peer as candidate or leader.
     pub evaluations: BTreeMap<PeerId, Metrics>,
     /// Members' updates announced to this peer as leader.
@@ -61,6 +63,8 @@ pub(in crate::protocol) struct Leadership {
     pub refusals: BTreeSet<PeerId>,
     /// The round has waited long enough for stragglers.
     pub late: bool,
+    /// Too few updates are in, and nobody is left who could send one.
+    pub barren: bool,
     /// How many updates were last told of.
     pub told: Option<(usize, usize)>,
 }
@@ -121,6 +125,7 @@ impl OpenRound {
             evaluation: Work::Idle,
             training: Work::Idle,
             declined: None,
+            failures: 0,
             evaluations: BTreeMap::new(),
             updates: BTreeMap::new(),
             drawn: None,
