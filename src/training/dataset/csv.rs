@@ -1,12 +1,13 @@
-//! Tables of comma-separated values (RFC 4180; also separated by semicolons or tabs).
+//! Tables of comma-separated values (RFC 4180; also separated by semicolons or tabs, and gzipped).
 
 use std::collections::BTreeSet;
-use std::fs::File;
-use std::io::{BufRead, BufReader, Seek};
+use std::fs;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use csv::{ReaderBuilder, StringRecord, Trim};
+use flate2::read::MultiGzDecoder;
 
 use super::source::{ReadError, ReadOptions};
 use super::table::{Column, Table, classes};
@@ -15,6 +16,12 @@ use crate::aggregation::statistics::{COLUMNS_MAX, SUMMARY_BYTES_MAX};
 
 /// Texts that stand for no value.
 const MISSING: [&str; 5] = ["", "?", "NA", "NaN", "nan"];
+
+/// How a gzipped file begins.
+const GZIP: [u8; 2] = [0x1f, 0x8b];
+
+/// The longest table that a gzipped file may hold, in bytes.
+const UNPACKED_BYTES_MAX: u64 = 8 << 30;
 
 /// A column with more different texts is no set of categories but names, dates or mistakes.
 const CATEGORIES_MAX: usize = 100;
@@ -97,20 +104,22 @@ impl Rows {
         Ok(Self { names, named, class_names, lines })
     }
 
-    fn append(&mut self, other: Rows) -> Result<(), ReadError> {
-        if self.names != other.names {
-            let path = &other.lines[0].path;
+    /// Adds the lines of a table of the same columns, whatever their order there.
+    fn append(&mut self, mut other: Rows) -> Result<(), ReadError> {
+        let place = |name: &String| other.names.iter().position(|own| own == name);
+        let order: Option<Vec<usize>> = self.names.iter().map(place).collect();
+        let Some(order) = order.filter(|order| order.len() == other.names.len()) else {
             let what = format!(
                 "its columns are {}, those of {} are {}",
                 other.names.join(", "),
                 self.lines[0].path.display(),
                 self.names.join(", ")
             );
-            return Err(ReadError::new(
-                path.display(),
-                what,
-                "all files, also that of --val-data, need the same columns",
-            ));
+            let hint = "all files, also that of --val-data, need the same columns";
+            return Err(ReadError::new(other.lines[0].path.display(), what, hint));
+        };
+        for line in &mut other.lines {
+            line.cells = order.iter().map(|&at| &line.cells[at]).collect();
         }
         self.lines.extend(other.lines);
         Ok(())
@@ -126,7 +135,12 @@ impl Rows {
         if let Some(name) = options.categories.keys().find(|name| !self.names.contains(name)) {
             return Err(self.no_column(name, "categories"));
         }
-        let features: Vec<usize> = (0..self.names.len()).filter(|at| *at != label && !ignored.contains(at)).collect();
+        let mut features: Vec<usize> =
+            (0..self.names.len()).filter(|at| *at != label && !ignored.contains(at)).collect();
+        if self.named {
+            // Another peer's file may have them in another order.
+            features.sort_by_key(|&at| &self.names[at]);
+        }
         if features.is_empty() {
             let hint = "a table needs a column beside the label and those that are ignored";
             return Err(ReadError::new(self.lines[0].path.display(), "no column is left to learn from", hint));
@@ -291,12 +305,13 @@ fn number(cell: &str) -> Option<f64> {
 
 /// Every line that is not empty.
 fn lines(path: &Path) -> Result<Vec<Line>, ReadError> {
-    let io = |error| ReadError::io(path, &error);
-    let mut file = BufReader::new(File::open(path).map_err(io)?);
-    let separator = separator(&mut file).map_err(io)?;
-    file.rewind().map_err(io)?;
-    let mut reader =
-        ReaderBuilder::new().has_headers(false).flexible(true).trim(Trim::All).delimiter(separator).from_reader(file);
+    let bytes = read_bytes(path).map_err(|error| ReadError::io(path, &error))?;
+    let mut reader = ReaderBuilder::new()
+        .has_headers(false)
+        .flexible(true)
+        .trim(Trim::All)
+        .delimiter(separator(&bytes))
+        .from_reader(&bytes[..]);
     let shared = Arc::new(path.to_owned());
     let mut lines = Vec::new();
     for record in reader.records() {
@@ -305,6 +320,20 @@ fn lines(path: &Path) -> Result<Vec<Line>, ReadError> {
         lines.push(Line { path: shared.clone(), number, cells });
     }
     Ok(lines)
+}
+
+/// All bytes of a file, unpacked if it is gzipped, whatever its name.
+fn read_bytes(path: &Path) -> io::Result<Vec<u8>> {
+    let bytes = fs::read(path)?;
+    if !bytes.starts_with(&GZIP) {
+        return Ok(bytes);
+    }
+    let mut unpacked = Vec::new();
+    MultiGzDecoder::new(&bytes[..]).take(UNPACKED_BYTES_MAX + 1).read_to_end(&mut unpacked)?;
+    if unpacked.len() as u64 > UNPACKED_BYTES_MAX {
+        return Err(io::Error::other(format!("unpacked it has more than {UNPACKED_BYTES_MAX} bytes")));
+    }
+    Ok(unpacked)
 }
 
 fn failed(path: &Path, error: &csv::Error) -> ReadError {
@@ -320,12 +349,12 @@ fn failed(path: &Path, error: &csv::Error) -> ReadError {
     }
 }
 
-/// What separates the values of the first line: the most frequent of the usual characters.
-fn separator(file: &mut impl BufRead) -> std::io::Result<u8> {
-    let start = file.fill_buf()?;
-    let line = start.split(|&byte| byte == b'\n').next().unwrap_or_default();
-    let count = |separator: u8| line.iter().filter(|&&byte| byte == separator).count();
-    Ok([b'\t', b';', b','].into_iter().max_by_key(|&separator| count(separator)).expect("there are three"))
+/// What separates the values of the first line: the most frequent of the usual characters that stand outside of quotes.
+fn separator(bytes: &[u8]) -> u8 {
+    let line = bytes.split(|&byte| byte == b'\n').next().unwrap_or_default();
+    let outside = || line.split(|&byte| byte == b'"').step_by(2).flatten();
+    let count = |separator: u8| outside().filter(|&&byte| byte == separator).count();
+    [b'\t', b';', b','].into_iter().max_by_key(|&separator| count(separator)).expect("there are three")
 }
 
 /// The first line of scikit-learn's own tables tells the numbers of examples and of features, and what the classes 0, 1, …
@@ -352,8 +381,10 @@ fn is_header(lines: &[Line]) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
+    use std::io::Write;
 
+    use flate2::Compression;
+    use flate2::write::GzEncoder;
     use proptest::prelude::*;
 
     use super::*;
@@ -503,6 +534,22 @@ mod tests {
         assert!(refused(PEOPLE, &listed).contains("no column \"city\""));
     }
 
+    #[test]
+    fn files_are_told_apart_by_what_is_in_them() {
+        let plain = read_text(PEOPLE, &options()).unwrap();
+        let mut packed = GzEncoder::new(Vec::new(), Compression::fast());
+        packed.write_all(PEOPLE.as_bytes()).unwrap();
+        let packed = packed.finish().unwrap();
+        assert_eq!(read_text(&packed, &options()).unwrap(), plain, "gzipped");
+        assert!(refused(&packed[..packed.len() / 2], &options()).contains("damaged or cut off"));
+        let quoted = "\"a,b,c\";\"d\"\"e\"\r\n1;x\r\n\"2\";\"y;z\"\r\n";
+        let data = read_text(quoted, &options()).unwrap();
+        assert_eq!((columns(&data)[0].0, data.class_names().concat()), ("a,b,c", "xy;z".into()));
+        let last = ReadOptions { label: Some("sick".into()), ..options() };
+        let turned = read_text("sick,town,age\nno,Lund,30\nyes,?,40\nno,Oslo,\nyes,Lund,50\n", &last).unwrap();
+        assert_eq!((turned.shared_entries(), turned.summary()), (plain.shared_entries(), plain.summary()));
+    }
+
     /// What all the tables together are like.
     fn merged(tables: &[&Dataset]) -> Summary {
         let summaries: Vec<Vec<u8>> = tables.iter().map(|table| table.summary().unwrap().encode()).collect();
@@ -530,7 +577,7 @@ mod tests {
         let error = stranger.standardised(&all).unwrap_err().to_string();
         assert_eq!(
             error,
-            "an example is of class \"dead\" of column \"sick\", and the federation tells apart only maybe|no|yes"
+            r#"an example is of class "dead" of column "sick", and the federation tells apart only ["maybe", "no", "yes"]"#
         );
         let other_columns = read_text("age,sick\n30,no\n31,yes\n", &options()).unwrap();
         assert_eq!(other_columns.standardised(&all), Err(DataError::OtherColumns));
@@ -583,6 +630,8 @@ mod tests {
         let held_out_ready = held_out.standardised(&train_data.summary().unwrap()).unwrap();
         assert_eq!((train_data.len(), &held_out_ready.example(0)[1..]), (4, &[0.0, 0.0, 1.0][..]));
         assert_eq!(held_out.class_names(), train_data.class_names());
+        let turned = write("turned.csv", "sick,town,age\nno,Rome,20\n");
+        assert_eq!(read(&[&train, &turned], &options()).unwrap()[1], held_out, "columns go by their names");
         let other = write("other.csv", "age,city,sick\n20,Rome,no\n");
         assert!(
             read(&[&train, &other], &options()).unwrap_err().to_string().contains("its columns are age, city, sick")

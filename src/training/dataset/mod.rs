@@ -123,7 +123,7 @@ pub enum DataError {
     #[error("the columns of the table are not those that the federation was founded with")]
     OtherColumns,
     /// A class that nobody had when the federation was founded: its model cannot tell it.
-    #[error("an example is of class {class:?} of column {column:?}, and the federation tells apart only {}", known.join("|"))]
+    #[error("an example is of class {class:?} of column {column:?}, and the federation tells apart only {known:?}")]
     UnknownClass {
         /// The column.
         column: String,
