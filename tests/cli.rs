@@ -354,14 +354,15 @@ fn peers_that_join_train_by_programs_of_their_own() {
 #[test]
 fn a_trainer_that_does_not_start_and_data_that_do_not_fit_are_told_with_a_hint() {
     let dir = tempfile::tempdir().unwrap();
-    let table = write(dir.path(), "sick.csv", "age,sick\n30,no\n40,no\n50,no\n60,no\n");
-    let (table, pattern) = (format!("csv:{table}"), format!("csv:{}/*.csv", dir.path().display()));
+    let healthy = format!("csv:{}", write(dir.path(), "healthy.csv", "age,sick\n30,no\n40,no\n50,no\n60,no\n"));
+    let both = format!("csv:{}", write(dir.path(), "both.csv", "age,sick\n30,no\n40,yes\n50,no\n60,yes\n"));
+    let pattern = format!("csv:{}/*.csv", dir.path().display());
     let cases: [(&[&str], &str, i32); 5] = [
         (&["--trainer", "no-such-program --x"], "cannot start the trainer program \"no-such-program\"", 5),
         (&["--model", "char-lstm", "--hidden", "8"], "model = char-lstm cannot learn from these data", 5),
-        (&["--data", &table, "--peers", "2"], "every example of every peer is of class \"no\"", 5),
-        (&["--peers", "900"], "cannot be shared out", 5),
-        (&["--data", &pattern, "--partition", "dirichlet", "--min-peers", "1"], "partition = dirichlet", 2),
+        (&["--data", &healthy, "--peers", "2"], "every example of every peer is of class \"no\"", 5),
+        (&["--data", &both, "--peers", "9"], "cannot be shared out", 5),
+        (&["--data", &pattern, "--partition", "dirichlet"], "partition = dirichlet", 2),
     ];
     for (more, error, exit) in cases {
         let (code, out, err) = Program::start(dir.path(), &[&["run"], more].concat()).end();

@@ -568,7 +568,8 @@ mod tests {
             let summary = Summary { quality: line.quality, ..*summary() };
             let (_, plain) = shown(&notices, OutputArgs::default(), false);
             let (_, table) = shown(&notices, OutputArgs::default(), true);
-            let header = table.lines().next().unwrap().split_whitespace().collect::<Vec<_>>();
+            let header = strip_ansi_codes(table.lines().next().unwrap()).into_owned();
+            let header = header.split_whitespace().collect::<Vec<_>>();
             (plain, header[2..5].join(" "), summary_text(&summary), summary_json(&summary))
         };
         let (plain, header, ..) = told(Scores { val_rmse: Some(0.5), ..Scores::default() });
