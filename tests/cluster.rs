@@ -540,7 +540,10 @@ async fn founders_train_a_model_for_the_categories_and_classes_that_they_have_to
     let stranger = start_alone(&place, "d", &table("stranger.csv", of("Oslo", "yes") + &of("Oslo", "dead")));
     let ended = stranger.await.unwrap();
     let Err(PeerError::Node(NodeError::Unfit(error))) = ended else { panic!("{ended:?}") };
-    assert!(error.to_string().contains("\"dead\"") && error.to_string().contains("[\"maybe\", \"no\", \"yes\"]"), "{error}");
+    assert!(
+        error.to_string().contains("\"dead\"") && error.to_string().contains("[\"maybe\", \"no\", \"yes\"]"),
+        "{error}"
+    );
     place.request.send(true).unwrap();
     place.ends(running).await;
 }

@@ -119,6 +119,10 @@ impl Failure {
             Outcome::GaveUp(waiting) => {
                 let hint = match waiting {
                     Waiting::OtherConfiguration { .. } => "start all peers with the same settings, best from one file",
+                    Waiting::Updates { .. } => {
+                        "the warnings say why updates are missing; --min-updates says how many are needed, \
+                         --round-timeout how long a round waits for them"
+                    }
                     _ => "--wait-timeout sets how long to wait",
                 };
                 Failure::new(Exit::GaveUp, anyhow!("gave up waiting: {waiting}")).hint(hint)
@@ -230,7 +234,9 @@ impl From<TrainError> for Failure {
             TrainError::Data(DataError::OtherColumns) => "take part with the same columns as the others",
             TrainError::Data(_) => "see `Data` in `rodizio join --help`",
             TrainError::Setting(_) => return Failure::new(Exit::Usage, error),
-            TrainError::Model(_) => "choose another model with --model; for tables there are linear and mlp",
+            TrainError::Model(_) => {
+                "choose with --model: linear and mlp take tables and pictures, the others pictures, char-lstm texts"
+            }
             TrainError::OtherModel { .. } => "take part with the same model: --model and its sizes",
             TrainError::Program { .. } => "--trainer takes a program and its arguments, as a shell would read them",
             TrainError::Layout(_) | TrainError::Stopped | TrainError::Failed(_) => {

@@ -528,6 +528,8 @@ impl Peer {
         let counts_calls = matches!(envelope.body, Body::Call { .. } | Body::Join { .. } | Body::Bound { .. });
         if !counts_calls && envelope.round == self.round() && self.is_member(&envelope.sender) {
             self.open.seen_term = self.open.seen_term.max(envelope.term);
+            let leads = self.open.following.as_ref() == Some(&envelope.sender);
+            self.open.leader_made_way |= leads && envelope.term > self.promised();
         }
     }
 

@@ -19,6 +19,8 @@ pub(in crate::protocol) struct OpenRound {
     pub ballots: BTreeMap<Term, BTreeMap<PeerId, Option<(Term, Decree)>>>,
     /// The leader of the promised term, once it has proclaimed itself.
     pub following: Option<PeerId>,
+    /// That leader was heard to speak of a higher term, so that it leads no more.
+    pub leader_made_way: bool,
     /// This peer's leadership of the promised term.
     pub leading: Option<Leadership>,
     /// The proposal of the promised term, until it is accepted.
@@ -120,6 +122,7 @@ impl OpenRound {
             seen_term: Term(0),
             ballots: BTreeMap::new(),
             following: None,
+            leader_made_way: false,
             leading: None,
             proposal: None,
             evaluation: Work::Idle,

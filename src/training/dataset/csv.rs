@@ -202,6 +202,12 @@ impl Rows {
         let Some((line, text)) = self.cells(at).find(|(_, cell)| number(cell).is_none()) else {
             return Ok(Column { name, categories: None });
         };
+        let with_point = |cell: &str| number(&cell.replacen(',', ".", 1)).is_some();
+        if self.cells(at).all(|(_, cell)| with_point(cell)) {
+            let what = format!("{text:?} is no number: numbers have a point, as in {:?}", text.replacen(',', ".", 1));
+            let hint = format!("write points for commas, or list all values with --categories '{name}=A|B'");
+            return Err(ReadError::new(line.place(&name), what, hint));
+        }
         let categories: BTreeSet<&str> = self.cells(at).map(|(_, cell)| cell).collect();
         if categories.len() > CATEGORIES_MAX {
             let what = format!(
@@ -606,6 +612,10 @@ mod tests {
         assert!(
             refused("a,b\n1,x\n2,?\n", &options())
                 .starts_with("my.csv, line 3, column \"b\": the label is missing (\"?\")")
+        );
+        assert!(
+            refused("a;b\n7;x\n1,5;y\n", &options())
+                .starts_with("my.csv, line 3, column \"a\": \"1,5\" is no number: numbers have a point, as in \"1.5\"")
         );
         assert!(refused("a,a,b\n1,2,x\n", &options()).contains("two columns are called \"a\""));
         assert!(refused(b"a,b\n1,x\n\xff,y\n", &options()).starts_with("my.csv, line 3: value 1 is not UTF-8"));

@@ -103,6 +103,10 @@ impl ReadError {
             io::ErrorKind::NotFound => {
                 "--data names a file or directory of this machine; look for a mistake in the path"
             }
+            io::ErrorKind::IsADirectory => "name a file of it, or all with a pattern: --data csv:DIR/*.csv",
+            io::ErrorKind::NotADirectory => {
+                "--data csv:FILE and text:FILE take a file, images:DIR and idx:DIR a directory"
+            }
             io::ErrorKind::UnexpectedEof | io::ErrorKind::InvalidData | io::ErrorKind::InvalidInput => {
                 "the file is damaged or cut off: fetch it again"
             }
