@@ -353,6 +353,7 @@ impl Lesson {
         };
         let here = if train.table().is_some() && settings.part.is_none() { " here" } else { "" };
         let task = match train.task() {
+            Task::Classes(1) => format!("{features}, 1 class{here}"),
             Task::Classes(classes) => format!("{features}, {classes} classes{here}"),
             Task::Numbers => format!("{features}, a number to tell"),
             Task::Steps(classes) => format!("{} characters, the next of {classes} to tell", train.num_features()),

@@ -237,6 +237,7 @@ impl From<TrainError> for Failure {
             TrainError::Model(_) => {
                 "choose with --model: linear and mlp take tables and pictures, the others pictures, char-lstm texts"
             }
+            TrainError::Start { .. } => "--init takes a model of the same sizes, columns, categories and classes",
             TrainError::OtherModel { .. } => "take part with the same model: --model and its sizes",
             TrainError::Program { .. } => "--trainer takes a program and its arguments, as a shell would read them",
             TrainError::Layout(_) | TrainError::Stopped | TrainError::Failed(_) => {

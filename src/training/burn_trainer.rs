@@ -93,7 +93,8 @@ impl BurnTrainer {
             self.start = Some(given.clone());
             return Ok(());
         }
-        self.weights = fitted(given, self.weights.layout())?;
+        let fitted = arranged(given, self.weights.layout());
+        self.weights = fitted.map_err(|[here, given]| TrainError::OtherModel { here, given })?;
         Ok(())
     }
 
@@ -107,7 +108,8 @@ impl BurnTrainer {
             self.weights = self.network.initial_weights(self.config.seed);
         }
         if let Some(start) = self.start.take() {
-            self.weights = fitted(&start, self.weights.layout())?;
+            let fitted = arranged(&start, self.weights.layout());
+            self.weights = fitted.map_err(|[here, given]| TrainError::Start { here, given })?;
         }
         self.names = Names { features, classes: train.class_names().to_vec() };
         (self.train, self.held_out) = (train, held_out);
@@ -177,11 +179,6 @@ impl BurnTrainer {
     fn rng(&self, purpose: &str, round: Round) -> ChaCha8Rng {
         generator(&format!("{purpose}, seed {}, peer {}, round {round}", self.config.seed, self.peer))
     }
-}
-
-/// The weights that are given, in the order of a layout.
-fn fitted(given: &Weights, layout: &Arc<Layout>) -> Result<Weights, TrainError> {
-    arranged(given, layout).map_err(|[here, given]| TrainError::OtherModel { here, given })
 }
 
 impl Trainer for BurnTrainer {

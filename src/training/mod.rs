@@ -64,6 +64,14 @@ pub enum TrainError {
         /// What the weights have in its place.
         given: String,
     },
+    /// A model to start from that does not fit the data of all peers.
+    #[error("the model to start from (init) does not fit the data: it has {given} where {here} is needed")]
+    Start {
+        /// The first tensor that differs, as the data ask for it.
+        here: String,
+        /// What the model has in its place.
+        given: String,
+    },
     /// A setting that makes no sense.
     #[error(transparent)]
     Setting(#[from] SettingError),
