@@ -97,8 +97,14 @@ impl Cluster {
             LocalPeer::open_with(settings, examples.as_ref())
                 .map_err(|source| ClusterError::Peer { peer: name_in(settings), source })
         };
-        let peers = peer_settings(settings, run_dir).iter().map(open).collect::<Result<_, _>>()?;
-        Ok(Self { peers })
+        let states = run_dir.join(PEERS);
+        let are_new = !states.exists();
+        let opened: Result<Vec<_>, _> = peer_settings(settings, run_dir).iter().map(open).collect();
+        if opened.is_err() && are_new {
+            // Peers that never began have nothing to keep. What stays behind harms nobody.
+            let _ = std::fs::remove_dir_all(&states);
+        }
+        Ok(Self { peers: opened? })
     }
 
     /// The same with peers that train in a way of their own: `make` is given each peer's settings, which tell its part.

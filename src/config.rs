@@ -445,6 +445,10 @@ impl Layers {
             );
             return Err(self.conflict("peers", "strategy", &rule));
         }
+        if settings.source().is_pattern() && settings.partition != "iid" {
+            let rule = "each file of a pattern is one peer's, and nothing is shared out: leave partition out, or name one file";
+            return Err(self.conflict("partition", "data", rule));
+        }
         if settings.peers < settings.min_peers {
             return Err(self.conflict(
                 "peers",

@@ -15,10 +15,10 @@ use crate::journal::read_blob;
 use crate::node::{Observation, Outcome, Traffic};
 use crate::protocol::{Committed, Notice, Seconds};
 use crate::rundir::{Inputs, MODEL, NamedModel, RunDir, RunDirError, Scales};
-use crate::training::Progress;
+use crate::training::{Names, Progress};
 use crate::transfer::Codec;
 use crate::types::{Digest, Metrics, PeerId, Round, Term};
-use crate::weights::Layout;
+use crate::weights::{Layout, TensorSpec};
 
 /// What one peer tells at one time.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -126,6 +126,15 @@ pub enum Event {
     /// It is known what the inputs of all founders are like: from each number its mean is subtracted, and the rest is
     /// divided by its standard deviation. Features that are categories have 0 and 1.
     Standardised {
+        /// What each feature is called: its column, and the category where it is one.
+        #[serde(default)]
+        features: Vec<String>,
+        /// What the classes are called, if classes are to be told.
+        #[serde(default)]
+        classes: Vec<String>,
+        /// The tensors of the model: names and shapes.
+        #[serde(default)]
+        tensors: Vec<(String, Vec<usize>)>,
         /// The mean of each feature.
         mean: Vec<f64>,
         /// The standard deviation of each feature.
@@ -268,6 +277,9 @@ pub enum Event {
         val_loss: Option<f64>,
         /// Share of examples that the last model predicts right, over all peers.
         val_accuracy: Option<f64>,
+        /// What else there is for the task.
+        #[serde(flatten)]
+        scores: Scores,
         /// The last model's file in the run directory.
         model: String,
         /// The last model's blob.
@@ -426,12 +438,26 @@ impl Event {
     }
 }
 
-fn standardised(summary: &[u8]) -> Option<Event> {
-    let columns = Summary::decode(summary)?.columns;
-    let (targets, features): (Vec<Column>, Vec<Column>) =
-        columns.into_iter().partition(|column| matches!(column, Column::Target(_)));
-    let (mean, std) = features.iter().map(|column| column.scale()).unzip();
-    Some(Event::Standardised { mean, std, target: targets.first().map(|column| column.scale().into()) })
+fn standardised(summary: &[u8], layout: &Layout, names: &Names) -> Option<Event> {
+    let (mut scales, mut target) = (Vec::new(), None);
+    for column in Summary::decode(summary)?.columns {
+        match column {
+            Column::Number(moments) => scales.push(moments.scale()),
+            Column::Categories(all) => scales.extend(all.iter().map(|_| (0.0, 1.0))),
+            Column::Target(moments) => target = Some(moments.scale().into()),
+            Column::Classes(_) => {}
+        }
+    }
+    let (mean, std) = scales.into_iter().unzip();
+    let tensors = layout.tensors.iter().map(|tensor| (tensor.name.clone(), tensor.shape.clone())).collect();
+    Some(Event::Standardised {
+        features: names.features.clone(),
+        classes: names.classes.clone(),
+        tensors,
+        mean,
+        std,
+        target,
+    })
 }
 
 /// How often a peer tells how far its training is.
@@ -456,7 +482,7 @@ impl Witness {
     pub fn see(&mut self, observation: &Observation<'_>) -> Option<Entry> {
         let event = match observation {
             Observation::Notice(notice, traffic) => self.notice(notice, *traffic)?,
-            Observation::Prepared(summary) => standardised(summary)?,
+            Observation::Prepared { summary, layout, names } => standardised(summary, layout, names)?,
             Observation::Training(round, progress) => self.progress(*round, *progress)?,
             Observation::Connected(broker) => Event::Connected { broker: (*broker).to_owned() },
             Observation::Probed { broker, found, chunk_bytes: [chunk_bytes, chunk_bytes_set] } => Event::Probed {
@@ -538,6 +564,7 @@ impl Witness {
                     rounds,
                     val_loss: metrics.map(|metrics| metrics.loss),
                     val_accuracy: metrics.and_then(|metrics| metrics.known_accuracy()),
+                    scores: metrics.map(Scores::from).unwrap_or_default(),
                     model: MODEL.to_owned(),
                     digest: model,
                     bytes_sent,
@@ -631,10 +658,10 @@ impl Recorder {
         Self { run_dir, federation, layout, codec, state_dirs, inputs, held: None, saved, failed: false, tried }
     }
 
-    /// The same recorder, which writes into each model what its features and its classes are called.
+    /// The same recorder, which writes into each model what its classes are called, unless peers tell it.
     #[must_use]
-    pub fn naming(mut self, features: Vec<String>, classes: Vec<String>) -> Self {
-        (self.inputs.features, self.inputs.classes) = (features, classes);
+    pub fn naming(mut self, classes: Vec<String>) -> Self {
+        self.inputs.classes = classes;
         self
     }
 
@@ -691,8 +718,12 @@ impl Recorder {
 
     fn save_what_is_told(&mut self, entry: &Entry) -> Result<(), RunDirError> {
         match &entry.event {
-            Event::Standardised { mean, std, target } => {
-                self.inputs.scales = Some(Scales { mean: mean.clone(), std: std.clone(), target: *target });
+            Event::Standardised { features, classes, tensors, mean, std, target } => {
+                let scales = Some(Scales { mean: mean.clone(), std: std.clone(), target: *target });
+                self.inputs = Inputs { features: features.clone(), classes: classes.clone(), scales };
+                let tensor =
+                    |(name, shape): &(String, Vec<usize>)| TensorSpec { name: name.clone(), shape: shape.clone() };
+                self.layout = Arc::new(Layout { tensors: tensors.iter().map(tensor).collect() });
                 Ok(())
             }
             Event::ModelHeld { round, digest } if self.held.as_ref().is_none_or(|(held, ..)| held < round) => {
@@ -830,7 +861,14 @@ mod tests {
             Event::Waiting { what: None },
             Event::BadMessage { who: None, why: "a \"quoted\"\nline".into() },
             Event::Founded { roster: vec![peer("a")] },
-            Event::Standardised { mean: vec![0.1, -3.0], std: vec![1.0, 1e-9], target: Some([0.0, 2.0]) },
+            Event::Standardised {
+                features: vec!["age".into(), "town=Lund".into()],
+                classes: vec!["no".into(), "yes".into()],
+                tensors: vec![("fc1.weight".into(), vec![4, 2])],
+                mean: vec![0.1, -3.0],
+                std: vec![1.0, 1e-9],
+                target: Some([0.0, 2.0]),
+            },
             Event::Interrupted,
         ];
         for event in events {

@@ -56,8 +56,10 @@
 //!   sums of squared differences), the candidate merges them in `PeerId` order ([`aggregation::statistics`]), and every
 //!   decree carries the result, so that Paxos makes it one and newcomers get it with the head. The constants are no part of
 //!   the layout: a codec would round them each round. They stand beside the model's tensors in exported files.
-//! - **Categories and classes are part of the settings that peers compare**, and not merged in the genesis: they decide the
-//!   layout of the model, which peers compare before it. A peer that lacks some lists them (`categories`).
+//! - **The layout of a model for tables is known only after the genesis**: the summaries also count categories and classes,
+//!   and those of all founders decide how many inputs and outputs it has. Until then hellos name no layout; the trainer makes
+//!   its module when it is prepared ([`protocol::Action::Prepare`]), and [`protocol::Event::Prepared`] tells the layout
+//!   before anything else happens. The classes of pictures and the characters of texts are compared as settings are.
 //! - **What a strategy remembers stands in the model's blob** ([`aggregation::Section`]) and is computed by the leader alone, not
 //!   by every peer from a committed aggregate: one mechanism decides, pulls, verifies, keeps and serves it, members need not
 //!   compute, and a newcomer needs it anyway. It costs one or two models more in a broadcast.

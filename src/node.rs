@@ -25,10 +25,11 @@ use crate::protocol::{
     Action, Config, Difference, Done, Durable, Event, Identity, Job, Notice, Peer, Reason, Roaming, Topic, Topics,
     Waiting,
 };
-use crate::training::{Progress, Trainer};
+use crate::training::{Names, Progress, TrainError, Trainer};
 use crate::transfer::{Codecs, Manifest};
 use crate::transport::{Class, Found, Outgoing, Transport, TransportEvent, Will};
 use crate::types::{Address, Digest, Metrics, PeerId, Round, Term};
+use crate::weights::Layout;
 
 /// The cores of this machine, which training and evaluation of all nodes in this process take in turns: a hundred peers
 /// that train at once would need a hundred times the memory and keep every message waiting.
@@ -109,8 +110,15 @@ impl Meeting {
 pub enum Observation<'a> {
     /// Something of the protocol, with the bytes that passed since the last commit.
     Notice(&'a Notice, Traffic),
-    /// It is known what all founders' inputs are like: the encoded summary by which the trainer was prepared.
-    Prepared(&'a [u8]),
+    /// It is known what all founders' inputs are like, and the trainer is prepared.
+    Prepared {
+        /// The encoded summary of all inputs.
+        summary: &'a [u8],
+        /// Names and shapes of the model.
+        layout: &'a Layout,
+        /// What its inputs and outputs are called.
+        names: Names,
+    },
     /// Local training goes on.
     Training(Round, Progress),
     /// A broker was tried. Told once for what was found at its address.
@@ -188,6 +196,9 @@ pub enum NodeError {
     /// The state directory failed.
     #[error(transparent)]
     Journal(#[from] JournalError),
+    /// The peer's examples do not fit the federation's.
+    #[error(transparent)]
+    Unfit(#[from] TrainError),
     /// A thread of this node panicked: a bug.
     #[error("a job ended without a result")]
     LostJob,
@@ -214,6 +225,8 @@ struct Driver<'a, T> {
     running: JoinSet<()>,
     /// What is still to be done, in its order.
     todo: VecDeque<Action>,
+    /// The model's layout, as long as the peer is not told that it is known.
+    prepared: Option<Arc<Layout>>,
     /// Why the first of that, or a job, cannot be written.
     obstacle: Option<&'static str>,
     /// How many jobs wait for room on the disk.
@@ -265,7 +278,8 @@ pub fn last_will(peer: &PeerId, topics: &Topics) -> Will {
 impl<T: Transport> Node<T> {
     /// Takes part until the federation finishes, `shutdown` ends or nothing more can be done.
     ///
-    /// On every way out but an error the peer says goodbye, so that the others need not wait for its silence.
+    /// On every way out but a failure of this machine the peer says goodbye, so that the others need not wait for its
+    /// silence.
     pub async fn run(
         self,
         shutdown: impl Future<Output = ()>,
@@ -309,6 +323,7 @@ impl<T: Transport> Node<T> {
             jobs,
             running,
             todo: VecDeque::new(),
+            prepared: None,
             obstacle: None,
             blocked: Arc::default(),
             retries: Vec::new(),
@@ -324,11 +339,14 @@ impl<T: Transport> Node<T> {
             stopping: false,
             observe,
         };
-        let outcome = driver.drive(&mut peer, &mut ended, shutdown, self.wait_timeout).await?;
+        let outcome = match driver.drive(&mut peer, &mut ended, shutdown, self.wait_timeout).await {
+            Err(error) if !matches!(error, NodeError::Unfit(_)) => return Err(error),
+            outcome => outcome,
+        };
         // Jobs that wait for room hear no word any more, and give up.
         drop(ended);
         driver.leave(&peer).await;
-        Ok(outcome)
+        outcome
     }
 }
 
@@ -356,7 +374,8 @@ impl<T: Transport> Driver<'_, T> {
         let mut left = VecDeque::new();
         loop {
             let give_up = self.waiting_since().zip(wait_timeout).map(|(since, timeout)| since + timeout);
-            let event = match left.pop_front() {
+            let prepared = self.prepared.take().map(Event::Prepared);
+            let event = match prepared.or_else(|| left.pop_front()) {
                 Some(event) => Some(event),
                 None => tokio::select! {
                     () = &mut shutdown => return Ok(Outcome::Interrupted),
@@ -548,11 +567,7 @@ impl<T: Transport> Driver<'_, T> {
                 self.intakes.take(intake, &self.workshop, &host, &mut self.running);
             }
             Action::Start(job) => self.start(job),
-            Action::Prepare(summary) => {
-                // No job runs yet, and a job that panicked ends the node.
-                self.trainer.lock().unwrap_or_else(PoisonError::into_inner).prepare(&summary);
-                (self.observe)(Observation::Prepared(&summary));
-            }
+            Action::Prepare(summary) => self.prepare(&summary)?,
             Action::CancelTraining(round) => {
                 self.cancelled.fetch_max(round.0, Ordering::Relaxed);
             }
@@ -565,6 +580,18 @@ impl<T: Transport> Driver<'_, T> {
             Action::Notify(notice) => self.notify(notice),
             Action::Stop => self.stopping = true,
         }
+        Ok(())
+    }
+
+    fn prepare(&mut self, summary: &[u8]) -> Result<(), NodeError> {
+        // No job runs yet, and a job that panicked ends the node.
+        let mut trainer = self.trainer.lock().unwrap_or_else(PoisonError::into_inner);
+        trainer.prepare(summary)?;
+        let (layout, names) = (trainer.layout(), trainer.names());
+        drop(trainer);
+        (self.observe)(Observation::Prepared { summary, layout: &layout, names });
+        self.workshop = Arc::new(Workshop { layout: layout.clone(), ..Workshop::clone(&self.workshop) });
+        self.prepared = Some(layout);
         Ok(())
     }
 

@@ -14,7 +14,7 @@ use crate::events::{Entry, Event, Witness};
 use crate::journal::{Journal, JournalError};
 use crate::node::{self, Hosted, Meeting, Node, NodeError, Outcome, Storage};
 use crate::protocol::{Durable, Topics};
-use crate::training::export::from_safetensors;
+use crate::training::export::{self, from_safetensors};
 use crate::training::external::{ExternalConfig, ExternalTrainer};
 use crate::training::{
     BurnTrainer, DataError, Dataset, Examples, Partition, PartitionError, ReadError, Source, Task, Train, TrainError,
@@ -66,8 +66,6 @@ pub struct Lesson {
     pub class_names: Vec<String>,
     /// How many examples of each label there are to train on; empty where examples have no class of their own.
     pub histogram: Vec<usize>,
-    /// What the features are called, if the data are a table.
-    pub feature_names: Vec<String>,
     /// What the peers must agree on, by key, as text.
     pub entries: BTreeMap<String, String>,
 }
@@ -242,7 +240,7 @@ impl LocalPeer {
         &self.state_dir
     }
 
-    /// Names and shapes of its model.
+    /// Names and shapes of its model, as far as they are known before it has met the others.
     pub fn layout(&self) -> Arc<Layout> {
         self.trainer.layout()
     }
@@ -348,11 +346,17 @@ impl LocalPeer {
 
 impl Lesson {
     fn of(settings: &Settings, train: &Dataset, held_out: &Dataset) -> Self {
-        let features = train.num_features();
+        // How many features and classes a table makes is known only with those of all peers.
+        let features = match (train.table(), settings.part) {
+            (Some(table), None) => format!("{} columns", table.columns.len()),
+            _ => format!("{} features", train.num_features()),
+        };
+        let here = if train.table().is_some() && settings.part.is_none() { " here" } else { "" };
         let task = match train.task() {
-            Task::Classes(classes) => format!("{features} features, {classes} classes"),
-            Task::Numbers => format!("{features} features, a number to tell"),
-            Task::Steps(classes) => format!("{features} characters, the next of {classes} to tell"),
+            Task::Classes(1) => format!("{features}, 1 class{here}"),
+            Task::Classes(classes) => format!("{features}, {classes} classes{here}"),
+            Task::Numbers => format!("{features}, a number to tell"),
+            Task::Steps(classes) => format!("{} characters, the next of {classes} to tell", train.num_features()),
         };
         let all: Vec<usize> = (0..train.labels().len()).collect();
         Self {
@@ -361,7 +365,6 @@ impl Lesson {
             num_held_out: Some(held_out.len()),
             class_names: train.class_names().to_vec(),
             histogram: if all.is_empty() { all } else { histogram(train.labels(), &all, train.num_classes()) },
-            feature_names: train.table().map(|table| table.feature_names()).unwrap_or_default(),
             entries: train.shared_entries(),
         }
     }
@@ -397,6 +400,11 @@ fn own_data(settings: &Settings, examples: &Examples) -> Result<(Dataset, Datase
             return Err(PeerError::Pattern { pattern: settings.source(), files: sets.len(), part });
         }
     };
+    // Of data that a run shares out, all classes are known. Other peers may have more than this one.
+    if let (Some(_), Some(table), Task::Classes(1)) = (settings.part, train.table(), train.task()) {
+        let (column, class) = (table.label.clone(), train.class_names().concat());
+        return Err(DataError::OneClass { column, class }.into());
+    }
     let Some(held_out) = &examples.held_out else { return Ok(train.split(settings.val_fraction, settings.seed)?) };
     // Of what is held out for all, each measures with a part: the mean over all peers is that of the whole.
     let held_out = match settings.part.filter(|part| part.of <= held_out.len()) {
@@ -417,7 +425,7 @@ fn start_from(trainer: &mut BurnTrainer, path: &Path) -> Result<Digest, PeerErro
     let bytes = std::fs::read(path).map_err(|error| failed(error.to_string()))?;
     let (given, _) = from_safetensors(&bytes).map_err(|error| failed(error.to_string()))?;
     trainer.start_from(&given).map_err(|error| failed(error.to_string()))?;
-    Ok(Digest::of(bytemuck::cast_slice(trainer.weights().values())))
+    Ok(export::digest(&given))
 }
 
 #[cfg(test)]

@@ -306,16 +306,72 @@ fn python_with_numpy() -> Option<String> {
     ["python3", "/usr/bin/python3"].into_iter().find_map(path)
 }
 
+/// The command of the trainer that is shipped as an example, if it can be run here.
+fn numpy_trainer() -> Option<String> {
+    let here = env!("CARGO_MANIFEST_DIR");
+    let python = python_with_numpy();
+    if python.is_none() {
+        eprintln!("skipped: there is no python3 with numpy");
+    }
+    Some(format!("{} '{here}/configs/trainer_numpy.py' '{here}/src/training/data/digits.csv.gz'", python?))
+}
+
 #[test]
 fn a_program_in_python_is_the_trainer_of_every_peer() {
-    let Some(python) = python_with_numpy() else { return eprintln!("skipped: there is no python3 with numpy") };
-    let (dir, here) = (tempfile::tempdir().unwrap(), env!("CARGO_MANIFEST_DIR"));
-    let command = format!("{python} '{here}/configs/trainer_numpy.py' '{here}/src/training/data/digits.csv.gz'");
-    let args = ["run", "--peers", "3", "--rounds", "4", "--json", "--run-dir", "run", "--trainer", &command];
-    let (code, out, err) = Program::start(dir.path(), &args).end();
-    assert_eq!(code, Some(0), "{err}");
-    assert!(err.contains("configs/trainer_numpy.py") && err.contains("650 parameters"), "{err}");
-    assert!(result(&out)["val_accuracy"].as_f64().is_some_and(|accuracy| accuracy > 0.85), "{out}");
+    let Some(command) = numpy_trainer() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let run = |more: &[&str]| {
+        let args =
+            ["run", "--peers", "3", "--rounds", "4", "--json", "--trainer", &command, "--election-timeout", "20s"];
+        let (code, out, err) = Program::start(dir.path(), &[&args, more].concat()).end();
+        assert_eq!(code, Some(0), "{err}");
+        assert!(err.contains("configs/trainer_numpy.py") && err.contains("650 parameters"), "{err}");
+        let result = result(&out);
+        assert!(result["val_accuracy"].as_f64().is_some_and(|accuracy| accuracy > 0.85), "{out}");
+        result["digest"].clone()
+    };
+    assert_eq!(run(&["--run-dir", "tasks"]), run(&["--run-dir", "processes", "--processes"]));
+}
+
+#[test]
+fn peers_that_join_train_by_programs_of_their_own() {
+    let Some(command) = numpy_trainer() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let (_broker, addr) = broker(dir.path());
+    let join = |part: &str| {
+        let args = ["join", "--broker", &addr, "--min-peers", "2", "--rounds", "2", "--part", part, "--json"];
+        Program::start(dir.path(), &[&args[..], &["--trainer", &command, "--election-timeout", "20s"]].concat())
+    };
+    let running = ["1/2", "2/2"].map(join);
+    let digests = running.map(|program| {
+        let (code, out, err) = program.end();
+        assert_eq!(code, Some(0), "{err}");
+        result(&out)["digest"].clone()
+    });
+    assert_eq!(digests[0], digests[1]);
+}
+
+#[test]
+fn a_trainer_that_does_not_start_and_data_that_do_not_fit_are_told_with_a_hint() {
+    let dir = tempfile::tempdir().unwrap();
+    let healthy = format!("csv:{}", write(dir.path(), "healthy.csv", "age,sick\n30,no\n40,no\n50,no\n60,no\n"));
+    let both = format!("csv:{}", write(dir.path(), "both.csv", "age,sick\n30,no\n40,yes\n50,no\n60,yes\n"));
+    let pattern = format!("csv:{}/*.csv", dir.path().display());
+    let cases: [(&[&str], &str, i32); 5] = [
+        (&["--trainer", "no-such-program --x"], "cannot start the trainer program \"no-such-program\"", 5),
+        (&["--model", "char-lstm", "--hidden", "8"], "model = char-lstm cannot learn from these data", 5),
+        (&["--data", &healthy, "--peers", "2"], "every example of every peer is of class \"no\"", 5),
+        (&["--data", &both, "--peers", "9"], "cannot be shared out", 5),
+        (&["--data", &pattern, "--partition", "dirichlet"], "partition = dirichlet", 2),
+    ];
+    for (more, error, exit) in cases {
+        let (code, out, err) = Program::start(dir.path(), &[&["run"], more].concat()).end();
+        let lines: Vec<_> = err.lines().collect();
+        assert_eq!((code, out.as_str()), (Some(exit), ""), "{more:?}: {err}");
+        assert!(matches!(&lines[..], [first, hint] if first.contains(error) && hint.starts_with("hint: ")), "{err}");
+    }
+    let left: Vec<_> = std::fs::read_dir(dir.path().join("runs")).into_iter().flatten().collect();
+    assert!(left.is_empty(), "a run that did not begin leaves nothing: {left:?}");
 }
 
 #[test]

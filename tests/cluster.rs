@@ -7,6 +7,7 @@ mod common {
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::{Deref, DerefMut};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use common::peers::{Peers, Running, commit, peer};
@@ -15,11 +16,13 @@ use rodizio::cluster::{self, Cluster, Stop, reachable_at, start_broker};
 use rodizio::config::{Layers, Part, Settings};
 use rodizio::events::{Entry, Event, Recorder, RoundCommitted};
 use rodizio::journal::Journal;
-use rodizio::node::Outcome;
-use rodizio::peer::LocalPeer;
+use rodizio::node::{NodeError, Outcome};
+use rodizio::peer::{LocalPeer, PeerError};
 use rodizio::protocol::{Durable, Reason};
 use rodizio::rundir::{BEST, EVENTS, MODEL, RunDir};
-use rodizio::types::{Digest, PeerId, Round};
+use rodizio::training::{OnProgress, TrainError, Trainer};
+use rodizio::types::{Digest, Metrics, PeerId, Round};
+use rodizio::weights::{Layout, TensorSpec, Weights};
 use safetensors::SafeTensors;
 use tokio::sync::mpsc::unbounded_channel;
 use tokio::time::timeout;
@@ -248,6 +251,67 @@ async fn a_leader_that_dies_in_its_round_costs_nothing_but_time() {
     assert!(second.contributors.len() >= 2, "{:?}", second.contributors);
 }
 
+/// Learns nothing, and fails as often as is left.
+struct Failing {
+    weights: Weights,
+    left: u32,
+}
+
+impl Failing {
+    fn new(left: u32) -> Self {
+        let layout = Layout { tensors: vec![TensorSpec { name: "w".into(), shape: vec![4] }] };
+        Self { weights: Weights::zeros(Arc::new(layout)), left }
+    }
+}
+
+impl Trainer for Failing {
+    fn num_examples(&self) -> u64 {
+        1
+    }
+
+    fn weights(&self) -> Weights {
+        self.weights.clone()
+    }
+
+    fn set_weights(&mut self, weights: &Weights) -> Result<(), TrainError> {
+        self.weights = weights.clone();
+        Ok(())
+    }
+
+    fn train(&mut self, _: Round, _: &mut OnProgress<'_>) -> Result<Metrics, TrainError> {
+        match self.left.checked_sub(1) {
+            Some(left) => {
+                self.left = left;
+                Err(TrainError::Failed("out of memory".into()))
+            }
+            None => self.evaluate(),
+        }
+    }
+
+    fn evaluate(&mut self) -> Result<Metrics, TrainError> {
+        Ok(Metrics { num_examples: 1, loss: 1.0, ..Metrics::default() })
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_round_in_which_all_trainers_fail_is_tried_again_long_before_its_time_is_over() {
+    let mut place = Place::new().await;
+    // Longer than this test may last.
+    let round_timeout = LIMIT * 10;
+    let settings = Settings { election_timeout: Duration::from_secs(2), round_timeout, ..place.settings(3, 2) };
+    let start = |name: &str| {
+        let settings =
+            Settings { peer: Some(peer(name)), state_dir: Some(place.dir.path().join(name)), ..settings.clone() };
+        let peer = LocalPeer::of_trainer(&settings, Box::new(Failing::new(1))).unwrap();
+        cluster::spawn(peer, &place.stop, &place.sender)
+    };
+    let running = ["a", "b", "c"].map(start);
+    let outcomes = place.ends(running.into()).await;
+    assert!(outcomes.iter().all(|outcome| matches!(outcome, Outcome::Finished { .. })), "{outcomes:?}");
+    let gave_up = |event: &Event| matches!(event, Event::Failed { what, .. } if what == "gathering");
+    assert!(place.heard.iter().any(|entry| gave_up(&entry.event)), "{}", place.told());
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_peer_with_another_configuration_is_refused_with_the_key() {
     let mut place = Place::new().await;
@@ -429,13 +493,57 @@ async fn tables_that_nobody_shares_are_standardised_as_if_they_were_one() {
     let contributes = |entry: &Entry| commit(entry).filter(|commit| commit.contributors.contains(&peer("c"))).cloned();
     place.until("an update of c", contributes).await;
 
-    // Who knows of another town is told so.
-    let (stranger, _) = with_table(&place, &base, "stranger.csv", 50.0, ["Lund", "Rome"]);
+    // Who has no towns but numbers is told so.
+    let (stranger, _) = with_table(&place, &base, "stranger.csv", 50.0, ["1", "2"]);
+    let stranger = Settings { val_data: None, ..stranger };
     let stranger = start_alone(&place, "d", &stranger);
     let outcomes = place.ends(vec![stranger]).await;
     let Outcome::Refused { difference, .. } = &outcomes[0] else { panic!("{outcomes:?}") };
     let said = (difference.key.as_str(), difference.theirs.as_str(), difference.mine.as_str());
-    assert_eq!(said, ("column town", "Lund|Oslo", "Lund|Oslo|Rome"));
+    assert_eq!(said, ("column town", "categories", "numbers"));
+    place.request.send(true).unwrap();
+    place.ends(running).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn founders_train_a_model_for_the_categories_and_classes_that_they_have_together() {
+    let mut place = Place::new().await;
+    let base = Settings { hidden: vec![4], min_updates: 1, ..place.settings(2, ENDLESS) };
+    let dir = place.dir.path().to_owned();
+    let table = |name: &str, lines: String| {
+        std::fs::write(dir.join(name), format!("age,town,sick\n{lines}")).unwrap();
+        let data = format!("csv:{}", dir.join(name).display());
+        Settings { data, part: None, val_fraction: 0.2, ..base.clone() }
+    };
+    let of = |town: &str, sick: &str| (0..40).map(|age| format!("{age},{town},{sick}\n")).collect::<String>();
+    // One has a single class, and the other lacks it.
+    let healthy = table("healthy.csv", of("Oslo", "no"));
+    let ill = table("ill.csv", of("Bath", "yes") + &of("?", "maybe"));
+    let mut running = vec![start_alone(&place, "a", &healthy), start_alone(&place, "b", &ill)];
+    let told = |entry: &Entry| match &entry.event {
+        Event::Standardised { features, classes, tensors, .. } if entry.peer.as_str() == "a" => {
+            Some((features.clone(), classes.clone(), tensors[0].clone()))
+        }
+        _ => None,
+    };
+    let (features, classes, first) = place.until("what all have", told).await;
+    assert_eq!((features.join(" "), classes.join(" ")), ("age town=Bath town=Oslo".into(), "maybe no yes".into()));
+    assert_eq!(first, ("fc1.weight".to_owned(), vec![4, 3]));
+    place.until_committed(2).await;
+
+    // Who comes later has a town that nobody knows, which counts as none.
+    running.push(start_alone(&place, "c", &table("late.csv", of("Rome", "yes"))));
+    let contributes = |entry: &Entry| commit(entry).filter(|commit| commit.contributors.contains(&peer("c"))).cloned();
+    place.until("an update of c", contributes).await;
+
+    // A class that nobody knows cannot be told by this model.
+    let stranger = start_alone(&place, "d", &table("stranger.csv", of("Oslo", "yes") + &of("Oslo", "dead")));
+    let ended = stranger.await.unwrap();
+    let Err(PeerError::Node(NodeError::Unfit(error))) = ended else { panic!("{ended:?}") };
+    assert!(
+        error.to_string().contains("\"dead\"") && error.to_string().contains("[\"maybe\", \"no\", \"yes\"]"),
+        "{error}"
+    );
     place.request.send(true).unwrap();
     place.ends(running).await;
 }

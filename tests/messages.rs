@@ -107,8 +107,16 @@ fn hello() -> impl Strategy<Value = Hello> {
         prop_oneof![Just(Config::default().entries()), prop::collection::btree_map("[a-z]{1,8}", "[ -~]{0,20}", 0..4),];
     let head = prop::option::of((round(), digest()));
     let own = (any::<[u32; 2]>(), prop::option::of(address()));
-    (entries, Just(layout().digest()), any::<u64>(), head, prop::option::of(digest()), any::<bool>(), own).prop_map(
-        |(entries, layout, num_examples, head, genesis, done, ([number, lag_ms], broker))| Hello {
+    (
+        entries,
+        prop::option::of(Just(layout().digest())),
+        any::<u64>(),
+        head,
+        prop::option::of(digest()),
+        any::<bool>(),
+        own,
+    )
+        .prop_map(|(entries, layout, num_examples, head, genesis, done, ([number, lag_ms], broker))| Hello {
             entries,
             layout,
             num_examples,
@@ -118,8 +126,7 @@ fn hello() -> impl Strategy<Value = Hello> {
             number,
             lag_ms,
             broker,
-        },
-    )
+        })
 }
 
 fn chunks() -> impl Strategy<Value = ChunkSet> {
@@ -261,7 +268,7 @@ proptest! {
 
 fn hello_with_broker(broker: &str) -> Bytes {
     let broker = Some(Address::new(broker).unwrap());
-    let (entries, layout) = (BTreeMap::new(), layout().digest());
+    let (entries, layout) = (BTreeMap::new(), Some(layout().digest()));
     let (num_examples, head, genesis, done, number, lag_ms) = (1, None, None, false, 0, 0);
     let hello = Hello { entries, layout, num_examples, head, genesis, done, number, lag_ms, broker };
     let (sender, signature) = (PeerId::new("a").unwrap(), vec![]);
@@ -279,7 +286,7 @@ fn a_length_that_no_message_has_allocates_nothing() {
         term: Term(0),
         body: Body::Hello(Hello {
             entries: BTreeMap::new(),
-            layout: Digest::of(b""),
+            layout: Some(Digest::of(b"")),
             num_examples: 0,
             head: None,
             genesis: None,

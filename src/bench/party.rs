@@ -169,7 +169,7 @@ impl Party<'_> {
     async fn enter(&mut self) -> Result<(), Failure> {
         let hello = Hello {
             entries: BTreeMap::new(),
-            layout: self.workshop.layout.digest(),
+            layout: Some(self.workshop.layout.digest()),
             num_examples: 1,
             head: None,
             genesis: None,

@@ -15,9 +15,9 @@ use crate::events::WITHOUT_MODEL;
 use crate::journal::JournalError;
 use crate::node::{NodeError, Outcome};
 use crate::peer::PeerError;
-use crate::protocol::{Difference, Waiting};
+use crate::protocol::{Difference, UNKNOWN, Waiting};
 use crate::rundir::RunDirError;
-use crate::training::{COLUMN, LABEL, PartitionError, ReadError};
+use crate::training::{COLUMN, DataError, PartitionError, ReadError, TrainError};
 use crate::transport::mqtt::TransportError;
 use crate::types::PeerId;
 
@@ -101,7 +101,12 @@ impl Failure {
                 let error =
                     anyhow!("the federation has {key} = {theirs}, this peer has {key} = {mine} (told by {peer})");
                 let hint = match Key::find(key) {
-                    None if categories_of(difference).is_some() => categories_of(difference).unwrap_or_default(),
+                    None if classes_of(difference).is_some() => classes_of(difference).unwrap_or_default(),
+                    None if key.starts_with(COLUMN) && theirs != UNKNOWN && mine != UNKNOWN => {
+                        "a column has numbers or categories at all peers alike: correct the values, or say so with --task or \
+                         --categories"
+                            .into()
+                    }
                     None if ["columns", "example shape"].contains(&key.as_str()) || key.starts_with(COLUMN) => {
                         "the data of all peers need the same columns or shape: see `Data` in `rodizio join --help`"
                             .into()
@@ -114,6 +119,10 @@ impl Failure {
             Outcome::GaveUp(waiting) => {
                 let hint = match waiting {
                     Waiting::OtherConfiguration { .. } => "start all peers with the same settings, best from one file",
+                    Waiting::Updates { .. } => {
+                        "the warnings say why updates are missing; --min-updates says how many are needed, \
+                         --round-timeout how long a round waits for them"
+                    }
                     _ => "--wait-timeout sets how long to wait",
                 };
                 Failure::new(Exit::GaveUp, anyhow!("gave up waiting: {waiting}")).hint(hint)
@@ -144,18 +153,16 @@ impl Failure {
     }
 }
 
-/// How peers agree on the values of a column, if that is what differs.
-fn categories_of(difference: &Difference) -> Option<String> {
+/// How peers with other classes of pictures agree on them, if that is what differs.
+fn classes_of(difference: &Difference) -> Option<String> {
     let Difference { key, theirs, mine } = difference;
-    let column = if key == "classes" { "class" } else { key.strip_prefix(COLUMN)? };
     let listed = |text: &str| -> Option<Vec<String>> {
-        let text = text.strip_prefix(LABEL).unwrap_or(text);
-        text.contains('|').then(|| text.split('|').map(str::to_owned).collect())
+        (key == "classes" && text.contains('|')).then(|| text.split('|').map(str::to_owned).collect())
     };
     let mut all = listed(theirs)?;
     let own = listed(mine)?;
     all.extend(own.into_iter().filter(|value| !listed(theirs).unwrap_or_default().contains(value)));
-    Some(format!("start all peers with the same list, like --categories '{column}={}'", all.join("|")))
+    Some(format!("start all peers with the same list, like --categories 'class={}'", all.join("|")))
 }
 
 impl From<ConfigError> for Failure {
@@ -184,6 +191,7 @@ impl From<PeerError> for Failure {
         match error {
             PeerError::Journal(error) => error.into(),
             PeerError::Node(NodeError::Journal(error)) => error.into(),
+            PeerError::Node(NodeError::Unfit(error)) => error.into(),
             PeerError::Node(_) | PeerError::LostTask => Failure::new(Exit::Internal, error),
             PeerError::State(_) => Failure::new(Exit::BadData, error)
                 .hint("use the version of rodizio that wrote it, or join as a new peer with an empty --state-dir"),
@@ -206,8 +214,37 @@ impl From<PeerError> for Failure {
             PeerError::Read(error) => error.into(),
             PeerError::Pattern { files, .. } => Failure::new(Exit::Usage, error)
                 .hint(format!("name one file with --data, or one of the {files} with --part I/{files}")),
-            PeerError::Data(_) | PeerError::Train(_) | PeerError::Init { .. } => Failure::new(Exit::BadData, error),
+            PeerError::Data(error) => TrainError::Data(error).into(),
+            PeerError::Train(error) => error.into(),
+            PeerError::Init { .. } => Failure::new(Exit::BadData, error)
+                .hint("--init takes a model that this program exported, of the same model, sizes and data"),
         }
+    }
+}
+
+impl From<TrainError> for Failure {
+    fn from(error: TrainError) -> Self {
+        let hint = match &error {
+            TrainError::Data(DataError::UnknownClass { .. }) => {
+                "leave such examples out, or found a federation with all classes under another --federation"
+            }
+            TrainError::Data(DataError::OneClass { .. }) => {
+                "two classes are needed: choose the label's column with --label"
+            }
+            TrainError::Data(DataError::OtherColumns) => "take part with the same columns as the others",
+            TrainError::Data(_) => "see `Data` in `rodizio join --help`",
+            TrainError::Setting(_) => return Failure::new(Exit::Usage, error),
+            TrainError::Model(_) => {
+                "choose with --model: linear and mlp take tables and pictures, the others pictures, char-lstm texts"
+            }
+            TrainError::Start { .. } => "--init takes a model of the same sizes, columns, categories and classes",
+            TrainError::OtherModel { .. } => "take part with the same model: --model and its sizes",
+            TrainError::Program { .. } => "--trainer takes a program and its arguments, as a shell would read them",
+            TrainError::Layout(_) | TrainError::Stopped | TrainError::Failed(_) => {
+                return Failure::new(Exit::BadData, error);
+            }
+        };
+        Failure::new(Exit::BadData, error).hint(hint)
     }
 }
 
@@ -273,16 +310,15 @@ mod tests {
     use crate::cli::tests::Captured;
 
     #[test]
-    fn peers_whose_categories_differ_are_told_the_list_of_all() {
+    fn peers_whose_data_differ_are_told_what_to_do() {
         let refused = |key: &str, theirs: &str, mine: &str| {
             let difference = Difference { key: key.into(), theirs: theirs.into(), mine: mine.into() };
             let peer = PeerId::new("a").unwrap();
             Failure::of_outcome(&Outcome::Refused { peer, difference }).unwrap().hint.unwrap()
         };
-        let hint = refused("column town", "Lund|Oslo", "Oslo|Rome");
-        assert_eq!(hint, "start all peers with the same list, like --categories 'town=Lund|Oslo|Rome'");
-        assert!(refused("column sick", "label: no|yes", "label: maybe|no").ends_with("'sick=no|yes|maybe'"));
-        assert!(refused("classes", "cat|dog", "cat|fox").ends_with("'class=cat|dog|fox'"));
+        let hint = refused("classes", "cat|dog", "cat|fox");
+        assert_eq!(hint, "start all peers with the same list, like --categories 'class=cat|dog|fox'");
+        assert!(refused("column town", "categories", "numbers").contains("correct the values"));
         assert!(refused("column age", "numbers", "unknown").contains("same columns"));
     }
 

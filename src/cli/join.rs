@@ -104,7 +104,7 @@ async fn take_part(
     let mut narrator = Narrator::new(names, settings.rounds, Duration::ZERO, started);
     recall(&run_dir, &mut narrator)?;
     let recorder = Recorder::new(run_dir, &settings.federation, peer.layout(), settings.codecs().model, state_dirs)
-        .naming(peer.lesson().feature_names.clone(), peer.lesson().class_names.clone());
+        .naming(peer.lesson().class_names.clone());
     let mut audience = Audience { recorder, narrator, output };
     let (sender, mut entries) = unbounded_channel();
     let task = cluster::spawn(peer, &stop, &sender);

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use crate::cli::output::{Notice, RoundLine, Summary};
+use crate::cli::output::{Notice, Quality, RoundLine, Summary};
 use crate::config::Value;
 use crate::events::{Entry, Event, RoundCommitted};
 use crate::rundir::MODEL;
@@ -48,16 +48,15 @@ pub struct Narrator {
 struct Pending {
     /// What each peer told of its commit.
     commits: BTreeMap<PeerId, RoundCommitted>,
-    /// Validation loss, and accuracy where there is one.
-    metrics: Option<(f64, Option<f64>)>,
+    /// How good its model is.
+    quality: Option<Quality>,
 }
 
 #[derive(Debug)]
 struct Finished {
     reason: String,
     rounds: Round,
-    loss: Option<f64>,
-    accuracy: Option<f64>,
+    quality: Quality,
     digest: Digest,
 }
 
@@ -111,7 +110,8 @@ impl Narrator {
             Event::RoundCommitted(committed) => self.committed(peer, committed),
             Event::Evaluated { round, val_loss, val_accuracy, scores, .. } => {
                 // Where numbers are told there is no accuracy.
-                self.evaluated(*round, (*val_loss, Some(*val_accuracy).filter(|_| scores.val_rmse.is_none())))
+                let accuracy = Some(*val_accuracy).filter(|_| scores.val_rmse.is_none());
+                self.evaluated(*round, Quality { accuracy, loss: Some(*val_loss), scores: *scores })
             }
             Event::Finished { .. } => self.finish(&entry.event),
             Event::Waiting { what } => {
@@ -153,12 +153,11 @@ impl Narrator {
 
     /// The result, if the federation has finished.
     pub fn summary(&self, run_dir: &Path) -> Option<Summary> {
-        let Finished { reason, rounds, loss, accuracy, digest } = self.finished.as_ref()?;
+        let Finished { reason, rounds, quality, digest } = self.finished.as_ref()?;
         Some(Summary {
             reason: reason.clone(),
             rounds: rounds.0,
-            accuracy: *accuracy,
-            loss: *loss,
+            quality: *quality,
             digest: *digest,
             model: run_dir.join(MODEL),
             leaders: (1..=rounds.0).map(|round| self.leaders.get(&Round(round)).cloned()).collect(),
@@ -214,9 +213,9 @@ impl Narrator {
         self.tell_what_is_complete()
     }
 
-    fn evaluated(&mut self, round: Round, metrics: (f64, Option<f64>)) -> Vec<Notice> {
+    fn evaluated(&mut self, round: Round, quality: Quality) -> Vec<Notice> {
         let Some(pending) = self.pending.get_mut(&round) else { return Vec::new() };
-        pending.metrics = Some(metrics);
+        pending.quality = Some(quality);
         // Who has not told of an earlier round by now will hardly do so.
         let earlier: Vec<Round> = self.pending.range(..round).map(|(round, _)| *round).collect();
         let mut notices: Vec<_> = earlier.into_iter().filter_map(|round| self.tell_round(round)).collect();
@@ -229,7 +228,7 @@ impl Narrator {
         let is_complete = |pending: &Pending| {
             let next = pending.commits.values().next().map(|committed| committed.next_roster.as_slice());
             let mut awaited = next.unwrap_or_default().iter().filter(|peer| self.peers.contains(*peer));
-            pending.metrics.is_some() && awaited.all(|peer| pending.commits.contains_key(peer))
+            pending.quality.is_some() && awaited.all(|peer| pending.commits.contains_key(peer))
         };
         let complete: Vec<Round> =
             self.pending.iter().filter(|(_, pending)| is_complete(pending)).map(|(round, _)| *round).collect();
@@ -237,7 +236,7 @@ impl Narrator {
     }
 
     fn tell_round(&mut self, round: Round) -> Option<Notice> {
-        let Pending { commits, metrics } = self.pending.remove(&round)?;
+        let Pending { commits, quality } = self.pending.remove(&round)?;
         self.told_up_to = self.told_up_to.max(round);
         // The leader saw every phase; where it is not among these peers, or died, anybody's view will do.
         let of_leader = commits.iter().find(|(peer, committed)| **peer == committed.leader);
@@ -247,8 +246,7 @@ impl Narrator {
             rounds: self.rounds,
             term: committed.term,
             leader: committed.leader.clone(),
-            accuracy: metrics.and_then(|(_, accuracy)| accuracy),
-            loss: metrics.map(|(loss, _)| loss),
+            quality: quality.unwrap_or_default(),
             contributors: committed.contributors.len(),
             members: committed.members,
             seconds: committed.seconds.total,
@@ -257,15 +255,14 @@ impl Narrator {
     }
 
     fn finish(&mut self, event: &Event) -> Vec<Notice> {
-        let Event::Finished { reason, rounds, val_loss, val_accuracy, digest, bytes_sent, .. } = event else {
+        let Event::Finished { reason, rounds, val_loss, val_accuracy, scores, digest, bytes_sent, .. } = event else {
             return Vec::new();
         };
         self.bytes_sent += bytes_sent;
         self.finished.get_or_insert_with(|| Finished {
             reason: reason.clone(),
             rounds: *rounds,
-            loss: *val_loss,
-            accuracy: *val_accuracy,
+            quality: Quality { accuracy: *val_accuracy, loss: *val_loss, scores: *scores },
             digest: *digest,
         });
         Vec::new()
@@ -400,7 +397,7 @@ mod tests {
         assert!(rounds(&mut narrator, "a", evaluated(1)).is_empty(), "b has not told of its bytes");
         let told = rounds(&mut narrator, "b", committed(1, "a", &["a", "b"]));
         assert_eq!(told.len(), 1);
-        assert_eq!((told[0].accuracy, told[0].bytes, told[0].seconds), (Some(0.75), 200, 1.0));
+        assert_eq!((told[0].quality.accuracy, told[0].bytes, told[0].seconds), (Some(0.75), 200, 1.0));
         assert!(rounds(&mut narrator, "b", evaluated(1)).is_empty());
     }
 
@@ -427,7 +424,7 @@ mod tests {
     fn what_is_left_is_told_at_the_end_without_metrics() {
         let mut narrator = narrator(&["a", "b"]);
         rounds(&mut narrator, "a", committed(1, "a", &["a", "b"]));
-        assert!(matches!(&narrator.flush()[..], [Notice::Round(line)] if line.accuracy.is_none()));
+        assert!(matches!(&narrator.flush()[..], [Notice::Round(line)] if line.quality.accuracy.is_none()));
         assert!(narrator.flush().is_empty());
         assert_eq!(narrator.summary(Path::new("run")), None);
     }
@@ -443,6 +440,7 @@ mod tests {
             rounds,
             val_loss,
             val_accuracy,
+            scores: Scores::default(),
             model,
             digest,
             bytes_sent: 11,
@@ -451,7 +449,7 @@ mod tests {
         narrator.hear(&Entry::now(&peer("a"), event));
         let summary = narrator.summary(Path::new("run")).unwrap();
         assert_eq!(summary.leaders, [None, Some(peer("b"))]);
-        assert_eq!((summary.accuracy, summary.bytes_sent), (Some(0.9), 111));
+        assert_eq!((summary.quality.accuracy, summary.bytes_sent), (Some(0.9), 111));
         assert_eq!(summary.model, Path::new("run").join(MODEL));
     }
 

@@ -13,6 +13,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::cli::args::OutputArgs;
 use crate::cli::{Shell, Stream};
+use crate::events::Scores;
 use crate::protocol::Reason;
 use crate::types::{Digest, PeerId, Round, Term};
 
@@ -49,6 +50,34 @@ pub enum Notice {
     Finished(Box<Summary>),
 }
 
+/// How good a model is on all held-out examples, as far as it is known and fits the task.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Quality {
+    /// Accuracy, 0 to 1.
+    pub accuracy: Option<f64>,
+    /// Mean loss.
+    pub loss: Option<f64>,
+    /// What else there is.
+    pub scores: Scores,
+}
+
+impl Quality {
+    /// What models are compared by first.
+    fn main(&self) -> (&'static str, Option<f64>) {
+        match self.scores.val_rmse {
+            Some(rmse) => ("rmse", Some(rmse)),
+            None => ("accuracy", self.accuracy),
+        }
+    }
+
+    /// What there is beside that and the loss, each with its name and a short one.
+    fn others(&self) -> impl Iterator<Item = (&'static str, &'static str, f64)> {
+        let Scores { val_auc, val_macro_f1, val_perplexity, .. } = self.scores;
+        let all = [("AUC", "AUC", val_auc), ("macro F1", "F1", val_macro_f1), ("perplexity", "perpl.", val_perplexity)];
+        all.into_iter().filter_map(|(name, short, value)| Some((name, short, value?)))
+    }
+}
+
 /// A committed round.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RoundLine {
@@ -60,10 +89,8 @@ pub struct RoundLine {
     pub term: Term,
     /// That leader.
     pub leader: PeerId,
-    /// Validation accuracy, 0 to 1, if it is known.
-    pub accuracy: Option<f64>,
-    /// Validation loss, if it is known.
-    pub loss: Option<f64>,
+    /// How good its model is.
+    pub quality: Quality,
     /// How many updates are in the model.
     pub contributors: usize,
     /// How many peers were in the roster.
@@ -81,10 +108,8 @@ pub struct Summary {
     pub reason: String,
     /// How many rounds made a model.
     pub rounds: u64,
-    /// Validation accuracy of the last model, 0 to 1, if it is known.
-    pub accuracy: Option<f64>,
-    /// Validation loss of the last model, if it is known.
-    pub loss: Option<f64>,
+    /// How good the last model is.
+    pub quality: Quality,
     /// The last model's blob.
     pub digest: Digest,
     /// The last model's file.
@@ -106,7 +131,8 @@ pub struct Output<'a> {
     args: OutputArgs,
     bar: ProgressBar,
     drawing: Drawing,
-    has_header: bool,
+    /// The names of the two columns that depend on the task, once the header is printed.
+    header: Option<[&'static str; 2]>,
     last_waiting: String,
 }
 
@@ -130,7 +156,7 @@ impl<'a> Output<'a> {
         let bar = ProgressBar::with_draw_target(None, target);
         // Until there is something to show, what is drawn again after another line is nothing.
         bar.set_style(ProgressStyle::with_template("").expect("an empty template parses"));
-        Self { shell, args, bar, drawing: Drawing::Nothing, has_header: false, last_waiting: String::new() }
+        Self { shell, args, bar, drawing: Drawing::Nothing, header: None, last_waiting: String::new() }
     }
 
     /// The line that is redrawn in place. Whoever else writes to stderr does so inside its `suspend`.
@@ -181,9 +207,11 @@ impl<'a> Output<'a> {
         if !self.shell.stderr.is_terminal {
             return self.print(&plain_round(line));
         }
-        if !std::mem::replace(&mut self.has_header, true) {
+        let names = [line.quality.main().0, line.quality.others().next().map_or("", |(_, short, _)| short)];
+        // The first rounds may be told before it is known what else there is.
+        if self.header.replace(names) != Some(names) {
             let dim = self.shell.stderr.style(Style::new().dim());
-            self.print(&dim.apply_to(header()).to_string())?;
+            self.print(&dim.apply_to(header(names)).to_string())?;
         }
         self.print(&row(line, &self.shell.stderr))
     }
@@ -245,29 +273,34 @@ impl Drop for Output<'_> {
 
 /// Names, widths and sides of the table's columns.
 const COLUMNS: [(&str, usize, Alignment); 8] = [
-    ("round", 9, Alignment::Right),
-    ("term", 4, Alignment::Right),
-    ("leader", 13, Alignment::Left),
-    ("accuracy", 8, Alignment::Right),
+    ("round", 7, Alignment::Right),
+    ("leader", 12, Alignment::Left),
+    ("", 8, Alignment::Right),
     ("loss", 7, Alignment::Right),
+    ("", 7, Alignment::Right),
     ("updates", 7, Alignment::Right),
     ("time", 10, Alignment::Right),
     ("bytes", 8, Alignment::Right),
 ];
 
-fn header() -> String {
-    table_line(&COLUMNS.map(|(name, _, _)| name.to_owned()))
+/// The line above the rows; `of_task` names the columns that have no name of their own.
+fn header(of_task: [&str; 2]) -> String {
+    let mut of_task = of_task.into_iter();
+    let mut named = |name: &'static str| if name.is_empty() { of_task.next().unwrap_or_default() } else { name };
+    table_line(&COLUMNS.map(|(name, _, _)| named(name).to_owned()))
 }
 
 fn row(line: &RoundLine, stream: &Stream) -> String {
-    let leader = stream.style(Style::new().cyan()).apply_to(&line.leader).to_string();
-    let accuracy = stream.style(Style::new().bold()).apply_to(decimals(line.accuracy)).to_string();
+    // Most rounds are led by the first who was elected.
+    let term = if line.term > Term(0) { format!(", term {}", line.term) } else { String::new() };
+    let leader = stream.style(Style::new().cyan()).apply_to(format!("{}{term}", line.leader)).to_string();
+    let main = stream.style(Style::new().bold()).apply_to(decimals(line.quality.main().1)).to_string();
     table_line(&[
         format!("{}/{}", line.round, line.rounds),
-        line.term.to_string(),
         leader,
-        accuracy,
-        decimals(line.loss),
+        main,
+        decimals(line.quality.loss),
+        line.quality.others().next().map_or_else(String::new, |(.., value)| decimals(Some(value))),
         format!("{}/{}", line.contributors, line.members),
         human_seconds(line.seconds),
         human_bytes(line.bytes),
@@ -281,14 +314,17 @@ fn table_line(cells: &[String; 8]) -> String {
 }
 
 fn plain_round(line: &RoundLine) -> String {
+    let (name, main) = line.quality.main();
+    let other = line.quality.others().next();
+    let other = other.map_or_else(String::new, |(name, _, value)| format!(", {name} {}", decimals(Some(value))));
     format!(
-        "round {}/{}: term {}, leader {}, accuracy {}, loss {}, {} updates of {} peers, {}, {}",
+        "round {}/{}: term {}, leader {}, {name} {}, loss {}{other}, {} updates of {} peers, {}, {}",
         line.round,
         line.rounds,
         line.term,
         line.leader,
-        decimals(line.accuracy),
-        decimals(line.loss),
+        decimals(main),
+        decimals(line.quality.loss),
         line.contributors,
         line.members,
         human_seconds(line.seconds),
@@ -304,8 +340,12 @@ fn summary_text(summary: &Summary) -> String {
         human_seconds(summary.seconds),
         reason_sentence(&summary.reason)
     );
-    text += &format!("  accuracy  {}\n", decimals(summary.accuracy));
-    text += &format!("  loss      {}\n", decimals(summary.loss));
+    let (name, main) = summary.quality.main();
+    let mut lines = vec![(name, main), ("loss", summary.quality.loss)];
+    lines.extend(summary.quality.others().map(|(name, _, value)| (name, Some(value))));
+    for (name, value) in lines {
+        text += &format!("  {name:<9} {}\n", decimals(value));
+    }
     text += &format!("  leaders   {}\n", turns(&summary.leaders));
     text += &format!("  sent      {}\n", human_bytes(summary.bytes_sent));
     text += &format!("  digest    {}\n", summary.digest);
@@ -324,18 +364,31 @@ fn turns(leaders: &[Option<PeerId>]) -> String {
 }
 
 fn summary_json(summary: &Summary) -> serde_json::Value {
-    serde_json::json!({
+    let mut json = serde_json::json!({
         "reason": summary.reason,
         "rounds": summary.rounds,
-        "val_accuracy": summary.accuracy,
-        "val_loss": summary.loss,
+        "val_accuracy": summary.quality.accuracy,
+        "val_loss": summary.quality.loss,
         "digest": summary.digest.to_string(),
         "model": summary.model,
         "leaders": summary.leaders,
         "seconds": summary.seconds,
         "bytes_sent": summary.bytes_sent,
         "run_dir": summary.run_dir,
-    })
+    });
+    let Scores { val_macro_f1, val_auc, val_rmse, val_perplexity } = summary.quality.scores;
+    let scores = [
+        ("val_macro_f1", val_macro_f1),
+        ("val_auc", val_auc),
+        ("val_rmse", val_rmse),
+        ("val_perplexity", val_perplexity),
+    ];
+    for (key, value) in scores {
+        if let Some(value) = value {
+            json[key] = value.into();
+        }
+    }
+    json
 }
 
 fn decimals(value: Option<f64>) -> String {
@@ -398,8 +451,7 @@ mod tests {
             rounds: 20,
             term: Term(0),
             leader: PeerId::new(leader).unwrap(),
-            accuracy: Some(0.91234),
-            loss: Some(0.3),
+            quality: quality(Some(0.91234), Some(0.3)),
             contributors: 4,
             members: 5,
             seconds: 1.26,
@@ -407,13 +459,16 @@ mod tests {
         }
     }
 
+    fn quality(accuracy: Option<f64>, loss: Option<f64>) -> Quality {
+        Quality { accuracy, loss, scores: Scores::default() }
+    }
+
     fn summary() -> Box<Summary> {
         let leader = |name| Some(PeerId::new(name).unwrap());
         Box::new(Summary {
             reason: "target_accuracy".into(),
             rounds: 12,
-            accuracy: Some(0.9512),
-            loss: None,
+            quality: quality(Some(0.9512), None),
             digest: Digest::of(b"model"),
             model: "runs/first/model.safetensors".into(),
             leaders: vec![None, leader("peer-2"), leader("peer-1"), leader("peer-2")],
@@ -489,20 +544,46 @@ mod tests {
     #[test]
     fn on_a_terminal_rounds_are_rows_of_one_table_of_80_columns() {
         let rows = [
-            header(),
+            header(["accuracy", "AUC"]),
             row(&line(1, "p"), &Captured::default().stream(true)),
             row(&line(20, &"x".repeat(64)), &Captured::default().stream(true)),
-            row(&RoundLine { accuracy: None, loss: None, ..line(7, "peer-2") }, &Captured::default().stream(false)),
+            row(&RoundLine { quality: Quality::default(), ..line(7, "peer-2") }, &Captured::default().stream(false)),
         ];
         let widths = rows.each_ref().map(|row| measure_text_width(row));
         assert_eq!(widths, [80; 4]);
-        let expected = "     1/20     0  p                0.9123   0.3000      4/5       1.3 s    1.2 MB";
+        let expected = "   1/20  p               0.9123   0.3000               4/5       1.3 s    1.2 MB";
         assert_eq!(strip_ansi_codes(&rows[1]), expected);
         assert!(rows[1].contains('\u{1b}') && !rows[3].contains('\u{1b}'));
         assert!(rows[2].contains("xxx…"));
         let rounds = [Notice::Round(line(1, "a")), Notice::Round(line(2, "b"))];
         let (_, stderr) = shown(&rounds, OutputArgs::default(), true);
         assert_eq!(stderr.matches("accuracy").count(), 1, "the header is printed once: {stderr}");
+    }
+
+    #[test]
+    fn what_a_model_is_measured_by_fits_its_task() {
+        let told = |scores: Scores| {
+            let line = RoundLine { quality: Quality { scores, ..quality(Some(0.5), Some(0.25)) }, ..line(1, "p") };
+            let notices = [Notice::Round(line.clone())];
+            let summary = Summary { quality: line.quality, ..*summary() };
+            let (_, plain) = shown(&notices, OutputArgs::default(), false);
+            let (_, table) = shown(&notices, OutputArgs::default(), true);
+            let header = strip_ansi_codes(table.lines().next().unwrap()).into_owned();
+            let header = header.split_whitespace().collect::<Vec<_>>();
+            (plain, header[2..5].join(" "), summary_text(&summary), summary_json(&summary))
+        };
+        let (plain, header, ..) = told(Scores { val_rmse: Some(0.5), ..Scores::default() });
+        assert!(plain.contains("leader p, rmse 0.5000, loss 0.2500, 4 updates"), "{plain}");
+        assert!(header.starts_with("rmse loss"), "{header}");
+        let two_classes = Scores { val_auc: Some(0.75), val_macro_f1: Some(0.4), ..Scores::default() };
+        let (plain, header, text, json) = told(two_classes);
+        assert!(plain.contains("accuracy 0.5000, loss 0.2500, AUC 0.7500, 4 updates"), "{plain}");
+        assert_eq!(header, "accuracy loss AUC");
+        assert!(text.contains("  loss      0.2500\n  AUC       0.7500\n  macro F1  0.4000\n"), "{text}");
+        assert_eq!((&json["val_auc"], json.get("val_rmse")), (&0.75.into(), None));
+        let (plain, header, ..) = told(Scores { val_perplexity: Some(8.0), ..Scores::default() });
+        assert!(plain.contains("loss 0.2500, perplexity 8.0000"), "{plain}");
+        assert_eq!(header, "accuracy loss perpl.");
     }
 
     #[test]

@@ -202,8 +202,7 @@ fn recorder(settings: &Settings, run_dir: RunDir, peers: &[LocalPeer]) -> Record
     let state_dirs = peers.iter().map(|peer| (peer.name().clone(), peer.state_dir().to_owned()));
     let state_dirs: BTreeMap<PeerId, PathBuf> = state_dirs.collect();
     let lesson = peers.first().map(LocalPeer::lesson).cloned().unwrap_or_default();
-    Recorder::new(run_dir, &settings.federation, layout, settings.codecs().model, state_dirs)
-        .naming(lesson.feature_names, lesson.class_names)
+    Recorder::new(run_dir, &settings.federation, layout, settings.codecs().model, state_dirs).naming(lesson.class_names)
 }
 
 /// Why there is no result, as far as the peers can tell.

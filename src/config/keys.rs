@@ -260,7 +260,7 @@ pub static KEYS: &[Key] = &[
     key(Group::Data, UsedBy::Peers, "ignore_columns", Kind::Names, NONE,
         "Columns of a CSV file to pass over, such as a patient's number, by name or by number from 1"),
     key(Group::Data, UsedBy::Peers, "categories", Kind::Categories, NONE,
-        "All values of columns, or all classes, where some peers lack some: 'sex=f|m;blood=A|B|AB|0'"),
+        "All values that columns or classes may have, also such as this peer lacks: 'sex=f|m;blood=A|B|AB|0'"),
     key(Group::Data, UsedBy::Peers, "image_size", count(1, 4096), NONE,
         "Height and width to which pictures are resized; none: as they are, all of one size"),
     key(Group::Data, UsedBy::Peers, "image_channels", Kind::Choice(&["1", "3"]), "3",

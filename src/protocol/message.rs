@@ -137,8 +137,8 @@ pub enum Body {
 pub struct Hello {
     /// The shared configuration, by key, as text: a peer whose differs is told which key.
     pub entries: BTreeMap<String, String>,
-    /// The layout of the model.
-    pub layout: Digest,
+    /// The layout of the model, once the peer knows it: what all founders' inputs are like may decide it.
+    pub layout: Option<Digest>,
     /// How many training examples the peer has.
     pub num_examples: u64,
     /// The peer's newest decree: its round and digest.
@@ -159,7 +159,7 @@ impl Hello {
     /// Names the peer's configuration and layout: peers of one group can train together.
     pub fn group(&self) -> Digest {
         let entries = self.entries.iter().map(|(key, value)| format!("{key}={value}\n")).collect::<String>();
-        Digest::of(format!("{entries}{}", self.layout).as_bytes())
+        Digest::of(format!("{entries}{:?}", self.layout).as_bytes())
     }
 }
 

@@ -42,7 +42,7 @@ pub use config::Config;
 pub use decree::{Contributor, Decree, Outcome, Reason};
 pub use durable::{Durable, Residual};
 pub use election::Policy;
-pub use notice::{Committed, Difference, Notice, Seconds, Waiting};
+pub use notice::{Committed, Difference, Notice, Seconds, UNKNOWN, Waiting};
 pub use roaming::Roaming;
 pub use roster::Roster;
 pub use topic::{Topic, Topics};
@@ -73,6 +73,9 @@ pub enum Event {
     Message(Bytes),
     /// Slow work ended.
     Done(Done),
+    /// The trainer is prepared ([`Action::Prepare`]): these are the names and shapes of the model. It comes before
+    /// anything else does.
+    Prepared(Arc<Layout>),
 }
 
 /// What a peer wants done, in this order.
@@ -104,7 +107,7 @@ pub enum Action {
     Take(Intake),
     /// Do slow work; its end comes back as [`Event::Done`].
     Start(Job),
-    /// Prepare the trainer by what all founders' inputs are like, before any job.
+    /// Prepare the trainer by what all founders' inputs are like, before any job; [`Event::Prepared`] comes back.
     Prepare(Bytes),
     /// Training for this round is no longer wanted.
     CancelTraining(Round),
@@ -216,7 +219,7 @@ pub struct Trained {
 pub struct Identity {
     /// Its name.
     pub peer: PeerId,
-    /// Names and shapes of its model.
+    /// Names and shapes of its model; with a summary, as far as they are known before those of all founders are merged.
     pub layout: Arc<Layout>,
     /// How many training examples it has.
     pub num_examples: u64,
@@ -285,7 +288,8 @@ pub struct Peer {
     /// What a model's blob holds, and an update's.
     model_layout: Arc<Layout>,
     update_layout: Arc<Layout>,
-    layout_digest: Digest,
+    /// Names the layout, once it is known for certain.
+    layout_digest: Option<Digest>,
     entries: BTreeMap<String, String>,
     num_examples: u64,
     /// Where others reach the broker that this peer hosts.
@@ -340,7 +344,7 @@ impl Peer {
             update_layout: config.strategy.update_layout(&identity.layout),
             config,
             me: identity.peer,
-            layout_digest: identity.layout.digest(),
+            layout_digest: identity.summary.is_empty().then(|| identity.layout.digest()),
             num_examples: identity.num_examples,
             broker: identity.broker,
             summary: identity.summary,
@@ -395,6 +399,7 @@ impl Peer {
             }
             Event::Message(message) => self.on_message(&message, now),
             Event::Done(done) => self.on_done(done, now),
+            Event::Prepared(layout) => self.know_layout(&layout),
         }
         self.advance(now);
         std::mem::take(&mut self.actions)
@@ -428,6 +433,12 @@ impl Peer {
     /// The message that the broker shall send when this peer dies.
     pub fn last_will(&self) -> (Topic, Bytes) {
         (Topic::Init(self.me.clone()), self.envelope(Body::Goodbye).encode())
+    }
+
+    fn know_layout(&mut self, layout: &Arc<Layout>) {
+        self.model_layout = self.config.strategy.model_layout(layout);
+        self.update_layout = self.config.strategy.update_layout(layout);
+        self.layout_digest = Some(layout.digest());
     }
 
     /// Does what the facts and the time allow; after a commit also in the next round.
@@ -517,6 +528,8 @@ impl Peer {
         let counts_calls = matches!(envelope.body, Body::Call { .. } | Body::Join { .. } | Body::Bound { .. });
         if !counts_calls && envelope.round == self.round() && self.is_member(&envelope.sender) {
             self.open.seen_term = self.open.seen_term.max(envelope.term);
+            let leads = self.open.following.as_ref() == Some(&envelope.sender);
+            self.open.leader_made_way |= leads && envelope.term > self.promised();
         }
     }
 

@@ -202,6 +202,9 @@ pub struct Seconds {
     pub total: f64,
 }
 
+/// The value of a key that a peer does not have.
+pub const UNKNOWN: &str = "unknown";
+
 /// What differs between two peers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Difference {
@@ -247,7 +250,7 @@ pub enum Waiting {
         /// How many of them must come back.
         needed: usize,
     },
-    /// The round deadline has passed with too few updates.
+    /// Too few updates are in, and the round's time is over or training failed.
     Updates {
         /// How many are in.
         present: usize,
@@ -288,7 +291,8 @@ impl fmt::Display for Waiting {
             Waiting::Updates { present, needed } => {
                 write!(
                     f,
-                    "{present} of {needed} updates are in and the round's time is over; waiting (--min-updates {needed})"
+                    "{present} of {needed} updates are in, as the round's time is over or training failed; waiting \
+                     (--min-updates {needed})"
                 )
             }
         }

@@ -8,27 +8,45 @@ use crate::types::{Digest, Metrics, PeerId, Round};
 use crate::weights::{Layout, LayoutMismatch, TensorSpec, Weights};
 
 /// Weights that move halfway to the peer's own target each round, and against a correction if there is one.
+///
+/// Each peer's inputs have one of a few categories, and there is a weight for each that the founders have.
 #[derive(Clone, Debug)]
 pub(super) struct ArithmeticTrainer {
     weights: Weights,
     correction: Option<Vec<f32>>,
     target: f32,
     num_examples: u64,
+    category: String,
+    /// How many weights there are beside those of categories.
+    values: usize,
+    seed: u64,
 }
 
 impl ArithmeticTrainer {
     pub(super) fn new(peer: &PeerId, values: usize, seed: u64) -> Self {
-        let layout = Arc::new(Layout { tensors: vec![TensorSpec { name: "w".into(), shape: vec![values] }] });
-        let initial = (0..values).map(|i| (seed as f32 + i as f32).sin() * 10.0).collect();
-        let weights = Weights::new(layout, initial).expect("as many values as the layout has");
         let lot = Digest::of(peer.as_str().as_bytes()).shared_seed();
-        Self { weights, correction: None, target: (lot % 1000) as f32 / 1000.0, num_examples: 1 + lot % 50 }
+        Self {
+            weights: initial(values + 1, seed),
+            correction: None,
+            target: (lot % 1000) as f32 / 1000.0,
+            num_examples: 1 + lot % 50,
+            category: (lot % 5).to_string(),
+            values,
+            seed,
+        }
     }
 
     fn set(&mut self, values: Vec<f32>) -> Result<(), LayoutMismatch> {
         self.weights = Weights::new(self.weights.layout().clone(), values)?;
         Ok(())
     }
+}
+
+/// So many weights, the same at every peer.
+fn initial(values: usize, seed: u64) -> Weights {
+    let layout = Arc::new(Layout { tensors: vec![TensorSpec { name: "w".into(), shape: vec![values] }] });
+    let initial = (0..values).map(|i| (seed as f32 + i as f32).sin() * 10.0).collect();
+    Weights::new(layout, initial).expect("as many values as the layout has")
 }
 
 impl Trainer for ArithmeticTrainer {
@@ -42,7 +60,21 @@ impl Trainer for ArithmeticTrainer {
 
     fn summary(&self) -> Vec<u8> {
         let moments = Moments { count: self.num_examples, mean: self.target.into(), squares: 0.0 };
-        Summary { columns: vec![Column::Number(moments)] }.encode()
+        let categories = Column::Categories([(self.category.clone(), self.num_examples)].into());
+        Summary { columns: vec![Column::Number(moments), categories] }.encode()
+    }
+
+    fn prepare(&mut self, summary: &[u8]) -> Result<(), TrainError> {
+        let columns = Summary::decode(summary).map(|summary| summary.columns).unwrap_or_default();
+        let Some(Column::Categories(all)) = columns.get(1) else {
+            return Err(TrainError::Failed("the summary is not of these inputs".into()));
+        };
+        let weights = initial(self.values + all.len(), self.seed);
+        // After a restart it may have weights of that layout already.
+        if weights.layout() != self.weights.layout() {
+            self.weights = weights;
+        }
+        Ok(())
     }
 
     fn weights(&self) -> Weights {

@@ -21,6 +21,7 @@ use crate::sim::{Detail, Report, Scenario, Trace, Violation};
 use crate::training::Trainer;
 use crate::transfer::{CHUNK_BYTES_MIN, Codec, Intake, Manifest};
 use crate::types::{Address, Digest, PeerId, Round, Term};
+use crate::weights::Layout;
 
 /// How long after the last fault the federation may take to finish, besides what its rounds may take.
 const LIVENESS_BOUND: Duration = Duration::from_secs(120);
@@ -69,6 +70,8 @@ struct SimulatedPeer {
     /// Crash after so many more actions.
     crash_after: Option<usize>,
     lost_for_good: bool,
+    /// The model's layout, until the peer is told.
+    prepared: Option<Arc<Layout>>,
     training: Option<(Round, Manifest)>,
     stopped: bool,
 }
@@ -183,6 +186,7 @@ impl<'a> World<'a> {
             receiving: BTreeMap::new(),
             crash_after: None,
             lost_for_good: false,
+            prepared: None,
             training: None,
             stopped: false,
         };
@@ -332,6 +336,7 @@ impl<'a> World<'a> {
         simulated.start += 1;
         simulated.stopped = false;
         simulated.wake = None;
+        simulated.prepared = None;
         let held = simulated.held();
         let (layout, num_examples, summary) = {
             let trainer = simulated.trainer();
@@ -400,6 +405,21 @@ impl<'a> World<'a> {
         if let Some(deadline) = deadline {
             self.schedule_at(deadline, Happening::Wake(id.clone(), start));
         }
+        match self.peers.get_mut(id).and_then(|peer| peer.prepared.take()) {
+            Some(layout) => self.handle(id, Event::Prepared(layout)),
+            None => Ok(()),
+        }
+    }
+
+    fn prepare(&mut self, id: &PeerId, summary: &[u8]) -> Result<(), Broken> {
+        let Some(peer) = self.peers.get_mut(id) else { return Ok(()) };
+        let prepared = {
+            let mut trainer = peer.trainer();
+            trainer.prepare(summary).map(|()| trainer.layout())
+        };
+        let layout = prepared.map_err(|why| (check::ONE_DECREE, format!("{id} cannot be prepared: {why}")))?;
+        peer.workshop.layout = layout.clone();
+        peer.prepared = Some(layout);
         Ok(())
     }
 
@@ -433,9 +453,9 @@ impl<'a> World<'a> {
                 self.take(id, intake);
                 Ok(())
             }
+            Action::Prepare(summary) => self.prepare(id, &summary),
             // There is one broker, whatever the peers believe.
-            // What a trainer of the simulator has cannot be prepared.
-            Action::CancelTraining(_) | Action::Brokers(_) | Action::Prepare(_) => Ok(()),
+            Action::CancelTraining(_) | Action::Brokers(_) => Ok(()),
             Action::Retain(keep) => {
                 // Memory cannot fail.
                 let _ = self.peers[id].blobs.retain(&keep);

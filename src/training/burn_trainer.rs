@@ -8,7 +8,7 @@ use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 
 use super::config::{Backend, TrainingConfig};
-use super::dataset::Dataset;
+use super::dataset::{DataError, Dataset};
 use super::drift::{self, StepSum};
 use super::export::arranged;
 use super::loss::Loss;
@@ -16,7 +16,7 @@ use super::metrics::Tally;
 use super::models::{Network, floats};
 use super::optimizer::{Descent, clip_norm};
 use super::random::generator;
-use super::{OnProgress, Progress, TrainError, Trainer, check_layout};
+use super::{Names, OnProgress, Progress, TrainError, Trainer, check_layout};
 use crate::aggregation::statistics::Summary;
 use crate::types::{Metrics, PeerId, Round};
 use crate::weights::{Layout, LayoutMismatch, Weights};
@@ -43,6 +43,10 @@ pub struct BurnTrainer {
     held_out: Dataset,
     network: Network,
     weights: Weights,
+    /// A model that was trained before, which is not fitted yet: the categories of all peers decide the model's shape.
+    start: Option<Weights>,
+    /// What inputs and outputs are called.
+    names: Names,
     /// What is added to every gradient, if anything is.
     correction: Option<Vec<f32>>,
     /// How far the last round's steps went.
@@ -64,7 +68,9 @@ impl BurnTrainer {
         }
         let network = Network::new(&config, train.shape(), train.task())?;
         let weights = network.initial_weights(config.seed);
-        Ok(Self { config, peer, train, held_out, network, weights, correction: None, step_sum: 1.0 })
+        let (start, correction) = (None, None);
+        let names = Names { features: Vec::new(), classes: train.class_names().to_vec() };
+        Ok(Self { config, peer, train, held_out, network, weights, start, names, correction, step_sum: 1.0 })
     }
 
     /// The examples this peer trains on.
@@ -78,14 +84,41 @@ impl BurnTrainer {
     }
 
     /// Starts from `given` instead of drawn weights: a model that was trained before, whose tensors may stand in any order.
+    /// Where the data are a table, whether it fits is known only once the trainer is [prepared](Trainer::prepare).
     pub fn start_from(&mut self, given: &Weights) -> Result<(), TrainError> {
-        let arranged = arranged(given, self.weights.layout());
-        let weights = arranged.map_err(|[here, given]| TrainError::OtherModel { here, given })?;
-        if let Some(tensor) = weights.first_non_finite() {
+        if let Some(tensor) = given.first_non_finite() {
             return Err(TrainError::Failed(format!("{tensor} holds a value that is not finite")));
         }
-        self.weights = weights;
+        if self.train.table().is_some() {
+            self.start = Some(given.clone());
+            return Ok(());
+        }
+        let fitted = arranged(given, self.weights.layout());
+        self.weights = fitted.map_err(|[here, given]| TrainError::OtherModel { here, given })?;
         Ok(())
+    }
+
+    /// A table becomes features and classes, and only now is known what shape the model has.
+    fn standardise(&mut self, summary: &Summary) -> Result<(), TrainError> {
+        let Some(table) = self.train.table() else { return Ok(()) };
+        let features = table.feature_names(summary);
+        let (train, held_out) = (self.train.standardised(summary)?, self.held_out.standardised(summary)?);
+        if (train.shape(), train.task()) != (self.train.shape(), self.train.task()) {
+            self.network = Network::new(&self.config, train.shape(), train.task())?;
+            self.weights = self.network.initial_weights(self.config.seed);
+        }
+        if let Some(start) = self.start.take() {
+            let fitted = arranged(&start, self.weights.layout());
+            self.weights = fitted.map_err(|[here, given]| TrainError::Start { here, given })?;
+        }
+        self.names = Names { features, classes: train.class_names().to_vec() };
+        (self.train, self.held_out) = (train, held_out);
+        Ok(())
+    }
+
+    /// Has a table standardised that nobody else has a part of.
+    fn standardise_alone(&mut self) -> Result<(), TrainError> {
+        self.train.summary().map_or(Ok(()), |summary| self.standardise(&summary))
     }
 
     fn diverged(&self, round: Round, what: &str) -> TrainError {
@@ -161,11 +194,13 @@ impl Trainer for BurnTrainer {
         self.train.summary().map(|summary| summary.encode()).unwrap_or_default()
     }
 
-    fn prepare(&mut self, summary: &[u8]) {
-        if let Some(summary) = Summary::decode(summary) {
-            self.train = self.train.standardised(&summary);
-            self.held_out = self.held_out.standardised(&summary);
-        }
+    fn prepare(&mut self, summary: &[u8]) -> Result<(), TrainError> {
+        let summary = Summary::decode(summary).ok_or(DataError::OtherColumns)?;
+        self.standardise(&summary)
+    }
+
+    fn names(&self) -> Names {
+        self.names.clone()
     }
 
     fn weights(&self) -> Weights {
@@ -179,7 +214,7 @@ impl Trainer for BurnTrainer {
     }
 
     fn train(&mut self, round: Round, on_progress: &mut OnProgress<'_>) -> Result<Metrics, TrainError> {
-        self.prepare(&self.summary()); // a table that nobody else has a part of
+        self.standardise_alone()?;
         let (weights, metrics, step_sum) = self.descend(round, on_progress)?;
         if let Some(tensor) = weights.first_non_finite() {
             return Err(self.diverged(round, tensor)); // the last step was the one too far
@@ -202,7 +237,7 @@ impl Trainer for BurnTrainer {
     }
 
     fn evaluate(&mut self) -> Result<Metrics, TrainError> {
-        self.prepare(&self.summary()); // likewise
+        self.standardise_alone()?;
         let device = self.config.backend.device();
         let pass = self.network.pass(self.weights.values(), &device);
         let mut tally = Tally::new(self.held_out.task());

@@ -7,6 +7,7 @@ use safetensors::tensor::{Dtype, SafeTensorError, SafeTensors, TensorInfo};
 use serde::ser::{Serialize, SerializeMap, Serializer};
 use serde_json::Value;
 
+use crate::types::Digest;
 use crate::weights::{Layout, TensorSpec, Weights};
 
 /// The one name that the format keeps for itself.
@@ -83,12 +84,7 @@ pub fn from_safetensors(bytes: &[u8]) -> Result<(Weights, BTreeMap<String, Strin
 ///
 /// On failure the first tensor that differs, as each side has it: `layout` first.
 pub fn arranged(given: &Weights, layout: &Arc<Layout>) -> Result<Weights, [String; 2]> {
-    let is_of_model = |name: &str| !OF_DATA.iter().any(|start| name.starts_with(start));
-    let mut tensors: BTreeMap<&str, (&TensorSpec, &[f32])> = given
-        .tensors()
-        .filter(|(spec, _)| is_of_model(&spec.name))
-        .map(|(spec, values)| (spec.name.as_str(), (spec, values)))
-        .collect();
+    let mut tensors = of_model(given);
     let describe = |spec: &TensorSpec| format!("{} {:?}", spec.name, spec.shape);
     let none = || "no tensor of that name".to_owned();
     let mut row = Vec::with_capacity(layout.len());
@@ -103,6 +99,23 @@ pub fn arranged(given: &Weights, layout: &Arc<Layout>) -> Result<Weights, [Strin
         Some((spec, _)) => Err([none(), describe(spec)]),
         None => Ok(Weights::new(layout.clone(), row).expect("each tensor of the layout gave its values")),
     }
+}
+
+/// Names a model, in whatever order its tensors stand.
+pub fn digest(given: &Weights) -> Digest {
+    let mut all = Vec::new();
+    for (name, (spec, values)) in of_model(given) {
+        all.extend_from_slice(format!("{name} {:?}\n", spec.shape).as_bytes());
+        all.extend_from_slice(bytemuck::cast_slice(values));
+    }
+    Digest::of(&all)
+}
+
+/// The tensors of the model itself, by name.
+fn of_model(given: &Weights) -> BTreeMap<&str, (&TensorSpec, &[f32])> {
+    let is_of_model = |name: &str| !OF_DATA.iter().any(|start| name.starts_with(start));
+    let tensors = given.tensors().filter(|(spec, _)| is_of_model(&spec.name));
+    tensors.map(|(spec, values)| (spec.name.as_str(), (spec, values))).collect()
 }
 
 /// Whether no tensor claims to end behind the file's end. What is no header at all is left for the crate to explain.

@@ -44,9 +44,9 @@ fn cross_entropy(logits: &[f32], labels: &[u32]) -> Loss {
     Loss { sum, slope }
 }
 
-fn squared_error(outputs: &[f32], numbers: &[f32]) -> Loss {
+fn squared_error(outputs: &[f32], numbers: &[f64]) -> Loss {
     let rows = numbers.len().max(1) as f64;
-    let errors = outputs.iter().zip(numbers).map(|(&output, &number)| f64::from(output) - f64::from(number));
+    let errors = outputs.iter().zip(numbers).map(|(&output, &number)| f64::from(output) - number);
     let sum = errors.clone().map(|error| error * error).sum();
     Loss { sum, slope: errors.map(|error| (2.0 * error / rows) as f32).collect() }
 }

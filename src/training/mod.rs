@@ -31,7 +31,7 @@ pub use augment::Augment;
 pub use burn_trainer::BurnTrainer;
 pub use config::{Backend, Norm, Optimizer, SettingError, TrainingConfig};
 pub use dataset::{
-    COLUMN, Column, DataError, Dataset, Examples, LABEL, ReadError, ReadOptions, Source, Table, Targets, Task, Train,
+    COLUMN, Column, DataError, Dataset, Examples, ReadError, ReadOptions, Source, Table, Targets, Task, Train,
 };
 pub use models::{Model, ModelError};
 pub use named::UnknownName;
@@ -64,12 +64,31 @@ pub enum TrainError {
         /// What the weights have in its place.
         given: String,
     },
+    /// A model to start from that does not fit the data of all peers.
+    #[error("the model to start from (init) does not fit the data: it has {given} where {here} is needed")]
+    Start {
+        /// The first tensor that differs, as the data ask for it.
+        here: String,
+        /// What the model has in its place.
+        given: String,
+    },
     /// A setting that makes no sense.
     #[error(transparent)]
     Setting(#[from] SettingError),
     /// A model that cannot learn from the data.
     #[error(transparent)]
     Model(#[from] ModelError),
+    /// Examples that the model cannot learn from.
+    #[error(transparent)]
+    Data(#[from] DataError),
+    /// A program that is to train and cannot be started.
+    #[error("cannot start the trainer program {program:?}: {why}")]
+    Program {
+        /// As it is named.
+        program: String,
+        /// Why not.
+        why: String,
+    },
     /// The progress callback asked to stop.
     #[error("training was stopped")]
     Stopped,
@@ -78,11 +97,21 @@ pub enum TrainError {
     Failed(String),
 }
 
+/// What a model's inputs and outputs are called; empty where they have no names.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Names {
+    /// The features.
+    pub features: Vec<String>,
+    /// The classes.
+    pub classes: Vec<String>,
+}
+
 /// One peer's model and data: all that a node needs of training.
 ///
 /// A trainer starts with its initial weights; the peer that founds a federation sends its own to all.
 pub trait Trainer: Send {
-    /// Names and shapes of the weights. Worth saying in another way where [`weights`](Self::weights) copies much.
+    /// Names and shapes of the weights. Worth saying in another way where [`weights`](Self::weights) copies much. Where
+    /// there is a [`summary`](Self::summary), they are what is believed until the trainer is [prepared](Self::prepare).
     fn layout(&self) -> Arc<Layout> {
         self.weights().layout().clone()
     }
@@ -96,9 +125,19 @@ pub trait Trainer: Send {
         Vec::new()
     }
 
-    /// Takes the summary of all founders' inputs. It comes before anything is computed, and again after a restart; not at
-    /// all where it is empty.
-    fn prepare(&mut self, _summary: &[u8]) {}
+    /// Takes the summary of all founders' inputs, which may decide the [`layout`](Self::layout): the same at every peer. It
+    /// comes before anything is computed, and again after a restart; not at all where it is empty.
+    ///
+    /// # Errors
+    /// If this peer's own examples do not fit it, as those of one that came later may not: it cannot take part.
+    fn prepare(&mut self, _summary: &[u8]) -> Result<(), TrainError> {
+        Ok(())
+    }
+
+    /// What inputs and outputs are called, if they have names; asked once the trainer is prepared.
+    fn names(&self) -> Names {
+        Names::default()
+    }
 
     /// The current weights.
     fn weights(&self) -> Weights;

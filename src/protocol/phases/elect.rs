@@ -39,6 +39,7 @@ impl Peer {
     /// A new term begins without a leader.
     fn forget_leader(&mut self) {
         self.open.following = None;
+        self.open.leader_made_way = false;
         self.open.leading = None;
         self.open.proposal = None;
         self.open.left_out.clear();
@@ -83,7 +84,7 @@ impl Peer {
             return;
         }
         self.depose(now);
-        if self.open.following.is_none() {
+        if self.open.following.is_none() || self.open.leader_made_way {
             if self.open.leading.is_none() && self.open.seen_term > self.promised() {
                 self.cast_ballot(self.open.seen_term, None, now);
             }
@@ -119,8 +120,12 @@ impl Peer {
 
     /// Gives up the promised term and votes in a higher one: the highest that anybody speaks of, so that all meet there.
     pub(in crate::protocol) fn make_way(&mut self, now: Instant) {
-        let term = self.promised().next().max(self.open.seen_term);
+        let (led, term) = (self.open.leading.is_some(), self.promised().next().max(self.open.seen_term));
         self.cast_ballot(term, None, now);
+        if led && self.connected {
+            // Its followers need not take it for silent.
+            self.say_hello(now);
+        }
     }
 
     fn vote_again(&mut self, leader: PeerId, gone: bool, now: Instant) {
@@ -196,6 +201,7 @@ impl Peer {
             accepts: BTreeSet::new(),
             refusals: BTreeSet::new(),
             late: false,
+            barren: false,
             told: None,
         });
         self.open.following = None;

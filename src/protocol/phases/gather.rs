@@ -5,9 +5,13 @@ use std::time::Instant;
 
 use crate::protocol::message::Update;
 use crate::protocol::phases::round::{Aggregate, Work};
+use crate::protocol::timer::Timer;
 use crate::protocol::{Action, Job, Notice, Peer};
 use crate::transfer::Manifest;
 use crate::types::{PeerId, Round, Term};
+
+/// After so many terms without an update the pause before the next no longer doubles.
+const DOUBLINGS_MAX: u32 = 8;
 
 impl Peer {
     pub(in crate::protocol) fn on_update(&mut self, sender: PeerId, round: Round, update: Update, now: Instant) {
@@ -110,18 +114,39 @@ impl Peer {
             || self.parent_model().is_some_and(|model| self.transfers.holds(&model.digest));
         if gathered.len() >= needed && builds && (missing == 0 || late && !moving) {
             self.aggregate(gathered, now);
-        } else if missing == 0 && gathered.len() < needed && (late || others) {
-            // What this leader could not use or get, another may; and of the next term others may be drawn to train.
-            self.make_way(now);
+        } else if missing == 0 && gathered.len() < needed {
+            if late || others {
+                // What this leader could not use or get, another may; and of the next term others may be drawn to train.
+                self.make_way(now);
+            } else if !self.open.left_out.is_empty() {
+                self.give_up_soon((gathered.len(), needed), now);
+            }
         }
     }
 
-    /// Whether the round's time is over with too few updates: (in, needed).
+    /// Everybody who was to train has failed. All vote again and train again, after a pause that grows from term to term:
+    /// what fails at once is not to fail again and again without one.
+    fn give_up_soon(&mut self, (present, needed): (usize, usize), now: Instant) {
+        if self.open.leading.as_ref().is_none_or(|leading| leading.barren) {
+            return;
+        }
+        self.with_leadership(|leading| leading.barren = true);
+        let pause = self.config.election_timeout.saturating_mul(1 << self.promised().0.min(DOUBLINGS_MAX));
+        let pause = pause.min(self.config.round_timeout);
+        self.timers.set_earlier(Timer::Gather, now + pause);
+        let seconds = pause.as_secs_f64().ceil();
+        let why = format!(
+            "{present} of {needed} updates came and no more will; the peers vote and train again in {seconds} s"
+        );
+        self.notify(Notice::Failed { what: "gathering", why });
+    }
+
+    /// Whether the round's time is over, or nobody is left to wait for, with too few updates: (in, needed).
     pub(in crate::protocol) fn lacks_updates(&self) -> Option<(usize, usize)> {
         let leading = self.open.leading.as_ref()?;
         let open = matches!(leading.aggregate, Aggregate::Gathering) && leading.bound.is_none();
-        let late = open && self.is_training_round() && leading.late;
-        late.then(|| (self.gathered().len(), self.config.min_updates))
+        let lacks = open && self.is_training_round() && (leading.late || leading.barren);
+        lacks.then(|| (self.gathered().len(), self.config.min_updates))
     }
 
     fn aggregate(&mut self, peers: BTreeSet<PeerId>, now: Instant) {

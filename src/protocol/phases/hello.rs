@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use crate::protocol::lag::Lag;
 use crate::protocol::message::{Body, Hello};
 use crate::protocol::timer::{Timer, Timers};
-use crate::protocol::{Action, Difference, Ended, Greeting, Notice, Peer, Topic};
+use crate::protocol::{Action, Difference, Ended, Greeting, Notice, Peer, Topic, UNKNOWN};
 use crate::types::{Digest, PeerId, Round};
 
 /// From this many peers on, hellos (which everyone hears) come less often.
@@ -156,18 +156,15 @@ impl Peer {
     /// The first thing that keeps another peer from training with this one.
     pub(in crate::protocol) fn difference(&self, hello: &Hello) -> Option<Difference> {
         let keys: BTreeSet<&String> = self.entries.keys().chain(hello.entries.keys()).collect();
-        let text = |value: Option<&String>| value.cloned().unwrap_or_else(|| "unknown".into());
+        let text = |value: Option<&String>| value.cloned().unwrap_or_else(|| UNKNOWN.into());
         for key in keys {
             let (theirs, mine) = (hello.entries.get(key), self.entries.get(key));
             if theirs != mine {
                 return Some(Difference { key: key.clone(), theirs: text(theirs), mine: text(mine) });
             }
         }
-        (hello.layout != self.layout_digest).then(|| Difference {
-            key: "model layout".into(),
-            theirs: hello.layout.short(),
-            mine: self.layout_digest.short(),
-        })
+        let (theirs, mine) = hello.layout.zip(self.layout_digest).filter(|(theirs, mine)| theirs != mine)?;
+        Some(Difference { key: "model layout".into(), theirs: theirs.short(), mine: mine.short() })
     }
 
     /// Whether a peer said hello and can train with this one.

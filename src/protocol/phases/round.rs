@@ -19,6 +19,8 @@ pub(in crate::protocol) struct OpenRound {
     pub ballots: BTreeMap<Term, BTreeMap<PeerId, Option<(Term, Decree)>>>,
     /// The leader of the promised term, once it has proclaimed itself.
     pub following: Option<PeerId>,
+    /// That leader was heard to speak of a higher term, so that it leads no more.
+    pub leader_made_way: bool,
     /// This peer's leadership of the promised term.
     pub leading: Option<Leadership>,
     /// The proposal of the promised term, until it is accepted.
@@ -28,6 +30,8 @@ pub(in crate::protocol) struct OpenRound {
     pub training: Work<()>,
     /// Why no update will come from this peer.
     pub declined: Option<String>,
+    /// How often its training failed in this round.
+    pub failures: u32,
     /// Members' evaluations of the parent model, sent to this peer as candidate or leader.
     pub evaluations: BTreeMap<PeerId, Metrics>,
     /// Members' updates announced to this peer as leader.
@@ -61,6 +65,8 @@ pub(in crate::protocol) struct Leadership {
     pub refusals: BTreeSet<PeerId>,
     /// The round has waited long enough for stragglers.
     pub late: bool,
+    /// Too few updates are in, and nobody is left who could send one.
+    pub barren: bool,
     /// How many updates were last told of.
     pub told: Option<(usize, usize)>,
 }
@@ -116,11 +122,13 @@ impl OpenRound {
             seen_term: Term(0),
             ballots: BTreeMap::new(),
             following: None,
+            leader_made_way: false,
             leading: None,
             proposal: None,
             evaluation: Work::Idle,
             training: Work::Idle,
             declined: None,
+            failures: 0,
             evaluations: BTreeMap::new(),
             updates: BTreeMap::new(),
             drawn: None,

@@ -96,6 +96,7 @@ impl Peer {
             (result, _) => {
                 let why = result.err().unwrap_or_else(|| "training gave a loss that is not finite".into());
                 self.open.training = Work::Failed;
+                self.open.failures += 1;
                 self.open.declined = Some(clip(why.clone()));
                 self.notify(Notice::Failed { what: "training", why });
             }

@@ -5,6 +5,9 @@ use std::time::Instant;
 use crate::protocol::{Notice, Peer, Waiting};
 use crate::types::PeerId;
 
+/// A peer whose training failed so often in one round waits for updates, whether it leads or not.
+const FAILURES_TOLD: u32 = 2;
+
 impl Peer {
     pub(in crate::protocol) fn advance_waiting(&mut self, now: Instant) {
         // In a round this looks at every member; the leader's heartbeats come often enough to look again.
@@ -38,7 +41,14 @@ impl Peer {
         if needed > 0 {
             return Some(Waiting::Quorum { missing, needed });
         }
-        self.lacks_updates().map(|(present, needed)| Waiting::Updates { present, needed })
+        self.lacks_updates().or(self.fails_again()).map(|(present, needed)| Waiting::Updates { present, needed })
+    }
+
+    /// Whether this peer's training failed in one term after the other, so that it takes part in a round without updates:
+    /// none of its own is in, and so many are needed.
+    fn fails_again(&self) -> Option<(usize, usize)> {
+        let fails = self.open.failures >= FAILURES_TOLD && self.durable.open.update.is_none();
+        fails.then_some((0, self.config.min_updates))
     }
 
     /// A member that was never heard since this peer started may be there; one that fell silent is not.

@@ -1,20 +1,27 @@
-//! Tables of comma-separated values (RFC 4180; also separated by semicolons or tabs).
+//! Tables of comma-separated values (RFC 4180; also separated by semicolons or tabs, and gzipped).
 
 use std::collections::BTreeSet;
-use std::fs::File;
-use std::io::{BufRead, BufReader, Seek};
+use std::fs;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use csv::{ReaderBuilder, StringRecord, Trim};
+use flate2::read::MultiGzDecoder;
 
 use super::source::{ReadError, ReadOptions};
-use super::table::{Column, Table};
+use super::table::{Column, Table, classes};
 use super::{Dataset, Targets};
-use crate::aggregation::statistics::COLUMNS_MAX;
+use crate::aggregation::statistics::{COLUMNS_MAX, SUMMARY_BYTES_MAX};
 
 /// Texts that stand for no value.
 const MISSING: [&str; 5] = ["", "?", "NA", "NaN", "nan"];
+
+/// How a gzipped file begins.
+const GZIP: [u8; 2] = [0x1f, 0x8b];
+
+/// The longest table that a gzipped file may hold, in bytes.
+const UNPACKED_BYTES_MAX: u64 = 8 << 30;
 
 /// A column with more different texts is no set of categories but names, dates or mistakes.
 const CATEGORIES_MAX: usize = 100;
@@ -97,20 +104,22 @@ impl Rows {
         Ok(Self { names, named, class_names, lines })
     }
 
-    fn append(&mut self, other: Rows) -> Result<(), ReadError> {
-        if self.names != other.names {
-            let path = &other.lines[0].path;
+    /// Adds the lines of a table of the same columns, whatever their order there.
+    fn append(&mut self, mut other: Rows) -> Result<(), ReadError> {
+        let place = |name: &String| other.names.iter().position(|own| own == name);
+        let order: Option<Vec<usize>> = self.names.iter().map(place).collect();
+        let Some(order) = order.filter(|order| order.len() == other.names.len()) else {
             let what = format!(
                 "its columns are {}, those of {} are {}",
                 other.names.join(", "),
                 self.lines[0].path.display(),
                 self.names.join(", ")
             );
-            return Err(ReadError::new(
-                path.display(),
-                what,
-                "all files, also that of --val-data, need the same columns",
-            ));
+            let hint = "all files, also that of --val-data, need the same columns";
+            return Err(ReadError::new(other.lines[0].path.display(), what, hint));
+        };
+        for line in &mut other.lines {
+            line.cells = order.iter().map(|&at| &line.cells[at]).collect();
         }
         self.lines.extend(other.lines);
         Ok(())
@@ -126,27 +135,37 @@ impl Rows {
         if let Some(name) = options.categories.keys().find(|name| !self.names.contains(name)) {
             return Err(self.no_column(name, "categories"));
         }
-        let features: Vec<usize> = (0..self.names.len()).filter(|at| *at != label && !ignored.contains(at)).collect();
+        let mut features: Vec<usize> =
+            (0..self.names.len()).filter(|at| *at != label && !ignored.contains(at)).collect();
+        if self.named {
+            // Another peer's file may have them in another order.
+            features.sort_by_key(|&at| &self.names[at]);
+        }
         if features.is_empty() {
             let hint = "a table needs a column beside the label and those that are ignored";
             return Err(ReadError::new(self.lines[0].path.display(), "no column is left to learn from", hint));
         }
         let columns = features.iter().map(|&at| self.describe(at, options)).collect::<Result<Vec<_>, _>>()?;
         let table = Table { columns, label: self.names[label].clone() };
+        let path = self.lines[0].path.display();
         if table.num_features() >= COLUMNS_MAX {
             let what = format!("its columns make {} features, more than {COLUMNS_MAX}", table.num_features());
-            return Err(ReadError::new(self.lines[0].path.display(), what, "leave some out with --ignore-columns"));
+            return Err(ReadError::new(path, what, "leave some out with --ignore-columns"));
         }
         let targets = self.targets(label, options)?;
-        let mut values = Vec::with_capacity(self.lines.len() * table.num_features());
+        let mut values = Vec::with_capacity(self.lines.len() * table.columns.len());
         for line in &self.lines {
             for (&at, column) in features.iter().zip(&table.columns) {
                 self.encode(line, at, column, &mut values)?;
             }
         }
-        Dataset::of_table(values, table, targets).map_err(|error| {
-            ReadError::new(self.lines[0].path.display(), error.to_string(), "look for numbers beyond all reason")
-        })
+        let data = Dataset::of_table(values, table, targets)
+            .map_err(|error| ReadError::new(&path, error.to_string(), "look for numbers beyond all reason"))?;
+        if data.summary().is_some_and(|summary| summary.encode().len() > SUMMARY_BYTES_MAX) {
+            let what = format!("the names of its categories and classes take more than {SUMMARY_BYTES_MAX} bytes");
+            return Err(ReadError::new(&path, what, "shorten them, or leave columns out with --ignore-columns"));
+        }
+        Ok(data)
     }
 
     /// The column that a user names, by name or by number.
@@ -178,11 +197,17 @@ impl Rows {
     fn describe(&self, at: usize, options: &ReadOptions) -> Result<Column, ReadError> {
         let name = self.names[at].clone();
         if let Some(categories) = options.categories.get(&name) {
-            return Ok(Column { name, categories: Some(categories.clone()) });
+            return Ok(Column { name, categories: Some(sorted(categories)) });
         }
         let Some((line, text)) = self.cells(at).find(|(_, cell)| number(cell).is_none()) else {
             return Ok(Column { name, categories: None });
         };
+        let with_point = |cell: &str| number(&cell.replacen(',', ".", 1)).is_some();
+        if self.cells(at).all(|(_, cell)| with_point(cell)) {
+            let what = format!("{text:?} is no number: numbers have a point, as in {:?}", text.replacen(',', ".", 1));
+            let hint = format!("write points for commas, or list all values with --categories '{name}=A|B'");
+            return Err(ReadError::new(line.place(&name), what, hint));
+        }
         let categories: BTreeSet<&str> = self.cells(at).map(|(_, cell)| cell).collect();
         if categories.len() > CATEGORIES_MAX {
             let what = format!(
@@ -195,17 +220,16 @@ impl Rows {
         Ok(Column { name, categories: Some(categories.into_iter().map(str::to_owned).collect()) })
     }
 
-    fn encode(&self, line: &Line, at: usize, column: &Column, values: &mut Vec<f32>) -> Result<(), ReadError> {
+    fn encode(&self, line: &Line, at: usize, column: &Column, values: &mut Vec<f64>) -> Result<(), ReadError> {
         let cell = &line.cells[at];
-        match &column.categories {
-            _ if is_missing(cell) => values.extend(std::iter::repeat_n(f32::NAN, column.width())),
-            None => values.push(number(cell).expect("a column with any other value is one of categories") as f32),
+        values.push(match &column.categories {
+            _ if is_missing(cell) => f64::NAN,
+            None => number(cell).expect("a column with any other value is one of categories"),
             Some(categories) => {
                 let category = categories.iter().position(|category| category == cell);
-                let category = category.ok_or_else(|| not_listed(line, &column.name, cell, categories))?;
-                values.extend((0..categories.len()).map(|index| if index == category { 1.0 } else { 0.0 }));
+                category.ok_or_else(|| not_listed(line, &column.name, cell, categories))? as f64
             }
-        }
+        });
         Ok(())
     }
 
@@ -228,43 +252,47 @@ impl Rows {
                 let what = format!("{text:?} is no number, as task regression needs");
                 Err(ReadError::new(line.place(name), what, "correct it, or use --task classes"))
             }
-            (true, None) => {
-                Ok(Targets::Numbers(self.cells(at).filter_map(|(_, cell)| number(cell)).map(|x| x as f32).collect()))
-            }
+            (true, None) => Ok(Targets::Numbers(self.cells(at).filter_map(|(_, cell)| number(cell)).collect())),
             (false, _) => self.classes(at, &distinct, options),
         }
     }
 
     fn classes(&self, at: usize, distinct: &BTreeSet<&str>, options: &ReadOptions) -> Result<Targets, ReadError> {
         let name = &self.names[at];
-        let mut texts: Vec<String> = distinct.iter().map(|text| (*text).to_owned()).collect();
-        // 10 comes after 9; texts, and texts among numbers, in the order of their letters.
-        texts.sort_by(|a, b| number(a).zip(number(b)).map_or_else(|| a.cmp(b), |(a, b)| a.total_cmp(&b)));
-        let texts = options.categories.get(name).cloned().unwrap_or(texts);
-        let path = self.lines[0].path.display();
-        if texts.len() < 2 {
-            let what = format!("column {name:?}: every example is of class {:?}", texts.join(""));
-            let hint = format!("two classes are needed; if other peers have more, list all: --categories '{name}=A|B'");
-            return Err(ReadError::new(path, what, hint));
-        }
+        let listed = options.categories.get(name);
+        // What the file's first line calls the classes 0, 1, …
+        let called = self
+            .class_names
+            .as_ref()
+            .filter(|names| listed.is_none() && distinct.iter().all(|text| index_of(text, names).is_some()));
+        let class_of = |cell: &str| {
+            called.and_then(|names| Some(names[index_of(cell, names)?].clone())).unwrap_or_else(|| cell.to_owned())
+        };
+        let texts = match listed.or(called) {
+            Some(names) => classes(names.iter().cloned()),
+            None => classes(distinct.iter().map(|text| (*text).to_owned())),
+        };
         if texts.len() > self.lines.len() / 2 && texts.len() > CLASSES_MAX && options.categories.is_empty() {
             let what = format!("column {name:?}: {} different labels for {} examples", texts.len(), self.lines.len());
-            return Err(ReadError::new(path, what, "choose the label's column with --label"));
+            return Err(ReadError::new(self.lines[0].path.display(), what, "choose the label's column with --label"));
         }
         let label = |line: &Line| {
-            let cell = &line.cells[at];
-            let label = texts.iter().position(|text| text == cell);
-            Ok(label.ok_or_else(|| not_listed(line, name, cell, &texts))? as u32)
+            let class = class_of(&line.cells[at]);
+            let label = texts.iter().position(|text| *text == class);
+            Ok(label.ok_or_else(|| not_listed(line, name, &class, &texts))? as u32)
         };
         let labels = self.lines.iter().map(label).collect::<Result<_, ReadError>>()?;
-        let names = self.class_names.iter().flatten().enumerate();
-        let renamed: Vec<String> = names
-            .filter(|(index, _)| texts.get(*index) == Some(&index.to_string()))
-            .map(|(_, name)| name.clone())
-            .collect();
-        let names = if renamed.len() == texts.len() { renamed } else { texts };
-        Ok(Targets::Classes { labels, names: names.into() })
+        Ok(Targets::Classes { labels, names: texts.into() })
     }
+}
+
+/// The index, if it is one, that scikit-learn's tables write in the place of one of these names.
+fn index_of(text: &str, names: &[String]) -> Option<usize> {
+    text.parse().ok().filter(|index| *index < names.len())
+}
+
+fn sorted(texts: &[String]) -> Vec<String> {
+    texts.iter().cloned().collect::<BTreeSet<_>>().into_iter().collect()
 }
 
 fn not_listed(line: &Line, column: &str, cell: &str, listed: &[String]) -> ReadError {
@@ -283,12 +311,13 @@ fn number(cell: &str) -> Option<f64> {
 
 /// Every line that is not empty.
 fn lines(path: &Path) -> Result<Vec<Line>, ReadError> {
-    let io = |error| ReadError::io(path, &error);
-    let mut file = BufReader::new(File::open(path).map_err(io)?);
-    let separator = separator(&mut file).map_err(io)?;
-    file.rewind().map_err(io)?;
-    let mut reader =
-        ReaderBuilder::new().has_headers(false).flexible(true).trim(Trim::All).delimiter(separator).from_reader(file);
+    let bytes = read_bytes(path).map_err(|error| ReadError::io(path, &error))?;
+    let mut reader = ReaderBuilder::new()
+        .has_headers(false)
+        .flexible(true)
+        .trim(Trim::All)
+        .delimiter(separator(&bytes))
+        .from_reader(&bytes[..]);
     let shared = Arc::new(path.to_owned());
     let mut lines = Vec::new();
     for record in reader.records() {
@@ -297,6 +326,20 @@ fn lines(path: &Path) -> Result<Vec<Line>, ReadError> {
         lines.push(Line { path: shared.clone(), number, cells });
     }
     Ok(lines)
+}
+
+/// All bytes of a file, unpacked if it is gzipped, whatever its name.
+fn read_bytes(path: &Path) -> io::Result<Vec<u8>> {
+    let bytes = fs::read(path)?;
+    if !bytes.starts_with(&GZIP) {
+        return Ok(bytes);
+    }
+    let mut unpacked = Vec::new();
+    MultiGzDecoder::new(&bytes[..]).take(UNPACKED_BYTES_MAX + 1).read_to_end(&mut unpacked)?;
+    if unpacked.len() as u64 > UNPACKED_BYTES_MAX {
+        return Err(io::Error::other(format!("unpacked it has more than {UNPACKED_BYTES_MAX} bytes")));
+    }
+    Ok(unpacked)
 }
 
 fn failed(path: &Path, error: &csv::Error) -> ReadError {
@@ -312,12 +355,12 @@ fn failed(path: &Path, error: &csv::Error) -> ReadError {
     }
 }
 
-/// What separates the values of the first line: the most frequent of the usual characters.
-fn separator(file: &mut impl BufRead) -> std::io::Result<u8> {
-    let start = file.fill_buf()?;
-    let line = start.split(|&byte| byte == b'\n').next().unwrap_or_default();
-    let count = |separator: u8| line.iter().filter(|&&byte| byte == separator).count();
-    Ok([b'\t', b';', b','].into_iter().max_by_key(|&separator| count(separator)).expect("there are three"))
+/// What separates the values of the first line: the most frequent of the usual characters that stand outside of quotes.
+fn separator(bytes: &[u8]) -> u8 {
+    let line = bytes.split(|&byte| byte == b'\n').next().unwrap_or_default();
+    let outside = || line.split(|&byte| byte == b'"').step_by(2).flatten();
+    let count = |separator: u8| outside().filter(|&&byte| byte == separator).count();
+    [b'\t', b';', b','].into_iter().max_by_key(|&separator| count(separator)).expect("there are three")
 }
 
 /// The first line of scikit-learn's own tables tells the numbers of examples and of features, and what the classes 0, 1, …
@@ -344,12 +387,15 @@ fn is_header(lines: &[Line]) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
+    use std::io::Write;
 
+    use flate2::Compression;
+    use flate2::write::GzEncoder;
     use proptest::prelude::*;
 
     use super::*;
-    use crate::training::Task;
+    use crate::aggregation::statistics::{Summary, merge};
+    use crate::training::{DataError, Task};
 
     fn options() -> ReadOptions {
         ReadOptions::default()
@@ -368,6 +414,11 @@ mod tests {
         format!("{}: {} ({})", &error.place[file..], error.what, error.hint)
     }
 
+    /// The table as its only owner learns from it.
+    fn ready(data: &Dataset) -> Dataset {
+        data.standardised(&data.summary().unwrap()).unwrap()
+    }
+
     const PEOPLE: &str = "age,town,sick\n30,Lund,no\n40,?,yes\n,Oslo,no\n50,Lund,yes\n";
 
     fn columns(data: &Dataset) -> Vec<(&str, Option<Vec<&str>>)> {
@@ -382,10 +433,10 @@ mod tests {
         let data = read_text(PEOPLE, &options()).unwrap();
         assert_eq!(columns(&data), [("age", None), ("town", Some(vec!["Lund", "Oslo"]))]);
         assert_eq!((data.labels(), data.class_names()), (&[0, 1, 0, 1][..], &["no".to_owned(), "yes".into()][..]));
-        assert_eq!(data.example(0), [30.0, 1.0, 0.0]);
-        assert!(data.example(1)[1..].iter().all(|value| value.is_nan()) && data.example(2)[0].is_nan());
         let summary = data.summary().unwrap();
-        let ready = data.standardised(&summary);
+        assert_eq!(data.table().unwrap().feature_names(&summary), ["age", "town=Lund", "town=Oslo"]);
+        let ready = data.standardised(&summary).unwrap();
+        assert_eq!(ready.example(0)[1..], [1.0, 0.0]);
         assert_eq!(ready.example(2), [0.0, 0.0, 1.0], "the mean, and the category that it has");
         assert_eq!(ready.example(1)[1..], [1.0, 0.0], "the most frequent category");
         let ages: f32 = (0..4).map(|index| ready.example(index)[0].powi(2)).sum();
@@ -410,8 +461,13 @@ mod tests {
             let options = ReadOptions { label, ignored, header, regression, ..options() };
             match read_text(bytes, &options) {
                 Ok(data) => {
-                    let ready = data.standardised(&data.summary().unwrap());
-                    prop_assert!(!ready.is_empty() && ready.features().iter().all(|value| value.is_finite()));
+                    let summary = data.summary().unwrap();
+                    match data.standardised(&summary) {
+                        Ok(ready) => {
+                            prop_assert!(!ready.is_empty() && ready.features().iter().all(|value| value.is_finite()));
+                        }
+                        Err(error) => prop_assert!(matches!(error, DataError::OneClass { .. }), "{}", error),
+                    }
                 }
                 Err(error) => prop_assert!(error.place.contains("my.csv") && !error.hint.is_empty()),
             }
@@ -454,10 +510,10 @@ mod tests {
         let many: String = (0..30).map(|i| format!("{i},{}\n", i * 2)).collect();
         let data = read_text(&many, &options()).unwrap();
         assert_eq!((data.task(), data.len()), (Task::Numbers, 30));
-        let Targets::Numbers(numbers) = data.standardised(&data.summary().unwrap()).targets().clone() else { panic!() };
+        let Targets::Numbers(numbers) = ready(&data).targets().clone() else { panic!() };
         assert!(
-            numbers.iter().sum::<f32>().abs() < 1e-4
-                && (numbers.iter().map(|x| x * x).sum::<f32>() - 30.0).abs() < 1e-3
+            numbers.iter().sum::<f64>().abs() < 1e-4
+                && (numbers.iter().map(|x| x * x).sum::<f64>() - 30.0).abs() < 1e-3
         );
         let few: String = (0..30).map(|i| format!("{i},{}\n", 9 + i % 3)).collect();
         assert_eq!(read_text(&few, &options()).unwrap().class_names(), ["9", "10", "11"]);
@@ -467,12 +523,13 @@ mod tests {
     }
 
     #[test]
-    fn categories_that_are_listed_stand_in_their_order_and_no_others_pass() {
+    fn categories_that_are_listed_are_known_and_no_others_pass() {
         let mut listed = options();
         listed.categories.insert("town".into(), ["Rome", "Oslo", "Lund"].map(String::from).into());
         listed.categories.insert("sick".into(), ["yes", "no"].map(String::from).into());
         let data = read_text(PEOPLE, &listed).unwrap();
-        assert_eq!((data.example(0), data.labels()), (&[30.0, 0.0, 0.0, 1.0][..], &[1, 0, 1, 0][..]));
+        assert_eq!((&ready(&data).example(0)[1..], data.labels()), (&[1.0, 0.0, 0.0][..], &[0, 1, 0, 1][..]));
+        assert_eq!(columns(&data)[1].1, Some(vec!["Lund", "Oslo", "Rome"]));
         listed.categories.insert("town".into(), vec!["Lund".into()]);
         let error = refused(PEOPLE, &listed);
         assert!(
@@ -481,6 +538,67 @@ mod tests {
         );
         listed.categories.insert("city".into(), Vec::new());
         assert!(refused(PEOPLE, &listed).contains("no column \"city\""));
+    }
+
+    #[test]
+    fn files_are_told_apart_by_what_is_in_them() {
+        let plain = read_text(PEOPLE, &options()).unwrap();
+        let mut packed = GzEncoder::new(Vec::new(), Compression::fast());
+        packed.write_all(PEOPLE.as_bytes()).unwrap();
+        let packed = packed.finish().unwrap();
+        let unpacked = read_text(&packed, &options()).unwrap();
+        assert_eq!((unpacked.labels(), unpacked.summary()), (plain.labels(), plain.summary()));
+        assert!(refused(&packed[..packed.len() / 2], &options()).contains("damaged or cut off"));
+        let quoted = "\"a,b,c\";\"d\"\"e\"\r\n1;x\r\n\"2\";\"y;z\"\r\n";
+        let data = read_text(quoted, &options()).unwrap();
+        assert_eq!((columns(&data)[0].0, data.class_names().concat()), ("a,b,c", "xy;z".into()));
+        let last = ReadOptions { label: Some("sick".into()), ..options() };
+        let turned = read_text("sick,town,age\nno,Lund,30\nyes,?,40\nno,Oslo,\nyes,Lund,50\n", &last).unwrap();
+        assert_eq!((turned.shared_entries(), turned.summary()), (plain.shared_entries(), plain.summary()));
+    }
+
+    /// What all the tables together are like.
+    fn merged(tables: &[&Dataset]) -> Summary {
+        let summaries: Vec<Vec<u8>> = tables.iter().map(|table| table.summary().unwrap().encode()).collect();
+        Summary::decode(&merge(summaries.iter().map(Vec::as_slice))).unwrap()
+    }
+
+    #[test]
+    fn tables_that_nobody_has_together_get_the_features_and_classes_of_all() {
+        let one = read_text("age,town,sick\n30,Lund,no\n40,Oslo,no\n50,Lund,no\n", &options()).unwrap();
+        let other = read_text("age,town,sick\n20,Rome,yes\n?,?,maybe\n", &options()).unwrap();
+        assert_eq!(one.shared_entries(), other.shared_entries());
+        let all = merged(&[&other, &one]);
+        assert_eq!(all, merged(&[&one, &other]));
+        let (one, other) = (one.standardised(&all).unwrap(), other.standardised(&all).unwrap());
+        assert_eq!((one.class_names(), one.labels()), (other.class_names(), &[1, 1, 1][..]));
+        assert_eq!((other.class_names().concat().as_str(), other.labels()), ("maybenoyes", &[2, 0][..]));
+        assert_eq!((&one.example(0)[1..], &one.example(1)[1..]), (&[1.0, 0.0, 0.0][..], &[0.0, 1.0, 0.0][..]));
+        assert_eq!(other.example(0)[1..], [0.0, 0.0, 1.0]);
+        assert_eq!(other.example(1), [0.0, 1.0, 0.0, 0.0], "the mean, and the most frequent town of all");
+
+        // Who comes later has none of the known towns, and no class that is not known.
+        let late = read_text("age,town,sick\n30,Bath,no\n31,Lund,yes\n", &options()).unwrap();
+        assert_eq!(late.standardised(&all).unwrap().example(0)[1..], [0.0; 3]);
+        let stranger = read_text("age,town,sick\n30,Lund,no\n30,Lund,dead\n", &options()).unwrap();
+        let error = stranger.standardised(&all).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            r#"an example is of class "dead" of column "sick", and the federation tells apart only ["maybe", "no", "yes"]"#
+        );
+        let other_columns = read_text("age,sick\n30,no\n31,yes\n", &options()).unwrap();
+        assert_eq!(other_columns.standardised(&all), Err(DataError::OtherColumns));
+        let healthy = read_text("age,sick\n30,no\n31,no\n", &options()).unwrap();
+        let error = healthy.standardised(&healthy.summary().unwrap()).unwrap_err();
+        assert_eq!(error.to_string(), "column \"sick\": every example of every peer is of class \"no\"");
+    }
+
+    #[test]
+    fn large_numbers_that_differ_little_stay_apart() {
+        let times: String = (0..10).map(|second| format!("{},{}\n", 1_700_000_000 + second, second % 2)).collect();
+        let data = ready(&read_text(format!("time,odd\n{times}"), &options()).unwrap());
+        let step = data.example(1)[0] - data.example(0)[0];
+        assert!((step - 0.348_155_3).abs() < 1e-5, "{step}: the seconds' standard deviation is 2.872");
     }
 
     #[test]
@@ -495,7 +613,10 @@ mod tests {
             refused("a,b\n1,x\n2,?\n", &options())
                 .starts_with("my.csv, line 3, column \"b\": the label is missing (\"?\")")
         );
-        assert!(refused("a,b\n1,x\n2,x\n", &options()).contains("every example is of class \"x\""));
+        assert!(
+            refused("a;b\n7;x\n1,5;y\n", &options())
+                .starts_with("my.csv, line 3, column \"a\": \"1,5\" is no number: numbers have a point, as in \"1.5\"")
+        );
         assert!(refused("a,a,b\n1,2,x\n", &options()).contains("two columns are called \"a\""));
         assert!(refused(b"a,b\n1,x\n\xff,y\n", &options()).starts_with("my.csv, line 3: value 1 is not UTF-8"));
         let names: String = (0..200)
@@ -517,8 +638,11 @@ mod tests {
         let train = write("train.csv", PEOPLE);
         let test = write("test.csv", "age,town,sick\n20,Rome,no\n");
         let [train_data, held_out] = read(&[&train, &test], &options()).unwrap().try_into().unwrap();
-        assert_eq!((train_data.len(), held_out.example(0)), (4, &[20.0, 0.0, 0.0, 1.0][..]));
+        let held_out_ready = held_out.standardised(&train_data.summary().unwrap()).unwrap();
+        assert_eq!((train_data.len(), &held_out_ready.example(0)[1..]), (4, &[0.0, 0.0, 1.0][..]));
         assert_eq!(held_out.class_names(), train_data.class_names());
+        let turned = write("turned.csv", "sick,town,age\nno,Rome,20\n");
+        assert_eq!(read(&[&train, &turned], &options()).unwrap()[1], held_out, "columns go by their names");
         let other = write("other.csv", "age,city,sick\n20,Rome,no\n");
         assert!(
             read(&[&train, &other], &options()).unwrap_err().to_string().contains("its columns are age, city, sick")

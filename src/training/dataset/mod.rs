@@ -17,18 +17,25 @@ mod source;
 mod table;
 mod text;
 
-pub use schema::{COLUMN, LABEL};
+pub use schema::COLUMN;
 pub use source::{Examples, ReadError, ReadOptions, Source, Train};
 pub use table::{Column, Table};
 
 /// Examples, and what is to be told of each.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Dataset {
-    features: Vec<f32>,
+    values: Values,
     shape: Arc<[usize]>, // this and the names are shared by all subsets, of which every batch is one
     targets: Targets,
-    /// Of examples from a table that are not standardised yet: its columns. Values may be missing (NaN) as long.
-    table: Option<Arc<Table>>,
+}
+
+/// What examples are told by.
+#[derive(Clone, Debug, PartialEq)]
+enum Values {
+    /// What a model learns from, row-major `[len, shape…]`.
+    Features(Vec<f32>),
+    /// A table that is not standardised yet, row-major `[len, columns]`.
+    Table(Arc<Table>, Vec<f64>),
 }
 
 /// What a model is to tell of each example.
@@ -42,7 +49,7 @@ pub enum Targets {
         names: Arc<[String]>,
     },
     /// A number of each example.
-    Numbers(Vec<f32>),
+    Numbers(Vec<f64>),
     /// A class of each of the steps of an example, such as the next character at each place of a text.
     Steps {
         /// Which: indices into `names`, row-major `[len, steps]`.
@@ -102,6 +109,37 @@ pub enum DataError {
         /// Which example, counted from 0.
         example: usize,
     },
+    /// A category that its column does not list.
+    #[error("example {example} has category {category} of a column that lists {listed}")]
+    Category {
+        /// Which example, counted from 0.
+        example: usize,
+        /// Its category.
+        category: f64,
+        /// How many there are.
+        listed: usize,
+    },
+    /// A table whose columns, or what is to be told, are of other kinds than what all tables together are like.
+    #[error("the columns of the table are not those that the federation was founded with")]
+    OtherColumns,
+    /// A class that nobody had when the federation was founded: its model cannot tell it.
+    #[error("an example is of class {class:?} of column {column:?}, and the federation tells apart only {known:?}")]
+    UnknownClass {
+        /// The column.
+        column: String,
+        /// The class.
+        class: String,
+        /// All that are known.
+        known: Vec<String>,
+    },
+    /// There is nothing to tell apart.
+    #[error("column {column:?}: every example of every peer is of class {class:?}")]
+    OneClass {
+        /// The column.
+        column: String,
+        /// The class.
+        class: String,
+    },
     /// A share of held-out examples outside 0 to 1.
     #[error("a share of {0} cannot be held out: use 0 to below 1, such as 0.2")]
     Fraction(f64),
@@ -123,33 +161,30 @@ impl Dataset {
     /// example: `[features]`, `[channels, height, width]` of an image, or `[steps]` of a text, whose features are
     /// token numbers.
     pub fn of(features: Vec<f32>, shape: &[usize], targets: Targets) -> Result<Self, DataError> {
-        let dataset = Self::unchecked_values(features, shape, targets)?;
-        if let Some(at) = dataset.features.iter().position(|value| !value.is_finite()) {
-            return Err(DataError::NotFinite { example: at / dataset.num_features() });
+        let num_features = check_counts(features.len(), shape, &targets)?;
+        if let Some(at) = features.iter().position(|value| !value.is_finite()) {
+            return Err(DataError::NotFinite { example: at / num_features });
         }
-        Ok(dataset)
+        Ok(Self { values: Values::Features(features), shape: shape.into(), targets })
     }
 
-    /// Takes the values of a table as they were read, row-major `[len, table.num_features()]`, NaN where one is missing.
-    /// They are to be [`standardised`](Self::standardised) before a model can learn from them.
-    pub fn of_table(features: Vec<f32>, table: Table, targets: Targets) -> Result<Self, DataError> {
-        let dataset = Self::unchecked_values(features, &[table.num_features()], targets)?;
-        if let Some(at) = dataset.features.iter().position(|value| value.is_infinite()) {
-            return Err(DataError::NotFinite { example: at / dataset.num_features() });
+    /// Takes the values of a table as they were read, row-major `[len, table.columns.len()]`, NaN where one is missing: a
+    /// number as it stands, a category as its index into those of its column. They are to be
+    /// [`standardised`](Self::standardised) before a model can learn from them.
+    pub fn of_table(values: Vec<f64>, table: Table, targets: Targets) -> Result<Self, DataError> {
+        let columns = check_counts(values.len(), &[table.columns.len()], &targets)?;
+        for (at, value) in values.iter().enumerate().filter(|(_, value)| !value.is_nan()) {
+            let example = at / columns;
+            match &table.columns[at % columns].categories {
+                None if value.is_infinite() => return Err(DataError::NotFinite { example }),
+                Some(all) if value.fract() != 0.0 || !(0.0..all.len() as f64).contains(value) => {
+                    return Err(DataError::Category { example, category: *value, listed: all.len() });
+                }
+                _ => {}
+            }
         }
-        Ok(Self { table: Some(Arc::new(table)), ..dataset })
-    }
-
-    fn unchecked_values(features: Vec<f32>, shape: &[usize], targets: Targets) -> Result<Self, DataError> {
-        let num_features = shape.iter().try_fold(1, |product: usize, &len| product.checked_mul(len)).unwrap_or(0);
-        let (values, per_example) = (features.len(), targets.per_example(num_features));
-        let examples = targets.count() / per_example.max(1);
-        let whole = targets.count().is_multiple_of(per_example.max(1));
-        if num_features == 0 || !whole || examples.checked_mul(num_features) != Some(values) {
-            return Err(DataError::Shape { values, examples, num_features });
-        }
-        targets.check(per_example)?;
-        Ok(Self { features, shape: shape.into(), targets, table: None })
+        let shape = Arc::new([table.num_features()]);
+        Ok(Self { values: Values::Table(Arc::new(table), values), shape, targets })
     }
 
     /// 1,797 handwritten digits of 8×8 pixels, scaled to 0..1, as images of one channel: the test part of UCI's *Optical
@@ -160,15 +195,15 @@ impl Dataset {
 
     /// How many examples there are.
     pub fn len(&self) -> usize {
-        self.features.len() / self.num_features()
+        self.targets.count() / self.targets.per_example(self.num_features())
     }
 
     /// Whether there is no example.
     pub fn is_empty(&self) -> bool {
-        self.features.is_empty()
+        self.targets.count() == 0
     }
 
-    /// The shape of one example.
+    /// The shape of one example; of a table that is not standardised yet, as far as its categories are known here.
     pub fn shape(&self) -> &[usize] {
         &self.shape
     }
@@ -205,14 +240,20 @@ impl Dataset {
         }
     }
 
-    /// Every value, row-major: `[len, num_features]`.
+    /// Every value, row-major: `[len, num_features]`; none of a table that is not standardised yet.
     pub fn features(&self) -> &[f32] {
-        &self.features
+        match &self.values {
+            Values::Features(features) => features,
+            Values::Table(..) => &[],
+        }
     }
 
     /// Every value and every target, without their shape.
     pub(super) fn into_parts(self) -> (Vec<f32>, Targets) {
-        (self.features, self.targets)
+        match self.values {
+            Values::Features(features) => (features, self.targets),
+            Values::Table(..) => (Vec::new(), self.targets),
+        }
     }
 
     /// The class of every example; empty where an example has none of its own.
@@ -227,9 +268,9 @@ impl Dataset {
     ///
     /// # Panics
     ///
-    /// If there is no such example.
+    /// If there is no such example, or it is of a table that is not standardised yet.
     pub fn example(&self, index: usize) -> &[f32] {
-        row(&self.features, self.num_features(), index)
+        row(self.features(), self.num_features(), index)
     }
 
     /// The examples at `indices`, in that order.
@@ -239,49 +280,47 @@ impl Dataset {
     /// If an index is not below [`len`](Self::len).
     #[must_use]
     pub fn subset(&self, indices: &[usize]) -> Self {
-        let num_features = self.num_features();
-        let mut features = Vec::with_capacity(indices.len() * num_features);
-        indices.iter().for_each(|&index| features.extend_from_slice(row(&self.features, num_features, index)));
-        let targets = self.targets.subset(indices, num_features);
-        Self { features, shape: self.shape.clone(), targets, table: self.table.clone() }
+        let values = match &self.values {
+            Values::Features(features) => Values::Features(rows(features, self.num_features(), indices)),
+            Values::Table(table, values) => Values::Table(table.clone(), rows(values, table.columns.len(), indices)),
+        };
+        let targets = self.targets.subset(indices, self.num_features());
+        Self { values, shape: self.shape.clone(), targets }
     }
 
     /// The columns of a table whose values are not standardised yet.
     pub fn table(&self) -> Option<&Table> {
-        self.table.as_deref()
+        match &self.values {
+            Values::Features(_) => None,
+            Values::Table(table, _) => Some(table),
+        }
     }
 
-    /// What peers must agree on about their examples, by name, as text: shape, classes, and the columns of a table that is
-    /// not standardised yet.
+    /// What peers must agree on about their examples, by name, as text: shape and classes, or the kinds of the columns of a
+    /// table that is not standardised yet.
     pub fn shared_entries(&self) -> BTreeMap<String, String> {
         schema::entries(self)
     }
 
-    /// What the columns of a table that is not standardised yet are like: all that a peer tells the others of its examples.
+    /// What a table that is not standardised yet is like: all that a peer tells the others of its examples.
     pub fn summary(&self) -> Option<Summary> {
-        let numbers = match &self.targets {
-            Targets::Numbers(numbers) => Some(numbers.as_slice()),
-            Targets::Classes { .. } | Targets::Steps { .. } => None,
-        };
-        Some(self.table()?.summary(&self.features, numbers))
+        match &self.values {
+            Values::Features(_) => None,
+            Values::Table(table, values) => Some(table.summary(values, &self.targets)),
+        }
     }
 
-    /// The examples of a table as a model learns from them: each number, also one to tell, less the mean and in standard
-    /// deviations of `summary`; a missing number is the mean, a missing category the most frequent one. Other examples are
-    /// left as they are, and so are those of a table that `summary` is not of.
-    #[must_use]
-    pub fn standardised(&self, summary: &Summary) -> Self {
-        let mut ready = self.clone();
-        let to_tell = usize::from(matches!(self.targets, Targets::Numbers(_)));
-        let Some(table) = ready.table.take_if(|table| table.num_features() + to_tell == summary.columns.len()) else {
-            return ready;
-        };
-        let num_features = ready.num_features();
-        ready.features.chunks_exact_mut(num_features).for_each(|example| table.standardise(example, summary));
-        if let (Targets::Numbers(numbers), Some(column)) = (&mut ready.targets, summary.columns.last()) {
-            numbers.iter_mut().for_each(|number| *number = table::scaled(*number, column));
-        }
-        ready
+    /// The examples of a table as a model learns from them, if `summary` is what all peers' tables together are like: each
+    /// number, also one to tell, less the mean and in standard deviations; a feature of 0 or 1 for each category of any
+    /// peer; and the classes of all peers. A missing number is the mean, a missing category the most frequent one, a
+    /// category that nobody had is none of them. Other examples are left as they are.
+    ///
+    /// # Errors
+    /// If the summary is of other columns, or knows one class only, or an example is of a class that it does not know.
+    pub fn standardised(&self, summary: &Summary) -> Result<Self, DataError> {
+        let Values::Table(table, values) = &self.values else { return Ok(self.clone()) };
+        let (features, width, targets) = table.standardise(values, &self.targets, summary)?;
+        Self::of(features, &[width], targets)
     }
 
     /// Splits into examples to train on and examples held out to measure with, drawn by `seed`.
@@ -354,6 +393,26 @@ impl Targets {
             }
         }
     }
+}
+
+/// Whether there are as many values and targets as examples of this shape have; returns how many values one has.
+fn check_counts(values: usize, shape: &[usize], targets: &Targets) -> Result<usize, DataError> {
+    let num_features = shape.iter().try_fold(1, |product: usize, &len| product.checked_mul(len)).unwrap_or(0);
+    let per_example = targets.per_example(num_features);
+    let examples = targets.count() / per_example.max(1);
+    let whole = targets.count().is_multiple_of(per_example.max(1));
+    if num_features == 0 || !whole || examples.checked_mul(num_features) != Some(values) {
+        return Err(DataError::Shape { values, examples, num_features });
+    }
+    targets.check(per_example)?;
+    Ok(num_features)
+}
+
+/// Rows of a row-major matrix, in the order of `indices`.
+fn rows<T: Copy>(matrix: &[T], width: usize, indices: &[usize]) -> Vec<T> {
+    let mut rows = Vec::with_capacity(indices.len() * width);
+    indices.iter().for_each(|&index| rows.extend_from_slice(row(matrix, width, index)));
+    rows
 }
 
 /// Row `index` of a row-major matrix.

@@ -34,8 +34,8 @@ pub struct ReadOptions {
     pub regression: Option<bool>,
     /// Columns of a table that are passed over: their names, or their numbers from 1.
     pub ignored: Vec<String>,
-    /// All values that a column may have, in their order, by its name; the classes of pictures as `class`. A peer that
-    /// lacks some of them so agrees with the others.
+    /// All values that a column may have, by its name; the classes of pictures as `class`, in their order, so that a peer
+    /// that lacks some of them agrees with the others.
     pub categories: BTreeMap<String, Vec<String>>,
     /// Pictures are resized to a square of so many pixels; `None`: all have one size.
     pub image_size: Option<usize>,
@@ -102,6 +102,10 @@ impl ReadError {
         let hint = match error.kind() {
             io::ErrorKind::NotFound => {
                 "--data names a file or directory of this machine; look for a mistake in the path"
+            }
+            io::ErrorKind::IsADirectory => "name a file of it, or all with a pattern: --data csv:DIR/*.csv",
+            io::ErrorKind::NotADirectory => {
+                "--data csv:FILE and text:FILE take a file, images:DIR and idx:DIR a directory"
             }
             io::ErrorKind::UnexpectedEof | io::ErrorKind::InvalidData | io::ErrorKind::InvalidInput => {
                 "the file is damaged or cut off: fetch it again"

@@ -1,8 +1,12 @@
 //! What the columns of a table are, and how they become features once it is known what they are like at all peers.
 
-use crate::aggregation::statistics::{Column as Statistics, Moments, Summary};
+use std::collections::BTreeMap;
 
-/// The columns of a table whose values are as they were read: numbers not standardised, missing ones not imputed.
+use super::{DataError, Targets};
+use crate::aggregation::statistics::{Column as Statistics, Counts, Moments, Summary};
+
+/// The columns of a table whose values are as they were read: numbers not standardised, missing ones not imputed,
+/// categories not features yet.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Table {
     /// The columns that examples are told by.
@@ -16,81 +20,193 @@ pub struct Table {
 pub struct Column {
     /// Its name; `column 3` where a table has none.
     pub name: String,
-    /// All values that it may have, each of which is a feature of 0 or 1; `None`: numbers, one feature.
+    /// The values that are known of here, each of which becomes a feature of 0 or 1; `None`: numbers, one feature.
     pub categories: Option<Vec<String>>,
 }
 
+/// How one column becomes features.
+enum Encoding {
+    Number {
+        mean: f64,
+        std: f64,
+    },
+    /// Of the values known here, which of the features each is, if it is one; how many features there are; and which of
+    /// them stands for a missing value.
+    Categories {
+        places: Vec<Option<usize>>,
+        width: usize,
+        usual: Option<usize>,
+    },
+}
+
 impl Column {
-    /// How many features it has.
+    /// How many features it has, as far as is known here.
     pub fn width(&self) -> usize {
         self.categories.as_ref().map_or(1, Vec::len)
+    }
+
+    fn encoding(&self, statistics: &Statistics) -> Option<Encoding> {
+        Some(match (&self.categories, statistics) {
+            (None, Statistics::Number(moments)) => {
+                let (mean, std) = moments.scale();
+                Encoding::Number { mean, std }
+            }
+            (Some(own), Statistics::Categories(all)) => {
+                let place = |value: &String| all.keys().position(|known| known == value);
+                // The first of those that are equally frequent.
+                let usual = all.values().enumerate().rev().max_by_key(|(_, count)| **count).map(|(place, _)| place);
+                Encoding::Categories { places: own.iter().map(place).collect(), width: all.len(), usual }
+            }
+            _ => return None,
+        })
     }
 }
 
 impl Table {
-    /// How many features the columns have together.
+    /// How many features the columns have together, as far as is known here.
     pub fn num_features(&self) -> usize {
         self.columns.iter().map(Column::width).sum()
     }
 
-    /// What each feature is called: the column, and the category where it is one.
-    pub fn feature_names(&self) -> Vec<String> {
-        let names = self.columns.iter().flat_map(|column| match &column.categories {
-            None => vec![column.name.clone()],
-            Some(categories) => categories.iter().map(|category| format!("{}={category}", column.name)).collect(),
-        });
-        names.collect()
+    /// What each feature is called once categories are those of all peers: the column, and the category where it is one.
+    pub fn feature_names(&self, summary: &Summary) -> Vec<String> {
+        let of_column = |(column, statistics): (&Column, &Statistics)| match statistics {
+            Statistics::Categories(all) => all.keys().map(|value| format!("{}={value}", column.name)).collect(),
+            _ => vec![column.name.clone()],
+        };
+        self.columns.iter().zip(&summary.columns).flat_map(of_column).collect()
     }
 
-    /// What the features are like, `features` row-major with NaN where a value is missing; then the numbers to tell.
-    pub(super) fn summary(&self, features: &[f32], numbers: Option<&[f32]>) -> Summary {
-        let width = self.num_features();
-        let moments = |at: usize| {
-            let mut moments = Moments::default();
-            let values = features.iter().skip(at).step_by(width.max(1)).filter(|value| !value.is_nan());
-            values.for_each(|&value| moments.add(f64::from(value)));
-            moments
+    /// What the table is like: `values` row-major `[examples, columns]`, as those of
+    /// [`Dataset::of_table`](super::Dataset::of_table).
+    pub(super) fn summary(&self, values: &[f64], targets: &Targets) -> Summary {
+        let known = |at: usize| values.iter().skip(at).step_by(self.columns.len()).filter(|value| !value.is_nan());
+        let describe = |(at, column): (usize, &Column)| match &column.categories {
+            None => Statistics::Number(moments(known(at))),
+            Some(names) => Statistics::Categories(counts(names, known(at).map(|&value| value as usize))),
         };
-        let mut columns = Vec::with_capacity(width + 1);
-        for column in &self.columns {
-            for _ in 0..column.width() {
-                let moments = moments(columns.len());
-                let is_number = column.categories.is_none();
-                columns.push(if is_number { Statistics::Number(moments) } else { Statistics::Indicator(moments) });
+        let mut columns: Vec<Statistics> = self.columns.iter().enumerate().map(describe).collect();
+        columns.push(match targets {
+            Targets::Numbers(numbers) => Statistics::Target(moments(numbers)),
+            Targets::Classes { labels, names } | Targets::Steps { labels, names } => {
+                Statistics::Classes(counts(names, labels.iter().map(|&label| label as usize)))
             }
-        }
-        if let Some(numbers) = numbers {
-            let mut moments = Moments::default();
-            numbers.iter().for_each(|&number| moments.add(f64::from(number)));
-            columns.push(Statistics::Target(moments));
-        }
+        });
         Summary { columns }
     }
 
-    /// Standardises one example: `(x - mean) / std`. What is missing becomes the mean, or the most frequent category.
-    pub(super) fn standardise(&self, example: &mut [f32], summary: &Summary) {
-        let mut at = 0;
-        for column in &self.columns {
-            let own = at..at + column.width();
-            at = own.end;
-            if column.categories.is_none() {
-                let value = example[own.start];
-                example[own.start] = if value.is_nan() { 0.0 } else { scaled(value, &summary.columns[own.start]) };
-            } else if example[own.clone()].iter().any(|value| value.is_nan()) {
-                let frequency = |index: usize| summary.columns[index].moments().mean;
-                let first = own.start;
-                let most =
-                    own.clone().fold(first, |best, next| if frequency(next) > frequency(best) { next } else { best });
-                example[own].fill(0.0);
-                example[most] = 1.0;
+    /// The features of all examples, `[examples, features]` with how many features those are, and what is to be told:
+    /// numbers as `(x - mean) / std`, a missing one as the mean; categories as 0 and 1, a missing one as the most frequent
+    /// one, one that the summary does not know as zeros.
+    pub(super) fn standardise(
+        &self,
+        values: &[f64],
+        targets: &Targets,
+        summary: &Summary,
+    ) -> Result<(Vec<f32>, usize, Targets), DataError> {
+        let (label, columns) = summary.columns.split_last().ok_or(DataError::OtherColumns)?;
+        if columns.len() != self.columns.len() {
+            return Err(DataError::OtherColumns);
+        }
+        let encodings = self.columns.iter().zip(columns).map(|(column, statistics)| column.encoding(statistics));
+        let encodings = encodings.collect::<Option<Vec<_>>>().ok_or(DataError::OtherColumns)?;
+        let width = encodings.iter().map(Encoding::width).sum();
+        let mut features = Vec::with_capacity(values.len() / self.columns.len().max(1) * width);
+        for example in values.chunks_exact(self.columns.len()) {
+            example.iter().zip(&encodings).for_each(|(&value, encoding)| encoding.encode(value, &mut features));
+        }
+        Ok((features, width, self.to_tell(targets, label)?))
+    }
+
+    fn to_tell(&self, targets: &Targets, label: &Statistics) -> Result<Targets, DataError> {
+        match (targets, label) {
+            (Targets::Numbers(numbers), Statistics::Target(moments)) => {
+                let (mean, std) = moments.scale();
+                Ok(Targets::Numbers(numbers.iter().map(|&number| scaled(number, mean, std).into()).collect()))
+            }
+            (Targets::Classes { labels, names: own }, Statistics::Classes(all)) => {
+                let names = classes(all.keys().cloned());
+                if names.len() < 2 {
+                    let (column, class) = (self.label.clone(), names.concat());
+                    return Err(DataError::OneClass { column, class });
+                }
+                let places: BTreeMap<&String, u32> = names.iter().zip(0..).collect();
+                let place = |label: &u32| {
+                    let class = &own[*label as usize];
+                    places.get(class).copied().ok_or_else(|| DataError::UnknownClass {
+                        column: self.label.clone(),
+                        class: class.clone(),
+                        known: names.clone(),
+                    })
+                };
+                let labels = labels.iter().map(place).collect::<Result<_, _>>()?;
+                Ok(Targets::Classes { labels, names: names.into() })
+            }
+            _ => Err(DataError::OtherColumns),
+        }
+    }
+}
+
+impl Encoding {
+    fn width(&self) -> usize {
+        match self {
+            Self::Number { .. } => 1,
+            Self::Categories { width, .. } => *width,
+        }
+    }
+
+    fn encode(&self, value: f64, features: &mut Vec<f32>) {
+        match self {
+            Self::Number { .. } if value.is_nan() => features.push(0.0),
+            Self::Number { mean, std } => features.push(scaled(value, *mean, *std)),
+            Self::Categories { places, width, usual } => {
+                let place = if value.is_nan() { *usual } else { places.get(value as usize).copied().flatten() };
+                features.extend((0..*width).map(|at| if Some(at) == place { 1.0 } else { 0.0 }));
             }
         }
     }
 }
 
+fn moments<'a>(values: impl IntoIterator<Item = &'a f64>) -> Moments {
+    let mut moments = Moments::default();
+    values.into_iter().for_each(|&value| moments.add(value));
+    moments
+}
+
+/// Counts values that are given as indices into their names. Those that no example has are known all the same.
+fn counts(names: &[String], values: impl Iterator<Item = usize>) -> Counts {
+    let mut counts = vec![0; names.len()];
+    values.for_each(|value| counts[value] += 1);
+    names.iter().cloned().zip(counts).collect()
+}
+
+/// Classes in their order: 10 comes after 9 where all are numbers, else all are in the order of their letters.
+pub(super) fn classes(names: impl IntoIterator<Item = String>) -> Vec<String> {
+    let mut names: Vec<String> = names.into_iter().collect();
+    names.sort();
+    names.dedup();
+    if let Some(mut numbers) = names.iter().map(|name| name.parse().ok()).collect::<Option<Vec<f64>>>() {
+        let mut numbered: Vec<(f64, String)> = numbers.drain(..).zip(names).collect();
+        numbered.sort_by(|(a, _), (b, _)| a.total_cmp(b));
+        return numbered.into_iter().map(|(_, name)| name).collect();
+    }
+    names
+}
+
 /// A number less its mean, in standard deviations.
-pub(super) fn scaled(value: f32, column: &Statistics) -> f32 {
-    let (mean, std) = column.scale();
+fn scaled(value: f64, mean: f64, std: f64) -> f32 {
     // Far outliers end somewhere finite: one of them is not to make a whole peer's training fail.
-    ((f64::from(value) - mean) / std).clamp(-1e6, 1e6) as f32
+    ((value - mean) / std).clamp(-1e6, 1e6) as f32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn classes_are_in_the_order_of_their_numbers_or_else_of_their_letters() {
+        let sorted = |names: &[&str]| classes(names.iter().map(|name| (*name).to_owned()));
+        assert_eq!(sorted(&["10", "9", "-1", "9"]), ["-1", "9", "10"]);
+        assert_eq!(sorted(&["10", "9", "1a"]), ["10", "1a", "9"]);
+    }
 }

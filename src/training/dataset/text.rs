@@ -33,6 +33,7 @@ pub(super) fn read(path: &Path, options: &ReadOptions) -> Result<Dataset, ReadEr
     let vocabulary = vocabulary(&options.characters);
     let known: std::collections::BTreeMap<char, u32> = vocabulary.iter().copied().zip(0..).collect();
     let tokens: Vec<u32> = text
+        .trim_start_matches('\u{feff}')
         .chars()
         .filter(|&character| character != '\r')
         .map(|character| known.get(&character).copied().unwrap_or(vocabulary.len() as u32))

@@ -109,8 +109,9 @@ fn examples(shape: &[usize], task: Task, count: usize) -> (Vec<f32>, Targets) {
             (features, Targets::Classes { labels, names: names(classes) })
         }
         Task::Numbers => {
-            let mut reals = |len: usize| (0..len).map(|_| rng.random_range(-1.0..1.0)).collect();
-            (reals(count * num_features), Targets::Numbers(reals(count)))
+            let mut reals = |len: usize| (0..len).map(|_| rng.random_range(-1.0..1.0)).collect::<Vec<f32>>();
+            let features = reals(count * num_features);
+            (features, Targets::Numbers(reals(count).into_iter().map(f64::from).collect()))
         }
     }
 }
