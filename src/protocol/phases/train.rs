@@ -39,7 +39,8 @@ impl Peer {
         let round = self.round();
         self.notify(Notice::TrainingStarted { round });
         let (residual, control) = (self.durable.residual, self.durable.control);
-        self.actions.push(Action::Start(Job::Train { round, model, residual, control }));
+        let members = self.durable.roster().map_or(0, |roster| roster.len());
+        self.actions.push(Action::Start(Job::Train { round, model, residual, control, members }));
     }
 
     /// The leader does not train, nor does the candidate that is about to lead.
