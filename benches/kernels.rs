@@ -61,9 +61,7 @@ fn aggregate_4(bencher: Bencher<'_, '_>, name: &str, values: usize) {
     let share = Share::of(100);
     let contributions: Vec<_> = updates.iter().map(|weights| Contribution { share, weights }).collect();
     let parent = strategy.initial(weights(values, 0));
-    bencher
-        .counter(bytes(4 * values))
-        .bench_local(|| strategy.aggregate(&layout, &parent, black_box(&contributions), 5));
+    bencher.counter(bytes(4 * values)).bench_local(|| strategy.aggregate(&layout, &parent, black_box(&contributions)));
 }
 
 /// What each codec makes of 64 MB of values, and back.

@@ -21,6 +21,9 @@ mod value;
 pub use keys::{Group, KEYS, Key, NONE, UsedBy, VARIABLE_PREFIX, markdown};
 pub use value::{Kind, Part, Reals, Value, categories};
 
+/// The most peers that a key takes.
+const PEERS_MAX: usize = 10_000;
+
 /// Variables that carry the prefix and are no keys: the name of the configuration file, the filter of the log, and the
 /// interpreter that `bench train` finds torch with.
 pub const OTHER_VARIABLES: [&str; 3] = ["RODIZIO_CONFIG", "RODIZIO_LOG", "RODIZIO_PYTHON"];
@@ -434,17 +437,6 @@ impl Layers {
     /// The settings of `run`, which starts all its peers itself: there must be enough of them.
     pub fn settings_of_run(&self) -> Result<Settings, ConfigError> {
         let settings = self.settings()?;
-        let updates = settings.peers - usize::from(!settings.leader_trains && settings.peers > 1);
-        if let Ok(needed) = settings.aggregation().map(|strategy| strategy.rule.updates_proven())
-            && updates < needed
-        {
-            let rule = format!(
-                "with byzantine = {} the strategy needs {needed} updates a round and gets {updates}: more peers, \
-                 leader_trains = true, or a lower byzantine",
-                settings.byzantine
-            );
-            return Err(self.conflict("peers", "strategy", &rule));
-        }
         if settings.source().is_pattern() && settings.partition != "iid" {
             let rule = "each file of a pattern is one peer's, and nothing is shared out: leave partition out, or name one file";
             return Err(self.conflict("partition", "data", rule));
@@ -456,7 +448,43 @@ impl Layers {
                 "peers must be at least min_peers, or training never starts",
             ));
         }
+        self.check_updates(&settings)?;
         Ok(settings)
+    }
+
+    /// The settings of `join`, which trains with whoever is there, and at least `min_peers`.
+    pub fn settings_of_join(&self) -> Result<Settings, ConfigError> {
+        let settings = self.settings()?;
+        self.check_updates(&settings)?;
+        Ok(settings)
+    }
+
+    /// What is proven of a robust strategy must hold from the first round on. When peers leave later, the others are told.
+    fn check_updates(&self, settings: &Settings) -> Result<(), ConfigError> {
+        let shared = settings.shared();
+        let (needed, updates) = (shared.strategy.rule.updates_proven(), shared.trainers(settings.min_peers));
+        if updates >= needed {
+            return Ok(());
+        }
+        // A run starts with all its peers, unless it was told of fewer.
+        let key = if matches!(self.source("min_peers"), Source::Derived(_)) { "peers" } else { "min_peers" };
+        let raise = match (settings.min_peers..=PEERS_MAX).find(|peers| shared.trainers(*peers) >= needed) {
+            Some(enough) => format!("set {key} to {enough} or more"),
+            None => format!("raise {key} or fraction_train"),
+        };
+        let bad = match shared.strategy.rule {
+            Rule::Krum { byzantine } | Rule::MultiKrum { byzantine } | Rule::Bulyan { byzantine } => {
+                format!("byzantine = {byzantine} bad ones")
+            }
+            _ => "a bad one".to_owned(),
+        };
+        let rule = format!(
+            "to keep {bad} out of the model this strategy needs {needed} updates a round, and {} peers bring {updates}: \
+             {raise}{}",
+            settings.min_peers,
+            if settings.leader_trains { "" } else { ", or leader_trains = true, which makes it one more" },
+        );
+        Err(self.conflict(key, "strategy", &rule))
     }
 
     fn check_together(&self, settings: &Settings) -> Result<(), ConfigError> {
@@ -1064,15 +1092,51 @@ mod tests {
         let run = |text: &str| {
             let mut layers = Layers::new();
             layers.file("lab.toml", text).unwrap();
+            layers.derive("min_peers", &layers.peers().to_string(), "as many as peers");
             layers.settings_of_run()
         };
-        for (text, needed) in [("strategy = 'krum'", 5), ("strategy = 'bulyan'\npeers = 7", 7)] {
+        let cases = [
+            (
+                "strategy = 'krum'",
+                "needs 5 updates a round, and 5 peers bring 4: set peers to 6 or more, or leader_trains",
+            ),
+            ("strategy = 'bulyan'\npeers = 7", "needs 7 updates a round, and 7 peers bring 6: set peers to 8 or more"),
+            ("strategy = 'krum'\npeers = 8\nmin_peers = 4", "and 4 peers bring 3: set min_peers to 6 or more"),
+            ("strategy = 'krum'\npeers = 6\nfraction_train = 0.5", "and 6 peers bring 3: set peers to 10 or more"),
+            ("strategy = 'krum'\nfraction_train = 0.0001", "raise peers or fraction_train"),
+            ("strategy = 'median'\npeers = 3", "to keep a bad one out of the model this strategy needs 3 updates"),
+            ("strategy = 'trimmed-mean'\npeers = 3", "set peers to 4 or more"),
+            ("strategy = 'norm-clip'\npeers = 2\nleader_trains = true", "set peers to 3 or more"),
+        ];
+        for (text, said) in cases {
             let Err(ConfigError::Conflict { rule, .. }) = run(text) else { panic!("{text} is taken") };
-            assert!(rule.contains(&format!("needs {needed} updates a round")), "{text}: {rule}");
+            assert!(rule.contains(said), "{text}: {rule}");
         }
-        assert!(run("strategy = 'krum'\nleader_trains = true").is_ok());
-        assert!(run("strategy = 'bulyan'\npeers = 8").is_ok());
-        assert!(run("strategy = 'krum'\nbyzantine = 0").is_ok());
+        for text in [
+            "strategy = 'krum'\nleader_trains = true",
+            "strategy = 'bulyan'\npeers = 8",
+            "strategy = 'krum'\nbyzantine = 0",
+            "strategy = 'median'\npeers = 4",
+            "strategy = 'trimmed-mean'\npeers = 2\ntrim = 0",
+            "strategy = 'norm-clip'\npeers = 2\nclip_norm = 5",
+        ] {
+            assert!(run(text).is_ok(), "{text}");
+        }
+    }
+
+    #[test]
+    fn who_joins_waits_for_as_many_peers_as_its_strategy_needs() {
+        let join = |text: &str| {
+            let mut layers = Layers::new();
+            layers.file("lab.toml", text).unwrap();
+            layers.settings_of_join()
+        };
+        let Err(ConfigError::Conflict { left, rule, .. }) = join("strategy = 'krum'") else { panic!("it is taken") };
+        assert!(left.starts_with("min_peers = 2"), "{left}");
+        assert!(rule.contains("and 2 peers bring 1: set min_peers to 6 or more"), "{rule}");
+        assert!(join("strategy = 'krum'\nmin_peers = 6").is_ok());
+        // The file of a run, looked at alone.
+        assert!(with_file("strategy = 'krum'\npeers = 6").is_ok());
     }
 
     #[test]

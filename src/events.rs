@@ -259,6 +259,15 @@ pub enum Event {
     },
     /// A round made a new global model.
     RoundCommitted(Box<RoundCommitted>),
+    /// A round made its model of fewer updates than its strategy needs to keep bad ones out.
+    FewUpdates {
+        /// Which round.
+        round: Round,
+        /// How many there were.
+        updates: usize,
+        /// How many there should have been.
+        needed: usize,
+    },
     /// A global model is here.
     ModelHeld {
         /// The round that made it.
@@ -556,6 +565,7 @@ impl Witness {
             Notice::LeftOut { peer: who, why } => Event::LeftOut { who, why },
             Notice::Proposed { round, leader } => Event::Proposed { round, leader },
             Notice::Committed(committed) => return self.committed(&committed, traffic),
+            Notice::FewUpdates { round, updates, needed } => Event::FewUpdates { round, updates, needed },
             Notice::ModelHeld { round, model } => Event::ModelHeld { round, digest: model },
             Notice::Finished { reason, rounds, model, metrics } => {
                 let (bytes_sent, bytes_received) = self.traffic(traffic);

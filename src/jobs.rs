@@ -84,9 +84,9 @@ impl Workshop {
             Job::Evaluate { model } => {
                 Done::Evaluated { model: model.digest, result: self.evaluate(&model, own().as_mut()) }
             }
-            Job::Train { round, model, residual, control } => {
+            Job::Train { round, model, residual, control, members } => {
                 let mut on_batch = |progress| on_progress(round, progress);
-                let trained = self.train(round, &model, control, own().as_mut(), &mut on_batch);
+                let trained = self.train(round, &model, (control, members), own().as_mut(), &mut on_batch);
                 let result = trained.and_then(|Training { weights, control, step_sum, metrics }| {
                     let (update, unsent) = self.keep_update(round, weights, &model, &residual, on_full)?;
                     let control = control.map(|control| self.keep_own(&control, on_full)).transpose()?;
@@ -94,8 +94,8 @@ impl Workshop {
                 });
                 Done::Trained { round, result }
             }
-            Job::Aggregate { round, term, parent, members, parts } => {
-                let result = self.aggregate(round, &parent, members, &parts, on_full);
+            Job::Aggregate { round, term, parent, parts } => {
+                let result = self.aggregate(round, &parent, &parts, on_full);
                 Done::Aggregated { round, term, result }
             }
         }
@@ -111,13 +111,14 @@ impl Workshop {
         &self,
         round: Round,
         model: &Manifest,
-        control: Option<Digest>,
+        (control, members): (Option<Digest>, usize),
         trainer: &mut dyn Trainer,
         on_batch: &mut dyn FnMut(Progress) -> ControlFlow<()>,
     ) -> Result<Training, String> {
         self.load_into(trainer, model)?;
         *self.loaded() = None;
-        let drift = self.strategy.has_control().then(|| self.drift(model, control, trainer.weights())).transpose()?;
+        let drift =
+            self.strategy.has_control().then(|| self.drift(model, control, members, trainer.weights())).transpose()?;
         trainer.set_correction(drift.as_ref().map(control::Drift::correction)).map_err(sentence)?;
         let metrics = trainer.train(round, on_batch).map_err(sentence)?;
         let step_sum = trainer.step_sum().clamp(*STEP_SUMS.start(), *STEP_SUMS.end());
@@ -455,7 +456,7 @@ mod tests {
         }
 
         fn train(&self, round: u64, model: Manifest, residual: Residual) -> Trained {
-            let done = self.perform(Job::Train { round: Round(round), model, residual, control: None });
+            let done = self.perform(Job::Train { round: Round(round), model, residual, control: None, members: 2 });
             let Done::Trained { result: Ok(trained), .. } = done else { panic!("{done:?}") };
             trained
         }
@@ -620,7 +621,7 @@ mod tests {
         let model = bench.initial();
         let update = bench.train(1, model, Residual::default()).update;
         let (round, term, parts) = (Round(1), crate::types::Term(0), vec![(update, Share::of(1))]);
-        let job = Job::Aggregate { round, term, parent: model, members: 2, parts };
+        let job = Job::Aggregate { round, term, parent: model, parts };
         let Done::Aggregated { result: Ok(made), .. } = bench.perform(job) else { panic!("no aggregate") };
         assert_eq!(made.codec, Codec::Int8);
         let loaded = bench.workshop.load_model(&made).unwrap();

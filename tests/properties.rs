@@ -70,7 +70,7 @@ fn fedavg<'a>(updates: impl IntoIterator<Item = &'a (u64, Weights)>) -> Vec<f32>
         .collect();
     let layout = contributions[0].weights.layout();
     let parent = Weights::zeros(layout.clone());
-    Aggregation::default().aggregate(layout, &parent, &contributions, contributions.len()).unwrap().into_values()
+    Aggregation::default().aggregate(layout, &parent, &contributions).unwrap().into_values()
 }
 
 fn bits(values: &[f32]) -> Vec<u32> {

@@ -40,7 +40,7 @@ use optimizer::Point;
 use survey::Survey;
 
 pub use optimizer::{Method, MethodError, ServerOptimizer};
-pub use scaffold::advance_control;
+pub use scaffold::{advance_control, common_control};
 pub use strategy::{Parameters, Section, Strategy, StrategyError};
 
 /// The smallest and the largest [`Share::step_sum`] that a leader accepts: beyond them only a mistake or malice lies.
@@ -179,11 +179,16 @@ impl Rule {
         }
     }
 
-    /// How many updates the rule's proof asks for, if `byzantine` of them are bad. With fewer it does what it can.
+    /// The fewest updates of which bad ones among them are kept from the model, as the rule's paper proves. With fewer it
+    /// does what it can.
+    ///
+    /// A median, a trimmed mean and a median of norms ask for three: of two updates nobody can tell which is bad.
     pub fn updates_proven(self) -> usize {
         match self {
             Rule::Krum { byzantine } | Rule::MultiKrum { byzantine } => byzantine.saturating_mul(2).saturating_add(3),
             Rule::Bulyan { byzantine } => byzantine.saturating_mul(4).saturating_add(3),
+            Rule::TrimmedMean { trim } if trim > 0.0 => 3,
+            Rule::Median | Rule::NormClip { norm: None } => 3,
             _ => 1,
         }
     }
@@ -249,20 +254,13 @@ fn by_value(parts: &[Part<'_>], model: &mut [f32], make: impl Fn(&[f32]) -> f64)
 pub struct Inspection {
     strategy: Strategy,
     shares: Vec<Share>,
-    members: usize,
     buffers: Vec<Range<usize>>,
     survey: Option<Survey>,
 }
 
 impl Inspection {
-    /// Of updates with these shares, in [`PeerId`](crate::types::PeerId) order, of a model of `layout`, in a round of so many
-    /// members.
-    pub fn new(
-        strategy: Strategy,
-        layout: &Layout,
-        shares: Vec<Share>,
-        members: usize,
-    ) -> Result<Self, AggregateError> {
+    /// Of updates with these shares, in [`PeerId`](crate::types::PeerId) order, of a model of `layout`.
+    pub fn new(strategy: Strategy, layout: &Layout, shares: Vec<Share>) -> Result<Self, AggregateError> {
         if shares.is_empty() {
             return Err(AggregateError::NoContribution);
         }
@@ -274,7 +272,7 @@ impl Inspection {
             Rule::NormClip { .. } => Some(Survey::norms(shares.len())),
             _ => None,
         };
-        Ok(Self { strategy, shares, members, buffers: layout.buffers(), survey })
+        Ok(Self { strategy, shares, buffers: layout.buffers(), survey })
     }
 
     /// Whether [`look`](Self::look) must go through the whole of the updates' models before [`decide`](Self::decide).
@@ -291,7 +289,7 @@ impl Inspection {
 
     /// How the updates are combined, now that all of them was seen.
     pub fn decide(self) -> Aggregation {
-        let Self { strategy, shares, members, buffers, survey } = self;
+        let Self { strategy, shares, buffers, survey } = self;
         let (distances, norms) = match survey {
             Some(Survey::Distances(pairs)) => (Distances::new(shares.len(), pairs), Vec::new()),
             Some(Survey::Norms(norms)) => (Distances::new(0, Vec::new()), norms),
@@ -316,7 +314,7 @@ impl Inspection {
         // A sum that leaves the range of its inputs could make a variance negative.
         let of_buffers = (strategy.rule == Rule::FedNova)
             .then(|| Combination::Linear { parent: 0.0, factors: fedavg::factors(&shares) });
-        Aggregation { strategy, members, buffers, combination, of_buffers }
+        Aggregation { strategy, buffers, combination, of_buffers }
     }
 }
 
@@ -324,7 +322,6 @@ impl Inspection {
 #[derive(Debug)]
 pub struct Aggregation {
     strategy: Strategy,
-    members: usize,
     buffers: Vec<Range<usize>>,
     combination: Combination,
     /// How buffers are combined, if not as the parameters are.
@@ -341,12 +338,9 @@ impl Aggregation {
     /// If a part, or a section of the parent that the strategy has, is shorter than `out`.
     pub fn fill(&self, section: Section, start: usize, parts: &[Part<'_>], parent: &Parent<'_>, out: &mut [f32]) {
         if section == Section::Control {
-            out.fill(0.0);
-            for part in parts {
-                out.iter_mut().zip(part.values).for_each(|(sum, value)| *sum += value);
-            }
-            for (value, old) in out.iter_mut().zip(parent.control) {
-                *value = scaffold::common(*old, *value, self.members);
+            for (place, value) in out.iter_mut().enumerate() {
+                let brought: f64 = parts.iter().map(|part| f64::from(part.values[place])).sum();
+                *value = (f64::from(parent.control[place]) + brought) as f32;
             }
             return;
         }
@@ -400,7 +394,7 @@ impl Aggregation {
 }
 
 impl Strategy {
-    /// The blob of the next model, of what this strategy's updates brought to `parent`, in a round of so many members.
+    /// The blob of the next model, of what this strategy's updates brought to `parent`.
     ///
     /// `layout` is the model's own. A pure function of the arguments *in their order*: floating-point sums depend on it in the
     /// last bit. Give contributions in [`PeerId`](crate::types::PeerId) order and every peer computes the same bits.
@@ -409,7 +403,6 @@ impl Strategy {
         layout: &Arc<Layout>,
         parent: &Weights,
         contributions: &[Contribution<'_>],
-        members: usize,
     ) -> Result<Weights, AggregateError> {
         let (of_updates, of_models) = (self.update_layout(layout), self.model_layout(layout));
         let differs = |c: &Contribution<'_>| !same(c.weights.layout(), &of_updates);
@@ -423,7 +416,7 @@ impl Strategy {
             contributions.iter().map(move |c| Part { share: c.share, values: &c.weights.values()[range.clone()] })
         };
         let shares = contributions.iter().map(|c| c.share).collect();
-        let mut inspection = Inspection::new(*self, layout, shares, members)?;
+        let mut inspection = Inspection::new(*self, layout, shares)?;
         let mut before = Parent::default();
         for (section, values) in self.sections().zip(parent.values().chunks(len.max(1))) {
             before.set(section, values);
@@ -465,7 +458,7 @@ mod tests {
         let layout = parts.first().map_or_else(|| weights("a", &[0.0]).layout().clone(), |(_, w)| w.layout().clone());
         let parts: Vec<_> = parts.iter().map(|&(n, weights)| Contribution { share: Share::of(n), weights }).collect();
         let parent = strategy.initial(Weights::zeros(layout.clone()));
-        strategy.aggregate(&layout, &parent, &parts, parts.len())
+        strategy.aggregate(&layout, &parent, &parts)
     }
 
     /// Five updates of two values, the fourth of which is bad.
@@ -571,7 +564,7 @@ mod tests {
         for aggregate in [2.0f32, 1.5, 4.0] {
             let update = weights("a", &[aggregate]);
             let parts = [Contribution { share: Share::of(1), weights: &update }];
-            blob = strategy.aggregate(&layout, &blob, &parts, 2).unwrap();
+            blob = strategy.aggregate(&layout, &blob, &parts).unwrap();
             v = 0.9 * v + (f64::from(aggregate) - x);
             x += v;
             assert!((f64::from(blob.values()[0]) - x).abs() < 1e-5, "{blob:?} {x}");
@@ -591,14 +584,14 @@ mod tests {
         for name in ["fedadam", "fednova", "fedyogi"] {
             let strategy = named(name);
             let parent = strategy.initial(of([0.0, 9.0]));
-            let model = strategy.aggregate(&layout, &parent, &parts, 2).unwrap();
+            let model = strategy.aggregate(&layout, &parent, &parts).unwrap();
             assert_eq!(model.values()[1], 0.2, "{name}");
             assert_ne!(model.values()[0], 2.0, "{name}");
         }
     }
 
     #[test]
-    fn scaffolds_control_is_the_mean_over_all_members() {
+    fn scaffolds_control_grows_by_what_the_updates_bring() {
         let strategy = named("scaffold");
         let layout = weights("a", &[0.0]).layout().clone();
         let of_updates = strategy.update_layout(&layout);
@@ -608,6 +601,6 @@ mod tests {
         let parts =
             [Contribution { share: Share::of(1), weights: &a }, Contribution { share: Share::of(99), weights: &b }];
         let parent = Weights::new(strategy.model_layout(&layout), vec![0.0, 1.0]).unwrap();
-        assert_eq!(strategy.aggregate(&layout, &parent, &parts, 3).unwrap().values(), [3.0, 5.0]);
+        assert_eq!(strategy.aggregate(&layout, &parent, &parts).unwrap().values(), [3.0, 13.0]);
     }
 }

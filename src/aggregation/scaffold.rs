@@ -1,15 +1,17 @@
 //! SCAFFOLD (Karimireddy et al. 2020, *SCAFFOLD: Stochastic Controlled Averaging for Federated Learning*, arXiv 1910.06378,
 //! Algorithm 1 with option II): control variates correct the drift of peers whose data differ.
 //!
-//! Every peer keeps a control variate `c_k`, its own mean gradient, and the model carries `c`, the mean of all. Local gradients
-//! are corrected by `c − c_k`. After training from `x` to `y_k` by steps that sum up to `s` (`K · learning_rate` without
-//! momentum), `c_k⁺ = c_k − c + (x − y_k) / s`. The update brings `y_k` and `c_k⁺ − c_k`; the aggregate is
-//! `x + η · (mean y_k − x)` and `c + Σ (c_k⁺ − c_k) / N` with `N` all members of the round, also those that did not train. As
-//! in the paper all peers count alike, whatever their examples.
+//! Every peer keeps a control variate `c_k`, its own mean gradient, and the model carries the sum of all, which makes their mean
+//! `c` over the `N` members of a round. Local gradients are corrected by `c − c_k`. After training from `x` to `y_k` by steps that
+//! sum up to `s` (`K · learning_rate` without momentum), `c_k⁺ = c_k − c + (x − y_k) / s`. The update brings `y_k` and `c_k⁺ − c_k`;
+//! the aggregate is `x + η · (mean y_k − x)`, and the sum grows by `Σ (c_k⁺ − c_k)`: who did not train counts by its old one. As in
+//! the paper all peers count alike, whatever their examples.
 //!
 //! With momentum `s` counts each learning rate as often as momentum repeats its gradient, so that `(x − y_k) / s` stays a mean
-//! of gradients. Peers begin with `c_k = 0`, which keeps `c` the mean of all also when newcomers come; when members leave, what
-//! they brought to `c` stays.
+//! of gradients.
+//!
+//! The paper's peers are always the same. Here newcomers begin with `c_k = 0`, and because the model carries the sum rather than
+//! the mean, it stays that of all members. Who leaves for good does not take its part along: nobody else knows it.
 
 /// The peer's own new control variate, in place of its old one: `c_k⁺` from `c_k`, `c`, `x` and `y_k`. All are as long.
 pub fn advance_control(own: &mut [f32], common: &[f32], start: &[f32], end: &[f32], step_sum: f64) {
@@ -19,9 +21,9 @@ pub fn advance_control(own: &mut [f32], common: &[f32], start: &[f32], end: &[f3
     }
 }
 
-/// The new common control variate from the old one and the sum of what the updates bring.
-pub(super) fn common(old: f32, sum: f32, members: usize) -> f32 {
-    (f64::from(old) + f64::from(sum) / members.max(1) as f64) as f32
+/// The mean of all members' control variates, from their sum, in its place.
+pub fn common_control(sum: &mut [f32], members: usize) {
+    sum.iter_mut().for_each(|value| *value = (f64::from(*value) / members.max(1) as f64) as f32);
 }
 
 #[cfg(test)]
@@ -37,7 +39,9 @@ mod tests {
     }
 
     #[test]
-    fn what_few_bring_counts_for_few() {
-        assert_eq!(common(1.0, 8.0, 4), 3.0);
+    fn all_members_share_the_sum() {
+        let mut sum = [8.0, -2.0];
+        common_control(&mut sum, 4);
+        assert_eq!(sum, [2.0, -0.5]);
     }
 }

@@ -26,7 +26,7 @@ pub enum Section {
     Momentum,
     /// The server optimiser's moving mean (or sum) of squares.
     SecondMoment,
-    /// The mean of all peers' control variates.
+    /// The sum of all peers' control variates.
     Control,
 }
 

@@ -39,7 +39,7 @@ pub fn run(args: &JoinArgs, mut layers: Layers, shell: &mut Shell) -> Result<Exi
     if !host_broker {
         layers.derive("broker", LISTEN, "where `rodizio broker` listens");
     }
-    let settings = layers.settings()?;
+    let settings = layers.settings_of_join()?;
     let peer = open(&settings)?;
     if args.entries { tell_entries(args, &settings, peer, shell) } else { tell_people(args, layers, peer, shell) }
 }
@@ -63,10 +63,10 @@ fn open(settings: &Settings) -> Result<LocalPeer, PeerError> {
 
 fn tell_people(args: &JoinArgs, mut layers: Layers, peer: LocalPeer, shell: &mut Shell) -> Result<Exit, Failure> {
     let started = Instant::now();
-    let settings = layers.settings()?;
+    let settings = layers.settings_of_join()?;
     let dir = choose_run_dir(&mut layers, &settings);
     let is_new = is_derived(&layers);
-    let settings = layers.settings()?;
+    let settings = layers.settings_of_join()?;
     if let Some(earlier) = earlier_settings(&dir)? {
         check_same(&dir, &earlier, &settings)?;
     }

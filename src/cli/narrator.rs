@@ -308,6 +308,10 @@ impl Narrator {
                 format!("round {round}: {leader}, who was to lead in term {term}, {why}; the peers vote again")
             }
             Event::LeftOut { who, why } => format!("round {}: without the update of {who}: {why}", self.round),
+            // Peers that lag behind tell of what others have told.
+            Event::FewUpdates { round, updates, needed } if *round >= self.round => format!(
+                "round {round}: the strategy needs {needed} updates to keep bad ones out of the model, and got {updates}"
+            ),
             Event::Incompatible { who, key, theirs, mine } => {
                 format!("{who} cannot take part: its {key} is {theirs}, here it is {mine}")
             }
@@ -482,6 +486,17 @@ mod tests {
         let started = Event::RoundStarted { round: Round(2), members: 3, member: true };
         narrator.hear(&Entry::now(&peer("a"), started));
         assert_eq!(narrator.hear(&Entry::now(&peer("a"), event)).len(), 1, "a new round has its own warnings");
+    }
+
+    #[test]
+    fn too_few_updates_are_told_once_a_round_also_when_some_peers_lag_behind() {
+        let mut narrator = narrator(&["a", "b"]);
+        let few = |round| Event::FewUpdates { round: Round(round), updates: 2, needed: 5 };
+        let text = "round 1: the strategy needs 5 updates to keep bad ones out of the model, and got 2".into();
+        assert_eq!(narrator.hear(&Entry::now(&peer("a"), few(1))), [Notice::Warning { text }]);
+        narrator.hear(&Entry::now(&peer("a"), Event::RoundStarted { round: Round(2), members: 2, member: true }));
+        assert!(narrator.hear(&Entry::now(&peer("b"), few(1))).is_empty());
+        assert_eq!(narrator.hear(&Entry::now(&peer("b"), few(2))).len(), 1);
     }
 
     #[test]

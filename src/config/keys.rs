@@ -175,7 +175,7 @@ pub static KEYS: &[Key] = &[
     key(Group::Strategy, UsedBy::Peers, "server_optimizer", Kind::Choice(&["momentum", "adagrad", "adam", "yogi"]), NONE,
         "The optimizer that steps from the global model to what the strategy makes of the updates; none: the strategy's own"),
     key(Group::Strategy, UsedBy::Peers, "server_learning_rate", Kind::Real(Reals::Positive), NONE,
-        "Length of the server optimizer's step; none: 1, of adagrad 0.3, of adam and yogi 0.1"),
+        "Length of the server optimizer's step; none: 1, of adagrad 0.3, of adam and yogi 0.03"),
     key(Group::Strategy, UsedBy::Peers, "server_momentum", Kind::Real(Reals::ShareBelowOne), "0.9",
         "Share of the last direction that a server optimizer keeps"),
     key(Group::Strategy, UsedBy::Peers, "server_beta2", Kind::Real(Reals::ShareBelowOne), "0.99",

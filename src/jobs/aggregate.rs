@@ -15,12 +15,11 @@ impl Workshop {
         &self,
         round: Round,
         parent: &Manifest,
-        members: usize,
         parts: &[(Manifest, Share)],
         on_full: OnFull<'_>,
     ) -> Result<Manifest, String> {
         let shares = parts.iter().map(|(_, share)| *share).collect();
-        let inspection = Inspection::new(self.strategy, &self.layout, shares, members).map_err(sentence)?;
+        let inspection = Inspection::new(self.strategy, &self.layout, shares).map_err(sentence)?;
         let mut inputs = Inputs {
             values: self.layout.len(),
             updates: parts.iter().map(|part| self.update(part)).collect::<Result<_, String>>()?,

@@ -1,7 +1,7 @@
 //! A trainer's part in SCAFFOLD: its own control variate, which corrects its gradients, and what its update brings of it.
 
 use super::{Workshop, load};
-use crate::aggregation::{Section, advance_control};
+use crate::aggregation::{Section, advance_control, common_control};
 use crate::transfer::{Codec, Manifest};
 use crate::types::Digest;
 use crate::weights::Weights;
@@ -21,12 +21,19 @@ impl Drift {
 }
 
 impl Workshop {
-    /// Reads the common control variate, which stands in the model's blob, and the peer's own. One whose damaged file somebody
-    /// has removed is gone: it begins anew.
-    pub(super) fn drift(&self, model: &Manifest, own: Option<Digest>, start: Weights) -> Result<Drift, String> {
+    /// Reads the common control variate of so many members, whose sum stands in the model's blob, and the peer's own. One whose
+    /// damaged file somebody has removed is gone: it begins anew.
+    pub(super) fn drift(
+        &self,
+        model: &Manifest,
+        own: Option<Digest>,
+        members: usize,
+        start: Weights,
+    ) -> Result<Drift, String> {
         let index = self.strategy.sections().position(|section| section == Section::Control).unwrap_or_default();
         let blob = self.read_as(&self.strategy.model_layout(&self.layout), model)?;
-        let common = load(blob, index * self.layout.len(), self.layout.clone())?;
+        let mut common = load(blob, index * self.layout.len(), self.layout.clone())?;
+        common_control(common.values_mut(), members);
         let own = match self.read_own(own, Codec::F32)? {
             Some(reader) => load(reader, 0, self.layout.clone())?,
             None => Weights::zeros(self.layout.clone()),

@@ -127,6 +127,15 @@ impl Config {
         own.chain(self.strategy.entries()).chain(self.training.clone()).collect()
     }
 
+    /// How many of so many members train in a round, unless its leader fails: the drawn share of those that may.
+    pub fn trainers(&self, members: usize) -> usize {
+        let may_train = members - usize::from(!self.leader_trains && members > 1);
+        if self.fraction_train >= 1.0 {
+            return may_train;
+        }
+        ((self.fraction_train * may_train as f64).round() as usize).max(1)
+    }
+
     /// What names this configuration among peers.
     pub fn digest(&self) -> Digest {
         let text: String = self.entries().iter().map(|(key, value)| format!("{key}={value}\n")).collect();

@@ -141,6 +141,8 @@ pub enum Job {
         residual: Residual,
         /// A blob as `f32`: the peer's own control variate, if it has one.
         control: Option<Digest>,
+        /// How many members the round has.
+        members: usize,
     },
     /// Aggregate updates, in this order.
     Aggregate {
@@ -150,8 +152,6 @@ pub enum Job {
         term: Term,
         /// The parent model's blob.
         parent: Manifest,
-        /// How many members the round has.
-        members: usize,
         /// Each update's blob and what it says of itself.
         parts: Vec<(Manifest, Share)>,
     },

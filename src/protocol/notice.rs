@@ -123,6 +123,15 @@ pub enum Notice {
     },
     /// A decree is committed.
     Committed(Box<Committed>),
+    /// A round made its model of fewer updates than its strategy needs to keep bad ones out.
+    FewUpdates {
+        /// Which round.
+        round: Round,
+        /// How many there were.
+        updates: usize,
+        /// How many there should have been.
+        needed: usize,
+    },
     /// The global model of `round` is here.
     ModelHeld {
         /// The round that made it.

@@ -153,16 +153,10 @@ impl Check {
             let needed = roster.quorum();
             return Err((QUORUM_HOLDS, format!("{:?} is held by {holders}, not {needed}", decree.round)));
         }
-        self.check_aggregate(decree, before, roster.len(), all)
+        self.check_aggregate(decree, before, all)
     }
 
-    fn check_aggregate(
-        &self,
-        decree: &Decree,
-        before: Option<&Decree>,
-        members: usize,
-        all: &[Persisted<'_>],
-    ) -> Result<(), Broken> {
+    fn check_aggregate(&self, decree: &Decree, before: Option<&Decree>, all: &[Persisted<'_>]) -> Result<(), Broken> {
         let Outcome::Model(manifest) = &decree.outcome else { return Ok(()) };
         let Some(parent) = before else { return Ok(()) };
         let mut contributions = Vec::new();
@@ -188,7 +182,7 @@ impl Check {
         let Some(from) = from else {
             return Err((AGGREGATE, format!("nobody holds the parent of {:?}", decree.round)));
         };
-        let expected = self.strategy.aggregate(&layout, &from, &contributions, members);
+        let expected = self.strategy.aggregate(&layout, &from, &contributions);
         let expected = expected.map_err(|error| (AGGREGATE, error.to_string()))?;
         let tuning = self.codecs.for_model(decree.round);
         let expected = self.codecs.model.encode(&expected, &tuning).map_err(|error| (AGGREGATE, error.to_string()))?;

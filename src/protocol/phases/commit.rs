@@ -93,6 +93,7 @@ impl Peer {
             self.publish_retained(Topic::Head, Body::Head(head));
         }
         self.notify(Notice::Committed(Box::new(committed)));
+        self.tell_few_updates();
         if head_is_genesis {
             // From now on hellos say that there is a federation, so that who does not fit learns it.
             self.timers.set(Timer::Hello, now);
@@ -100,6 +101,16 @@ impl Peer {
         self.forget_old_blobs();
         self.tell_brokers();
         self.enter_round(now);
+    }
+
+    /// Members may have died or declined since the settings were checked: the round goes on, and every peer is told.
+    fn tell_few_updates(&mut self) {
+        let Some(decree) = self.head().map(|head| &head.decree) else { return };
+        let (round, updates) = (decree.round, decree.contributors.len());
+        let needed = self.config.strategy.rule.updates_proven();
+        if round != Round::GENESIS && decree.reason().is_none() && updates < needed {
+            self.notify(Notice::FewUpdates { round, updates, needed });
+        }
     }
 
     /// The head's model, once held, is the one that a restart or the end falls back on.

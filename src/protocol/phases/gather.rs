@@ -151,13 +151,12 @@ impl Peer {
 
     fn aggregate(&mut self, peers: BTreeSet<PeerId>, now: Instant) {
         let Some(parent) = self.parent_model().copied() else { return };
-        let members = self.durable.roster().map_or(0, |roster| roster.len());
         let part = |peer: &PeerId| self.open.updates.get(peer).map(|update| (update.manifest, update.share()));
         let parts = peers.iter().filter_map(part).collect();
         let (round, term) = (self.round(), self.promised());
         self.open.marks.gathered = Some(now);
         self.with_leadership(|leading| leading.aggregate = Aggregate::Running(peers.into_iter().collect()));
-        self.actions.push(Action::Start(Job::Aggregate { round, term, parent, members, parts }));
+        self.actions.push(Action::Start(Job::Aggregate { round, term, parent, parts }));
     }
 
     pub(in crate::protocol) fn on_aggregated(

@@ -39,7 +39,8 @@ impl Peer {
         let round = self.round();
         self.notify(Notice::TrainingStarted { round });
         let (residual, control) = (self.durable.residual, self.durable.control);
-        self.actions.push(Action::Start(Job::Train { round, model, residual, control }));
+        let members = self.durable.roster().map_or(0, |roster| roster.len());
+        self.actions.push(Action::Start(Job::Train { round, model, residual, control, members }));
     }
 
     /// The leader does not train, nor does the candidate that is about to lead.
@@ -65,8 +66,7 @@ impl Peer {
         let place = |peer: &&PeerId| Digest::of(&[&lot.0[..], b"trains", peer.as_str().as_bytes()].concat());
         let mut order: Vec<&PeerId> = roster.members().iter().filter(|peer| Some(*peer) != leads.as_ref()).collect();
         order.sort_by_cached_key(place);
-        let share = (self.config.fraction_train * order.len() as f64).round().max(1.0) as usize;
-        let count = share.saturating_mul((term.0 as usize).saturating_add(1));
+        let count = self.config.trainers(roster.len()).saturating_mul((term.0 as usize).saturating_add(1));
         // Who was to lead in term 0 leads no more when so many train.
         self.open.drawn = Some((term, order.into_iter().chain(&leads).take(count).cloned().collect()));
     }
