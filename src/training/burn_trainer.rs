@@ -305,7 +305,8 @@ mod tests {
     use std::thread;
 
     use super::*;
-    use crate::training::{Optimizer, Partition};
+    use crate::aggregation::statistics;
+    use crate::training::{Column, Optimizer, Partition, Table, Targets};
 
     fn config(backend: Backend) -> TrainingConfig {
         TrainingConfig { backend, ..Default::default() }
@@ -341,6 +342,42 @@ mod tests {
 
     fn bits(trainer: &BurnTrainer) -> Vec<u32> {
         trainer.weights().values().iter().map(|value| value.to_bits()).collect()
+    }
+
+    #[test]
+    fn the_data_of_all_peers_decide_whether_a_model_to_start_from_fits() {
+        let targets = |labels| Targets::Classes { labels, names: vec!["no".to_owned(), "yes".into()].into() };
+        let table = |towns: &[&str]| {
+            let categories = Some(towns.iter().map(|town| (*town).to_owned()).collect());
+            let columns = vec![Column { name: "town".into(), categories }];
+            Dataset::of_table(vec![0.0, 1.0], Table { columns, label: "sick".into() }, targets(vec![0, 1])).unwrap()
+        };
+        let trainer = |towns: &[&str]| {
+            let config = TrainingConfig { hidden: vec![3], ..Default::default() };
+            trainer_of(config, "a", table(towns), table(towns))
+        };
+        let (mut mine, others) = (trainer(&["Lund", "Oslo"]), trainer(&["Bath", "Oslo"]));
+        let all = statistics::merge([&mine.summary()[..], &others.summary()]);
+        let mut fits = mine.weights();
+        mine.prepare(&all).unwrap();
+        assert_eq!((mine.layout().tensors[0].shape.as_slice(), mine.names().features.len()), (&[3, 3][..], 3));
+        mine.train(Round(1), &mut go_on).unwrap();
+        mine.prepare(&all).unwrap();
+        assert_ne!(mine.weights(), trainer(&["Bath", "Lund", "Oslo"]).weights(), "prepared again, it forgets nothing");
+
+        let mut late = trainer(&["Lund", "Oslo"]);
+        late.start_from(&mine.weights()).unwrap();
+        late.prepare(&all).unwrap();
+        assert_eq!(late.weights(), mine.weights());
+        let mut other = trainer(&["Lund", "Oslo"]);
+        fits.values_mut().fill(0.5);
+        other.start_from(&fits).unwrap();
+        let error = other.prepare(&all).unwrap_err().to_string();
+        assert!(error.contains("has fc1.weight [3, 2] where fc1.weight [3, 3] is needed"), "{error}");
+        other = trainer(&["Lund", "Oslo"]);
+        other.start_from(&fits).unwrap();
+        other.evaluate().unwrap();
+        assert_eq!(other.weights(), fits, "alone it fits");
     }
 
     #[test]

@@ -341,3 +341,58 @@ impl Peer {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use bytes::Bytes;
+
+    use super::*;
+    use crate::protocol::message::{Envelope, Hello, VERSION};
+    use crate::protocol::{Config, Durable, Event, Identity, Roster};
+    use crate::weights::Layout;
+
+    fn id(name: &str) -> PeerId {
+        PeerId::new(name).unwrap()
+    }
+
+    /// What `b` says in a term of round 0.
+    fn of_b(term: u32, body: Body) -> Event {
+        let (sender, signature, round, term) = (id("b"), vec![], Round(0), Term(term));
+        Event::Message(Envelope { version: VERSION, sender, signature, round, term, body }.encode())
+    }
+
+    fn hello(peer: &Peer) -> Body {
+        let (entries, layout) = (Config::default().entries(), peer.layout_digest);
+        let (num_examples, head, genesis, done, number, lag_ms, broker) = (1, None, None, false, 0, 0, None);
+        Body::Hello(Hello { entries, layout, num_examples, head, genesis, done, number, lag_ms, broker })
+    }
+
+    #[test]
+    fn followers_go_with_a_leader_that_makes_way_and_not_with_others() {
+        let now = Instant::now();
+        let mut durable = Durable::default();
+        durable.founding.roster = Some(Roster::of(&["a", "b", "c"].map(id).into()));
+        let (layout, summary) = (Arc::new(Layout::default()), Bytes::new());
+        let identity = Identity { peer: id("a"), layout, num_examples: 1, broker: None, summary };
+        let mut peer = Peer::new(Config::default(), identity, Some(durable), &BTreeSet::new(), now);
+        peer.handle(Event::Connected, now);
+        let leading = Leading { ballots: vec![id("b"), id("c")], has: Vec::new(), parent_metrics: None };
+        peer.handle(of_b(1, Body::Leader(leading)), now);
+        assert_eq!((peer.promised(), peer.open.following.clone()), (Term(1), Some(id("b"))));
+
+        let of_c = |event: Event| {
+            let Event::Message(message) = event else { return event };
+            let (envelope, _) = Envelope::decode(&message).unwrap();
+            Event::Message(Envelope { sender: id("c"), ..envelope }.encode())
+        };
+        let hello = hello(&peer);
+        peer.handle(of_c(of_b(3, hello.clone())), now);
+        assert_eq!(peer.promised(), Term(1), "its leader leads on, whatever others think");
+        peer.handle(of_b(1, hello.clone()), now);
+        assert_eq!(peer.promised(), Term(1), "it says hello, and leads on");
+        peer.handle(of_b(2, hello), now);
+        assert_eq!((peer.promised(), &peer.open.following), (Term(3), &None), "where all meet");
+    }
+}
