@@ -11,7 +11,8 @@
 //! of gradients.
 //!
 //! The paper's peers are always the same. Here newcomers begin with `c_k = 0`, and because the model carries the sum rather than
-//! the mean, it stays that of all members. Who leaves for good does not take its part along: nobody else knows it.
+//! the mean, it stays that of all members. Who leaves for good does not take its part along, which nobody else knows: its last
+//! gradient goes on counting, and the model stays near the minimum of all, as if it were still there.
 
 /// The peer's own new control variate, in place of its old one: `c_k⁺` from `c_k`, `c`, `x` and `y_k`. All are as long.
 pub fn advance_control(own: &mut [f32], common: &[f32], start: &[f32], end: &[f32], step_sum: f64) {
