@@ -6,6 +6,7 @@
 //! passwords. Nothing is printed; what happens is told through `tracing`.
 
 mod connection;
+mod shelf;
 
 use std::any::Any;
 use std::io;
@@ -26,6 +27,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use tracing::{debug, warn};
 
 use connection::Front;
+use shelf::Shelf;
 
 /// Segments of a filter's log: rumqttd forgets the oldest one whole, so more of them forget less at a time.
 const LOG_SEGMENTS: usize = 8;
@@ -50,12 +52,15 @@ pub struct BrokerConfig {
     /// How many connections may be open at once. A peer has two. Further ones are closed at once.
     pub connections_max: usize,
 
-    /// How many bytes of messages are kept per subscription filter, for subscribers that lag behind.
-    ///
-    /// One that lags further *loses messages silently*, at every QoS, so what receivers have asked for on one filter
-    /// must stay below half of this. The memory is not given back while the broker runs: a federation of N peers
-    /// uses up to N + 1 times this for weights.
+    /// How many bytes of messages are kept per subscription filter, for subscribers that lag behind: of all messages but
+    /// those that are counted by [`shelf_bytes`](Self::shelf_bytes). One that lags further *loses messages silently*, at
+    /// every QoS. The memory is not given back while the broker runs.
     pub log_bytes: usize,
+
+    /// How many bytes of weights (messages at QoS 0 of more than 4 KiB) may wait for subscribers, of all filters together.
+    /// They are freed when the last subscriber has taken them. Of more, the oldest are dropped, so what all receivers
+    /// together have asked for should stay below this.
+    pub shelf_bytes: usize,
 
     /// How long a connection may take to introduce itself.
     pub connect_timeout: Duration,
@@ -68,19 +73,20 @@ impl Default for BrokerConfig {
             listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
             packet_bytes_max: 4 << 20,
             connections_max: 256,
-            log_bytes: 32 << 20,
+            log_bytes: 16 << 20,
+            shelf_bytes: 80 << 20,
             connect_timeout: Duration::from_secs(5),
         }
     }
 }
 
 impl BrokerConfig {
-    /// The default with limits that suit chunks of `chunk_bytes`: twice a chunk for a packet, and 64 chunks (at least
-    /// 32 MiB) for a filter's log.
+    /// The default with limits that suit chunks of `chunk_bytes`: twice a chunk for a packet, and at least 64 chunks
+    /// that may wait.
     pub fn for_chunks(chunk_bytes: usize) -> Self {
         let default = Self::default();
-        let log_bytes = default.log_bytes.max(64 * chunk_bytes);
-        Self { packet_bytes_max: 2 * chunk_bytes + (64 << 10), log_bytes, ..default }
+        let shelf_bytes = default.shelf_bytes.max(64 * chunk_bytes);
+        Self { packet_bytes_max: 2 * chunk_bytes + (64 << 10), shelf_bytes, ..default }
     }
 }
 
@@ -112,6 +118,7 @@ pub struct Broker {
     open: watch::Receiver<usize>,
     front: JoinHandle<()>,
     router: RouterThread,
+    shelf: Arc<Shelf>,
 }
 
 impl Broker {
@@ -125,17 +132,23 @@ impl Broker {
         let listener = TcpListener::bind(listen).await.map_err(failed)?;
         let addr = listener.local_addr().map_err(failed)?;
         let router = RouterThread::spawn(&config);
-        let front = Arc::new(Front::new(&config, router.links.clone()));
+        let shelf = Arc::new(Shelf::new(config.shelf_bytes.max(config.packet_bytes_max)));
+        let front = Arc::new(Front::new(&config, router.links.clone(), shelf.clone()));
         let (stop, stopped) = oneshot::channel();
         let (count, open) = watch::channel(0);
         let front = tokio::spawn(accept(listener, front, config.connections_max, count, stopped));
         debug!(%addr, "the broker listens");
-        Ok(Self { addr, stop, open, front, router })
+        Ok(Self { addr, stop, open, front, router, shelf })
     }
 
     /// The address it listens on, with the real port.
     pub fn addr(&self) -> SocketAddr {
         self.addr
+    }
+
+    /// How many bytes of weights wait for subscribers to take them: at most [`BrokerConfig::shelf_bytes`].
+    pub fn waiting_bytes(&self) -> usize {
+        self.shelf.bytes()
     }
 
     /// Waits until no connection is open.
@@ -435,6 +448,76 @@ mod tests {
             assert_eq!(holder.payload().await, long, "it is another's");
             holder.disconnect().await;
         }
+    }
+
+    /// Fifty times what may wait passes by a connection that reads nothing.
+    #[tokio::test]
+    async fn a_subscriber_that_stalls_neither_grows_the_broker_nor_holds_up_the_others() {
+        const CHUNK: usize = 1 << 20;
+        const COUNT: u32 = 100;
+        let config = BrokerConfig { shelf_bytes: 2 * CHUNK, ..BrokerConfig::default() };
+        let (most, broker) = (config.shelf_bytes.max(config.packet_bytes_max), Broker::start(config).await.unwrap());
+        let mut holder = Wire::connect(&broker, "rodizio-demo-a.bulk", None).await;
+        let mut stalled = Wire::connect(&broker, "rodizio-demo-b.bulk", None).await;
+        let mut receiver = Wire::connect(&broker, "rodizio-demo-c.bulk", None).await;
+        for wire in [&mut holder, &mut stalled, &mut receiver] {
+            wire.subscribe("weights/+/all", QoS::AtMostOnce).await;
+        }
+        let chunk = |n: u32| [&n.to_be_bytes()[..], &vec![0; CHUNK - 4]].concat();
+        for n in 0..COUNT {
+            holder.publish("weights/1/all", &chunk(n), false).await;
+            assert_eq!(receiver.payload().await, chunk(n));
+            let waiting = broker.waiting_bytes();
+            assert!(waiting <= most, "{waiting} bytes wait after chunk {n}");
+        }
+        let waiting = broker.waiting_bytes();
+        assert!(waiting >= CHUNK, "the one that stalls has taken all: {waiting} bytes wait");
+
+        // What it gets when it goes on is whole and in order, some is missing, and it takes part as before.
+        let mut found = Vec::new();
+        while found.last() != Some(&(COUNT - 1)) {
+            let payload = stalled.payload().await;
+            assert_eq!(payload.len(), CHUNK);
+            found.push(u32::from_be_bytes(payload[..4].try_into().unwrap()));
+        }
+        assert!(found.is_sorted() && found.len() < COUNT as usize, "{found:?}");
+        holder.publish("weights/2/all", &chunk(COUNT), false).await;
+        for wire in [&mut stalled, &mut receiver] {
+            assert_eq!(wire.payload().await, chunk(COUNT));
+        }
+        assert_eq!(broker.waiting_bytes(), 0);
+    }
+
+    #[tokio::test]
+    async fn what_waits_for_a_connection_goes_with_it() {
+        let broker = broker().await;
+        let mut holder = Wire::connect(&broker, "holder", None).await;
+        let mut stalled = Wire::connect(&broker, "stalled", None).await;
+        stalled.subscribe("weights", QoS::AtMostOnce).await;
+        // More than the buffers of its socket hold.
+        for _ in 0..40 {
+            holder.publish("weights", &vec![1; 1 << 20], false).await;
+        }
+        holder.send(Packet::PingReq(PingReq)).await;
+        assert!(matches!(holder.receive().await, Some(Packet::PingResp(_))));
+        assert!(broker.waiting_bytes() > 0);
+        drop((holder, stalled));
+        broker.deserted().await;
+        assert_eq!(broker.waiting_bytes(), 0);
+    }
+
+    #[tokio::test]
+    async fn weights_for_a_subscriber_at_qos_1_pass_through_the_router() {
+        let broker = broker().await;
+        let (mut once, mut surely) =
+            (Wire::connect(&broker, "once", None).await, Wire::connect(&broker, "surely", None).await);
+        once.subscribe("weights", QoS::AtMostOnce).await;
+        surely.subscribe("weights", QoS::AtLeastOnce).await;
+        once.publish("weights", &[7; 10_000], false).await;
+        assert_eq!(surely.payload().await, [7; 10_000][..]);
+        surely.send(acknowledge(1)).await;
+        assert_eq!(once.payload().await, [7; 10_000][..]);
+        assert_eq!(broker.waiting_bytes(), 0);
     }
 
     #[tokio::test]

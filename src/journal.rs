@@ -26,7 +26,7 @@
 //! that pass when somebody makes room from those that need a person: after an input/output error, or when the
 //! directory has vanished (another process may hold the one that comes back), nothing here is to be relied on.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fs::{self, File, TryLockError};
 use std::io::{self, ErrorKind, Write};
 use std::ops::Range;
@@ -34,7 +34,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 
 use crate::transfer::Source;
 use crate::types::{Digest, PeerId};
@@ -59,6 +59,9 @@ const BLOB_END: &str = ".blob";
 
 /// What stands for a blob's name while it is being written.
 const DRAFT: &str = "draft.blob";
+
+/// What [`Buffers`] hold at most: what one receiver has asked for at a time, twice.
+const BUFFERS_BYTES_MAX: usize = 8 << 20;
 
 /// How the last line of an identity file starts.
 const CHECKSUM: &str = "checksum ";
@@ -93,6 +96,11 @@ pub struct Blobs {
 /// A blob that is there, whole. It stays readable when it is dropped from its [`Blobs`].
 #[derive(Debug, Clone)]
 pub struct Blob(Arc<Content>);
+
+/// Memory for messages, used again once they are sent: new memory would have to be given by the system and filled with
+/// zeros, chunk by chunk.
+#[derive(Debug, Default)]
+pub struct Buffers(VecDeque<Bytes>);
 
 #[derive(Debug)]
 enum Content {
@@ -403,13 +411,14 @@ impl Blob {
         }
     }
 
-    /// A message: `header`, and behind it the bytes of `range`, all of which must be there. No copy has to join them.
-    pub fn behind(&self, header: &[u8], range: Range<usize>) -> Result<Bytes, JournalError> {
-        let mut message = vec![0; header.len() + range.len()];
+    /// A message in one of `buffers`: `header`, and behind it the bytes of `range`, all of which must be there. No copy has
+    /// to join them.
+    pub fn behind(&self, header: &[u8], range: Range<usize>, buffers: &mut Buffers) -> Result<Bytes, JournalError> {
+        let mut message = buffers.take(header.len() + range.len());
         let (head, tail) = message.split_at_mut(header.len());
         head.copy_from_slice(header);
         self.read(range.start as u64, tail)?;
-        Ok(message.into())
+        Ok(buffers.lend(message))
     }
 
     fn read_all(&self) -> Result<Bytes, JournalError> {
@@ -421,6 +430,30 @@ impl Blob {
         let mut bytes = vec![0; usize::try_from(self.bytes()).unwrap_or(usize::MAX)];
         self.read(0, &mut bytes)?;
         Ok(bytes.into())
+    }
+}
+
+impl Buffers {
+    /// So many bytes, of any value.
+    fn take(&mut self, length: usize) -> BytesMut {
+        // What was lent first is back first.
+        match self.0.pop_front().map(Bytes::try_into_mut) {
+            Some(Ok(mut buffer)) if buffer.capacity() >= length => {
+                buffer.resize(length, 0);
+                return buffer;
+            }
+            Some(Err(lent)) => self.0.push_front(lent),
+            _ => {}
+        }
+        BytesMut::zeroed(length)
+    }
+
+    fn lend(&mut self, buffer: BytesMut) -> Bytes {
+        let lent = buffer.freeze();
+        if lent.len().saturating_mul(self.0.len() + 1) <= BUFFERS_BYTES_MAX {
+            self.0.push_back(lent.clone());
+        }
+        lent
     }
 }
 
@@ -1137,6 +1170,22 @@ mod tests {
             blob.read(0, &mut found).unwrap();
             assert_eq!(found, bytes);
         }
+    }
+
+    #[test]
+    fn a_buffer_is_used_again_once_nobody_reads_it_and_never_before() {
+        let (blobs, mut buffers) = (Blobs::memory(), Buffers::default());
+        let bytes = Bytes::from_static(b"weights of a model");
+        blobs.put(Digest::of(&bytes), &bytes).unwrap();
+        let blob = blobs.open(Digest::of(&bytes)).unwrap().unwrap();
+        let first = blob.behind(b"head:", 0..7, &mut buffers).unwrap();
+        let second = blob.behind(b"head:", 11..18, &mut buffers).unwrap();
+        assert_eq!((&first[..], &second[..]), (&b"head:weights"[..], &b"head:a model"[..]));
+        let place = first.as_ptr();
+        drop(first);
+        let third = blob.behind(b"h", 8..10, &mut buffers).unwrap();
+        assert_eq!((&third[..], third.as_ptr()), (&b"hof"[..], place));
+        assert_eq!(second, &b"head:a model"[..]);
     }
 
     #[test]

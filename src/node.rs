@@ -19,7 +19,7 @@ use tokio::time::{MissedTickBehavior, interval};
 
 use crate::intake::{Host, Intakes};
 use crate::jobs::Workshop;
-use crate::journal::{Blobs, Journal, JournalError};
+use crate::journal::{Blobs, Buffers, Journal, JournalError};
 use crate::protocol::message::{Body, Envelope, VERSION};
 use crate::protocol::{
     Action, Config, Difference, Done, Durable, Event, Identity, Job, Notice, Peer, Reason, Roaming, Topic, Topics,
@@ -650,25 +650,29 @@ impl<T: Transport> Driver<'_, T> {
 
 /// Reads the chunks that are to be sent, in their order, until no more will come.
 async fn serve(blobs: Blobs, mut chunks: mpsc::UnboundedReceiver<Served>, jobs: mpsc::UnboundedSender<JobEvent>) {
+    let mut buffers = Buffers::default();
     loop {
         let mut batch = Vec::new();
         if chunks.recv_many(&mut batch, usize::MAX).await == 0 {
             return;
         }
         let (blobs, report) = (blobs.clone(), jobs.clone());
-        let read = move || {
-            batch.into_iter().try_for_each(|Served { topic, header, manifest, index }| {
+        let read = move || -> Result<Buffers, NodeError> {
+            for Served { topic, header, manifest, index } in batch {
                 // One that was dropped meanwhile is of a round that is over.
-                let Some(blob) = blobs.open(manifest.digest)? else { return Ok(()) };
-                let (head, tail) = (blob.behind(&header, manifest.chunk_range(index))?, bytes::Bytes::new());
+                let Some(blob) = blobs.open(manifest.digest)? else { continue };
+                let head = blob.behind(&header, manifest.chunk_range(index), &mut buffers)?;
+                let tail = bytes::Bytes::new();
                 let _ = report.send(JobEvent::Send(Outgoing { topic, retain: false, class: Class::Bulk, head, tail }));
-                Ok(())
-            })
+            }
+            Ok(buffers)
         };
-        let read = tokio::task::spawn_blocking(read).await;
-        if let Err(error) = read.unwrap_or(Err(NodeError::LostJob)) {
-            let _ = jobs.send(JobEvent::Done(Err(error)));
-            return;
+        match tokio::task::spawn_blocking(read).await.unwrap_or(Err(NodeError::LostJob)) {
+            Ok(used) => buffers = used,
+            Err(error) => {
+                let _ = jobs.send(JobEvent::Done(Err(error)));
+                return;
+            }
         }
     }
 }

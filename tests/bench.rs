@@ -112,6 +112,8 @@ const OF_ROUND: &[&str] = &[
     "machine.memory_copy_mb_per_s",
     "ratio.to_tcp",
     "ratio.to_memory_copy",
+    "heartbeat.count",
+    "heartbeat.p99_ms",
 ];
 
 fn assert_round(args: &str, peers: f64) -> Value {

@@ -301,6 +301,32 @@ impl Wire {
     }
 }
 
+/// How long heartbeats were on their way, from one process to another, in milliseconds.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Heartbeat {
+    /// How many arrived.
+    pub count: usize,
+    /// The median.
+    pub median_ms: f64,
+    /// The 99th percentile.
+    pub p99_ms: f64,
+    /// The longest.
+    pub max_ms: f64,
+}
+
+impl Heartbeat {
+    /// Of heartbeats that were so many seconds on their way.
+    fn of<'a>(seconds: impl Iterator<Item = &'a f64>) -> Self {
+        let waits: Vec<f64> = seconds.map(|wait| wait * 1e3).collect();
+        Self {
+            count: waits.len(),
+            median_ms: median(&waits),
+            p99_ms: percentile(&waits, 0.99),
+            max_ms: waits.iter().copied().fold(0.0, f64::max),
+        }
+    }
+}
+
 /// The middle of `samples`; the mean of both middle ones if their number is even, and 0 if there are none.
 fn median(samples: &[f64]) -> f64 {
     let mut sorted = samples.to_vec();

@@ -21,7 +21,7 @@ use super::{Failure, Site};
 use crate::aggregation::Strategy;
 use crate::intake::{Host, Intakes};
 use crate::jobs::Workshop;
-use crate::journal::{Blobs, JournalError};
+use crate::journal::{Blobs, Buffers, JournalError};
 use crate::node::Traffic;
 use crate::protocol::message::{Body, Envelope, Hello, Leading, VERSION};
 use crate::protocol::{Config, Done, Topic, Topics};
@@ -75,6 +75,7 @@ struct Party<'a> {
     workshop: Arc<Workshop>,
     held: Option<Manifest>,
     serve: Option<Serve>,
+    buffers: Buffers,
     /// The number of the measurement.
     round: Round,
     started: Instant,
@@ -118,6 +119,7 @@ pub(super) async fn run(
         workshop: Arc::new(workshop),
         held,
         serve: None,
+        buffers: Buffers::default(),
         round: Round::GENESIS,
         started: Instant::now(),
         needed: Vec::new(),
@@ -260,7 +262,7 @@ impl Party<'_> {
             Route::One(receiver) => Topic::Weights(self.round, receiver),
         };
         let header = self.envelope(Body::Chunk { blob: manifest.digest, index });
-        let message = blob.behind(&header, manifest.chunk_range(index)).map_err(Failure::of)?;
+        let message = blob.behind(&header, manifest.chunk_range(index), &mut self.buffers).map_err(Failure::of)?;
         self.send(&topic, Class::Bulk, message);
         Ok(())
     }

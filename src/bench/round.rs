@@ -10,10 +10,11 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use super::machine::{Gauge, Machine};
+use super::party::PartyConfig;
 use super::role::{Actor, Committed, Order, Report, Role};
 use super::trainer::ConstantTrainer;
 use super::usage::Usage;
-use super::{BenchError, Failure, Growth, RoleUsage, Setting, Site, Wire, mb_per_s, median};
+use super::{BenchError, Failure, Growth, Heartbeat, RoleUsage, Setting, Site, Wire, mb_per_s, median};
 use crate::events::PhaseSeconds;
 use crate::journal::Journal;
 use crate::node::{self, Node, Observation, Outcome, Storage};
@@ -73,6 +74,8 @@ pub struct RoundResult {
     pub ratio: RoundRatio,
     /// What crossed the wire in one round.
     pub wire: Wire,
+    /// Heartbeats between two more processes, through the same broker, while the rounds ran.
+    pub heartbeat: Heartbeat,
     /// What each role used.
     pub roles: Vec<RoleUsage>,
 }
@@ -182,6 +185,7 @@ pub async fn run(options: &RoundOptions, progress: &mut (dyn FnMut(&str) + Send)
     let stuck = |_| BenchError::Stuck { what: "the rounds", after };
     let (mut broker, mut broker_usages) = (broker, Vec::new());
     let tenth = Arc::new(Notify::new());
+    let pulse = Pulse::start(&setting, &site).await?;
     let mut running = start(options, &setting, &site, &tenth)?;
     loop {
         let ended = tokio::select! {
@@ -198,6 +202,7 @@ pub async fn run(options: &RoundOptions, progress: &mut (dyn FnMut(&str) + Send)
         let (index, commits) = ended.map_err(lost)??;
         seen[index] = commits;
     }
+    let heartbeat = pulse.end().await?;
     if let Some(mut actor) = broker {
         broker_usages.push(actor.tally().await?.usage);
         actor.end().await;
@@ -206,7 +211,37 @@ pub async fn run(options: &RoundOptions, progress: &mut (dyn FnMut(&str) + Send)
     for _ in 0..GAUGES {
         gauge.measure().await?;
     }
-    result(options, &setting, &seen, &broker_usages, gauge.result())
+    result(options, &setting, &seen, &broker_usages, gauge.result(), heartbeat)
+}
+
+/// Two more at the broker, in a federation of their own: one sends heartbeats, as often as in a measurement of transfers,
+/// and the other one says how long they took.
+struct Pulse {
+    from: Actor,
+    to: Actor,
+}
+
+impl Pulse {
+    async fn start(setting: &Setting, site: &Site) -> Result<Self, BenchError> {
+        let site = Site { federation: format!("{}-pulse", site.federation), ..site.clone() };
+        let start = |name: &str| {
+            let peer = PeerId::new(name).expect("a word is a name");
+            let config = PartyConfig { site: site.clone(), peer, values: 1, holds: None, several: false };
+            Actor::start(&setting.stage, name, Role::Party(config))
+        };
+        let mut pulse = Self { from: start("pulse")?, to: start("wrist")? };
+        pulse.from.report().await?;
+        pulse.to.report().await?;
+        pulse.from.order(Order::Beat(true));
+        Ok(pulse)
+    }
+
+    async fn end(mut self) -> Result<Heartbeat, BenchError> {
+        let tally = self.to.tally().await?;
+        self.from.end().await;
+        self.to.end().await;
+        Ok(Heartbeat::of(tally.heartbeats.iter()))
+    }
 }
 
 /// Starts all peers; each task collects what one tells until it ends.
@@ -272,6 +307,7 @@ fn result(
     seen: &[Vec<Committed>],
     broker: &[Usage],
     machine: Machine,
+    heartbeat: Heartbeat,
 ) -> Result<RoundResult, BenchError> {
     let RoundOptions { peers, rounds, .. } = *options;
     let is_measured = |committed: &&Committed| committed.round != Round::GENESIS && committed.round.0 <= rounds;
@@ -318,6 +354,7 @@ fn result(
             to_memory_copy: speed / machine.memory_copy_mb_per_s,
         },
         wire: Wire::new(sent / led.len() as u64, received / led.len() as u64, setting.bytes),
+        heartbeat,
         roles: roles(setting, seen, broker, led.len(), rounds),
     })
 }

@@ -8,7 +8,7 @@ use super::party::PartyConfig;
 use super::pipe::PipeConfig;
 use super::role::{Actor, Order, Report, Role, Tally};
 use super::usage::Usage;
-use super::{BenchError, Failure, RoleUsage, Setting, Site, Wire, mb_per_s, median, percentile};
+use super::{BenchError, Failure, Heartbeat, RoleUsage, Setting, Site, Wire, mb_per_s, median};
 use crate::transfer::Manifest;
 use crate::types::{PeerId, Round};
 
@@ -99,19 +99,6 @@ pub struct TransferRatio {
     pub to_memory_copy: f64,
 }
 
-/// How long heartbeats were on their way, from one process to another, in milliseconds.
-#[derive(Clone, Copy, Debug, Serialize)]
-pub struct Heartbeat {
-    /// How many arrived.
-    pub count: usize,
-    /// The median.
-    pub median_ms: f64,
-    /// The 99th percentile.
-    pub p99_ms: f64,
-    /// The longest.
-    pub max_ms: f64,
-}
-
 /// Measures transfers. `progress` hears what is being done.
 ///
 /// # Errors
@@ -186,7 +173,6 @@ fn result(
         spent / repeat.max(1) as u64
     };
     let speed = mb_per_s(delivered, total);
-    let waits: Vec<f64> = after.iter().flat_map(|tally| tally.heartbeats.iter().map(|wait| wait * 1e3)).collect();
     TransferResult {
         bench: "transfer",
         bytes: setting.bytes,
@@ -213,12 +199,7 @@ fn result(
             to_memory_copy: speed / machine.memory_copy_mb_per_s,
         },
         wire: Wire::new(of_all(|tally| tally.sent), of_all(|tally| tally.received), setting.bytes),
-        heartbeat: Heartbeat {
-            count: waits.len(),
-            median_ms: median(&waits),
-            p99_ms: percentile(&waits, 0.99),
-            max_ms: waits.iter().copied().fold(0.0, f64::max),
-        },
+        heartbeat: Heartbeat::of(after.iter().flat_map(|tally| &tally.heartbeats)),
         roles,
     }
 }

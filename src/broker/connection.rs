@@ -23,7 +23,7 @@ use rumqttd::local::{LinkError, LinkRx, LinkTx};
 use rumqttd::protocol::v4::{self, V4};
 use rumqttd::protocol::{
     ConnAck, ConnectReturnCode, Disconnect, DisconnectReasonCode, Error as Malformed, LastWill, Packet, Protocol,
-    Publish, QoS, matches, valid_filter, valid_topic,
+    Publish, QoS, valid_filter, valid_topic,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -32,6 +32,7 @@ use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
+use super::shelf::{ConnectionNumber, Shelf, Taken};
 use super::{BrokerConfig, Links};
 
 /// The first byte of a CONNECT packet.
@@ -49,14 +50,15 @@ const ID_BYTES_MAX: usize = 256;
 /// Room made for a read when no length is known yet.
 const READ_BYTES: usize = 8 << 10;
 
-/// Payloads from this size on are written from where they lie; smaller ones are gathered into one write.
+/// Payloads from this size on are written from where they lie, and those at QoS 0 go round the router; smaller ones are
+/// gathered into one write.
 const COPY_BYTES_MAX: usize = 4 << 10;
 
 /// How the id of a peer's connection for weights ends.
+///
+/// What it publishes is not sent back to it, although MQTT 3.1.1 would have it so (MQTT 5 lets a subscriber choose): a
+/// leader that broadcasts a model to four receivers would be the fifth of them. It is so for weights, and for nothing else.
 const WEIGHTS_ID_END: &str = ".bulk";
-
-/// How many bytes of one connection's publishes are known to be on their way back to it. Of more the oldest do come back.
-const ECHO_BYTES_MAX: usize = 16 << 20;
 
 /// Small packets are gathered up to this size.
 const GATHER_BYTES: usize = 64 << 10;
@@ -99,10 +101,13 @@ pub(super) struct Front {
     packet_bytes_max: usize,
     connect_timeout: Duration,
     anonymous: AtomicU64,
+    /// How many connections there were.
+    connections: AtomicU64,
+    shelf: Arc<Shelf>,
 }
 
 impl Front {
-    pub(super) fn new(config: &BrokerConfig, links: Arc<Links>) -> Self {
+    pub(super) fn new(config: &BrokerConfig, links: Arc<Links>, shelf: Arc<Shelf>) -> Self {
         Self {
             links,
             seats: Seats::default(),
@@ -111,6 +116,8 @@ impl Front {
             packet_bytes_max: config.packet_bytes_max,
             connect_timeout: config.connect_timeout,
             anonymous: AtomicU64::new(0),
+            connections: AtomicU64::new(0),
+            shelf,
         }
     }
 
@@ -131,12 +138,16 @@ impl Front {
         let opened = spawn_blocking(move || links.open(&id)).await;
         let (mut to_router, from_router, ack) = opened.ok().flatten().ok_or(Closed::Stopped)?;
 
-        let (unacked, echoes) = (Unacked::default(), Echoes::of(&greeting.id));
+        let unacked = Unacked::default();
+        let number = self.connections.fetch_add(1, Ordering::Relaxed);
+        let reads = Reads { shelf: &self.shelf, number };
         let (reading, writing) = socket.split();
-        let reader = Reader { front: self, unacked: &unacked, echoes: &echoes, to_router: &mut to_router };
+        let without = greeting.id.ends_with(WEIGHTS_ID_END).then_some(number);
+        let reader = Reader { front: self, unacked: &unacked, number, without, to_router: &mut to_router };
+        let writer = Writer { socket: writing, gathered: BytesMut::new(), unacked: &unacked, reads: &reads };
         let ended = tokio::select! {
             ended = reader.run(reading, received, greeting.silence) => ended,
-            ended = write(writing, from_router, ack, &unacked, &echoes) => ended,
+            ended = writer.run(from_router, ack) => ended,
             () = seat.wanted() => Err(Closed::TakenOver),
         };
         let Err(closed) = ended;
@@ -223,10 +234,10 @@ fn detached_will(mut will: LastWill) -> Result<LastWill, Closed> {
     Ok(will)
 }
 
-fn check_topic(topic: &[u8]) -> Result<(), Closed> {
+fn check_topic(topic: &[u8]) -> Result<&str, Closed> {
     match str::from_utf8(topic) {
         // The router cuts the first byte off to look for a `$`, which must not cut a letter in two.
-        Ok(topic) if topic.is_char_boundary(1) && !topic.starts_with('$') && valid_topic(topic) => Ok(()),
+        Ok(topic) if topic.is_char_boundary(1) && !topic.starts_with('$') && valid_topic(topic) => Ok(topic),
         _ => Err(Closed::Refused("it publishes to a topic that is none")),
     }
 }
@@ -291,61 +302,15 @@ impl Unacked {
     }
 }
 
-/// The weights that a connection has published to a filter of its own: they are not sent back to it.
-///
-/// MQTT 3.1.1 would have it so (MQTT 5 lets a subscriber choose). A leader that broadcasts a model to four receivers
-/// would be the fifth of them. It is so for the connections of peers that carry weights, and for nobody else.
-struct Echoes {
-    applies: bool,
-    filters: Mutex<Vec<String>>,
-    /// In their order. The router passes a payload on as it is, so that the place in memory tells which it is; and has
-    /// it in its log for as long as it is here.
-    published: Mutex<VecDeque<Bytes>>,
+/// What a connection takes from the shelf, for as long as this lives.
+struct Reads<'a> {
+    shelf: &'a Shelf,
+    number: ConnectionNumber,
 }
 
-impl Echoes {
-    /// For the connection with this id.
-    fn of(id: &str) -> Self {
-        Self { applies: id.ends_with(WEIGHTS_ID_END), filters: Mutex::default(), published: Mutex::default() }
-    }
-
-    /// What is sent at QoS 1 has to be acknowledged, and so to be sent.
-    fn subscribed(&self, filter: &str, qos: QoS) {
-        if self.applies && qos == QoS::AtMostOnce {
-            let mut filters = self.filters.lock().unwrap_or_else(PoisonError::into_inner);
-            if !filters.iter().any(|known| known == filter) {
-                filters.push(filter.to_owned());
-            }
-        }
-    }
-
-    fn unsubscribed(&self, filter: &str) {
-        self.filters.lock().unwrap_or_else(PoisonError::into_inner).retain(|known| known != filter);
-    }
-
-    fn published(&self, publish: &Publish) {
-        if !self.applies || publish.payload.len() <= COPY_BYTES_MAX {
-            return;
-        }
-        let Ok(topic) = str::from_utf8(&publish.topic) else { return };
-        if self.filters.lock().unwrap_or_else(PoisonError::into_inner).iter().any(|filter| matches(topic, filter)) {
-            let mut published = self.published.lock().unwrap_or_else(PoisonError::into_inner);
-            published.push_back(publish.payload.clone());
-            while published.iter().map(Bytes::len).sum::<usize>() > ECHO_BYTES_MAX {
-                published.pop_front();
-            }
-        }
-    }
-
-    /// Whether this is one of them, which is then forgotten, with those that the router has lost before it.
-    fn is_echo(&self, payload: &Bytes) -> bool {
-        if !self.applies {
-            return false;
-        }
-        let mut published = self.published.lock().unwrap_or_else(PoisonError::into_inner);
-        let same = |own: &Bytes| own.as_ptr() == payload.as_ptr() && own.len() == payload.len();
-        let place = published.iter().position(same);
-        place.is_some_and(|place| published.drain(..=place).next().is_some())
+impl Drop for Reads<'_> {
+    fn drop(&mut self) {
+        self.shelf.left(self.number);
     }
 }
 
@@ -353,7 +318,9 @@ impl Echoes {
 struct Reader<'a> {
     front: &'a Front,
     unacked: &'a Unacked,
-    echoes: &'a Echoes,
+    number: ConnectionNumber,
+    /// Who does not get the weights that come here: this connection, if it is a peer's for weights.
+    without: Option<ConnectionNumber>,
     to_router: &'a mut LinkTx,
 }
 
@@ -375,11 +342,12 @@ impl Reader<'_> {
     async fn hand_on(&mut self, received: &mut BytesMut) -> Result<usize, Closed> {
         let mut last = None;
         let stopped_by = loop {
-            if is_exactly_once(received) {
+            let qos = publish_qos(received);
+            if qos == Some(2) {
                 break Closed::Refused("it publishes at QoS 2, which is not offered");
             }
             match V4.read_mut(received, self.front.packet_bytes_max) {
-                Ok(packet) => match self.check(packet) {
+                Ok(packet) => match self.check(packet, qos) {
                     // All but the last are left for the router to find when the last one wakes it.
                     Ok(packet) => self.to_router.buffer().extend(last.replace(packet)),
                     Err(closed) => break closed,
@@ -396,27 +364,29 @@ impl Reader<'_> {
         }
     }
 
-    /// Lets through what does not harm the router.
-    fn check(&self, packet: Packet) -> Result<Packet, Closed> {
+    /// Lets through what does not harm the router. `qos` is that of a PUBLISH.
+    fn check(&self, packet: Packet, qos: Option<u8>) -> Result<Packet, Closed> {
         match packet {
             Packet::Publish(mut publish, _) => {
-                check_topic(&publish.topic)?;
-                if publish.retain {
+                let topic = check_topic(&publish.topic)?;
+                if publish.payload.len() > COPY_BYTES_MAX && qos == Some(0) && !publish.retain {
+                    if let Some(ticket) = self.front.shelf.put(topic, &publish.payload, self.without) {
+                        publish.payload = ticket;
+                    }
+                } else if publish.payload.len() <= COPY_BYTES_MAX || publish.retain {
                     // It may be kept for ever, the buffer it was read into must not.
-                    publish.topic = Bytes::copy_from_slice(&publish.topic);
                     publish.payload = Bytes::copy_from_slice(&publish.payload);
-                } else {
-                    self.echoes.published(&publish);
                 }
+                publish.topic = Bytes::copy_from_slice(&publish.topic);
                 Ok(Packet::Publish(publish, None))
             }
             Packet::Subscribe(mut subscribe, _) => {
                 for filter in &mut subscribe.filters {
                     self.front.admit(&filter.path)?;
-                    self.echoes.subscribed(&filter.path, filter.qos);
                     if filter.qos == QoS::ExactlyOnce {
                         filter.qos = QoS::AtLeastOnce;
                     }
+                    self.front.shelf.subscribed(self.number, &filter.path, filter.qos);
                 }
                 Ok(Packet::Subscribe(subscribe, None))
             }
@@ -425,7 +395,7 @@ impl Reader<'_> {
                 Ok(Packet::PubAck(ack, None))
             }
             Packet::Unsubscribe(unsubscribe, _) => {
-                unsubscribe.filters.iter().for_each(|filter| self.echoes.unsubscribed(filter));
+                unsubscribe.filters.iter().for_each(|filter| self.front.shelf.unsubscribed(self.number, filter));
                 Ok(Packet::Unsubscribe(unsubscribe, None))
             }
             Packet::PingReq(_) => Ok(packet),
@@ -435,9 +405,9 @@ impl Reader<'_> {
     }
 }
 
-/// Whether the packet that begins here is a PUBLISH at QoS 2. rumqttd does not show the QoS of a parsed one.
-fn is_exactly_once(received: &[u8]) -> bool {
-    received.first().is_some_and(|byte| byte & 0b1111_0110 == 0b0011_0100)
+/// The QoS of the packet that begins here, if it is a PUBLISH. rumqttd does not show that of a parsed one.
+fn publish_qos(received: &[u8]) -> Option<u8> {
+    received.first().filter(|byte| **byte >> 4 == 3).map(|byte| (byte & 0b0110) >> 1)
 }
 
 /// Reads what is there, with room for at least `missing` bytes.
@@ -463,81 +433,104 @@ async fn write_ack(socket: &mut (impl AsyncWriteExt + Unpin), code: ConnectRetur
 }
 
 /// The way from the router to the socket.
-async fn write(
-    mut socket: WriteHalf<'_>,
-    mut from_router: LinkRx,
-    ack: Notification,
-    unacked: &Unacked,
-    echoes: &Echoes,
-) -> Result<Infallible, Closed> {
-    let mut gathered = BytesMut::new();
-    let mut next = Some(ack);
-    loop {
-        let mut paused = false;
+struct Writer<'a> {
+    socket: WriteHalf<'a>,
+    /// Small packets that go in one write.
+    gathered: BytesMut,
+    unacked: &'a Unacked,
+    reads: &'a Reads<'a>,
+}
+
+impl Writer<'_> {
+    async fn run(mut self, mut from_router: LinkRx, ack: Notification) -> Result<Infallible, Closed> {
+        let mut next = Some(ack);
         loop {
-            match next {
-                // The router waits for this connection to catch up.
-                Some(Notification::Unschedule) => paused = true,
-                Some(notification) => write_one(&mut socket, notification, &mut gathered, unacked, echoes).await?,
-                None => {}
+            let mut paused = false;
+            loop {
+                match next {
+                    // The router waits for this connection to catch up.
+                    Some(Notification::Unschedule) => paused = true,
+                    Some(notification) => self.write(notification).await?,
+                    None => {}
+                }
+                match ready(from_router.next()).await {
+                    Some(notification) => next = notification?,
+                    None => break,
+                }
             }
-            match ready(from_router.next()).await {
-                Some(notification) => next = notification?,
-                None => break,
+            self.socket.write_all_buf(&mut self.gathered).await?;
+            if paused {
+                from_router.wake().await?;
             }
+            next = from_router.next().await?;
         }
-        socket.write_all_buf(&mut gathered).await?;
-        if paused {
-            from_router.wake().await?;
+    }
+
+    /// Writes one packet, or only gathers it when it is small.
+    async fn write(&mut self, notification: Notification) -> Result<(), Closed> {
+        let packet: Option<Packet> = notification.into();
+        let payload = match packet {
+            Some(Packet::Publish(mut publish, _)) => {
+                let payload = mem::take(&mut publish.payload);
+                let taken = self.reads.shelf.take(&payload, self.reads.number);
+                let head = PublishHead::of(publish)?;
+                let payload = match taken {
+                    Taken::Itself => payload,
+                    Taken::Payload(payload) => payload,
+                    Taken::Gone if head.id.is_none() => return Ok(()),
+                    // The router would wait for ever for its acknowledgement.
+                    Taken::Gone => {
+                        return Err(Closed::Refused("it subscribed at QoS 1 to weights that were on their way"));
+                    }
+                };
+                head.write(payload.len(), &mut self.gathered)?;
+                head.id.into_iter().for_each(|id| self.unacked.sent(id));
+                payload
+            }
+            Some(packet) => {
+                V4.write(packet, &mut self.gathered)?;
+                Bytes::new()
+            }
+            None => return Ok(()),
+        };
+        if payload.len() <= COPY_BYTES_MAX {
+            self.gathered.extend_from_slice(&payload);
+            if self.gathered.len() >= GATHER_BYTES {
+                self.socket.write_all_buf(&mut self.gathered).await?;
+            }
+        } else {
+            self.socket.write_all_buf(&mut (&mut self.gathered).chain(payload)).await?;
         }
-        next = from_router.next().await?;
+        Ok(())
     }
 }
 
-/// Writes one packet, or only gathers it when it is small.
-async fn write_one(
-    socket: &mut WriteHalf<'_>,
-    notification: Notification,
-    gathered: &mut BytesMut,
-    unacked: &Unacked,
-    echoes: &Echoes,
-) -> Result<(), Closed> {
-    let packet: Option<Packet> = notification.into();
-    let payload = match packet {
-        Some(Packet::Publish(publish, _)) if echoes.is_echo(&publish.payload) => return Ok(()),
-        Some(Packet::Publish(publish, _)) => encode_publish(publish, gathered, unacked)?,
-        Some(packet) => {
-            V4.write(packet, gathered)?;
-            Bytes::new()
-        }
-        None => return Ok(()),
-    };
-    if payload.len() <= COPY_BYTES_MAX {
-        gathered.extend_from_slice(&payload);
-        if gathered.len() >= GATHER_BYTES {
-            socket.write_all_buf(gathered).await?;
-        }
-    } else {
-        socket.write_all_buf(&mut gathered.chain(payload)).await?;
-    }
-    Ok(())
+/// All of a PUBLISH but its payload.
+struct PublishHead {
+    flags: u8,
+    /// The topic, and above QoS 0 the packet's id.
+    variable: BytesMut,
+    id: Option<u16>,
 }
 
-/// Writes all of a PUBLISH but its payload, which is returned.
-fn encode_publish(mut publish: Publish, bytes: &mut BytesMut, unacked: &Unacked) -> Result<Bytes, Closed> {
-    let payload = mem::take(&mut publish.payload);
-    let mut bare = BytesMut::with_capacity(publish.topic.len() + 16);
-    V4.write(Packet::Publish(publish, None), &mut bare)?;
-    let (length_bytes, _) = v4::length(bare[1..].iter())?;
-    let header = &bare[1 + length_bytes..];
-    if bare[0] & 0b0110 != 0 {
-        // Above QoS 0 the header ends with the packet's id.
-        unacked.sent((&header[header.len() - 2..]).get_u16());
+impl PublishHead {
+    /// Of a packet without its payload.
+    fn of(publish: Publish) -> Result<Self, Closed> {
+        let mut bare = BytesMut::with_capacity(publish.topic.len() + 16);
+        V4.write(Packet::Publish(publish, None), &mut bare)?;
+        let (length_bytes, _) = v4::length(bare[1..].iter())?;
+        let flags = bare[0];
+        bare.advance(1 + length_bytes);
+        let id = (flags & 0b0110 != 0).then(|| (&bare[bare.len() - 2..]).get_u16());
+        Ok(Self { flags, variable: bare, id })
     }
-    bytes.put_u8(bare[0]);
-    v4::write_remaining_length(bytes, header.len() + payload.len())?;
-    bytes.extend_from_slice(header);
-    Ok(payload)
+
+    fn write(&self, payload_bytes: usize, bytes: &mut BytesMut) -> Result<(), Closed> {
+        bytes.put_u8(self.flags);
+        v4::write_remaining_length(bytes, self.variable.len() + payload_bytes)?;
+        bytes.extend_from_slice(&self.variable);
+        Ok(())
+    }
 }
 
 /// What `future` gives without waiting, if anything.

@@ -12,7 +12,7 @@ use crate::bench::role::{self, Stage};
 use crate::bench::round::{self, RoundOptions, RoundResult};
 use crate::bench::train::{self, TrainOptions, TrainResult};
 use crate::bench::transfer::{self, TransferOptions, TransferResult};
-use crate::bench::{BenchError, Growth, RoleUsage, Setting, Wire};
+use crate::bench::{BenchError, Growth, Heartbeat, RoleUsage, Setting, Wire};
 use crate::cli::args::{BenchArgs, Measure, MeasureArgs, RoundArgs, TrainArgs, TransferArgs};
 use crate::cli::{Exit, Failure, Shell, Stream, interrupt, log, runtime};
 
@@ -139,7 +139,7 @@ fn print<T: Serialize>(
 }
 
 fn transfer_table(result: &TransferResult) -> Vec<[String; 2]> {
-    let TransferResult { seconds, ratio, heartbeat, .. } = result;
+    let TransferResult { seconds, ratio, .. } = result;
     let mut rows = vec![
         row(
             "transfer",
@@ -174,13 +174,7 @@ fn transfer_table(result: &TransferResult) -> Vec<[String; 2]> {
     ];
     rows.extend(machine_rows(&result.machine, ratio.to_tcp, ratio.to_memory_copy));
     rows.push(wire_row(&result.wire));
-    rows.push(row(
-        "heartbeat",
-        format!(
-            "median {:.1} ms, p99 {:.1} ms, longest {:.1} ms ({} while weights moved)",
-            heartbeat.median_ms, heartbeat.p99_ms, heartbeat.max_ms, heartbeat.count
-        ),
-    ));
+    rows.push(heartbeat_row(&result.heartbeat));
     rows.extend(result.roles.iter().map(role_row));
     rows
 }
@@ -221,6 +215,7 @@ fn round_table(result: &RoundResult) -> Vec<[String; 2]> {
     ];
     rows.extend(machine_rows(&result.machine, ratio.to_tcp, ratio.to_memory_copy));
     rows.push(wire_row(&result.wire));
+    rows.push(heartbeat_row(&result.heartbeat));
     rows.extend(result.roles.iter().map(role_row));
     rows.extend(growth_rows(result));
     rows
@@ -272,6 +267,13 @@ fn machine_rows(machine: &Machine, to_tcp: f64, to_memory_copy: f64) -> [[String
 
 fn wire_row(wire: &Wire) -> [String; 2] {
     row("wire", format!("{:.3} models sent, {:.3} received", wire.sent_per_model, wire.received_per_model))
+}
+
+fn heartbeat_row(heartbeat: &Heartbeat) -> [String; 2] {
+    let Heartbeat { count, median_ms, p99_ms, max_ms } = heartbeat;
+    let value =
+        format!("median {median_ms:.1} ms, p99 {p99_ms:.1} ms, longest {max_ms:.1} ms ({count} while weights moved)");
+    row("heartbeat", value)
 }
 
 fn role_row(role: &RoleUsage) -> [String; 2] {

@@ -1246,7 +1246,7 @@ mod tests {
     #[tokio::test]
     async fn control_messages_get_through_a_flood_of_weights() {
         const CHUNKS: usize = 64;
-        let config = BrokerConfig { log_bytes: 256 << 20, ..BrokerConfig::default() };
+        let config = BrokerConfig { shelf_bytes: 256 << 20, ..BrokerConfig::default() };
         let broker = broker::Broker::start(config).await.unwrap();
         let (mut a, mut b) = (join(&broker, "a").await, join(&broker, "b").await);
         let chunk = Bytes::from(vec![1; 1 << 20]);
