@@ -91,6 +91,8 @@ pub struct Blobs {
     disk: Option<Arc<Disk>>,
     /// Those that are known to be whole: put by this process, or verified by it.
     known: Arc<Mutex<BTreeMap<Digest, Blob>>>,
+    /// Without a disk: the memory of blobs that were dropped last, for what is written next.
+    spare: Arc<Mutex<Buffers>>,
 }
 
 /// A blob that is there, whole. It stays readable when it is dropped from its [`Blobs`].
@@ -269,7 +271,7 @@ impl Journal {
         create_dir(&blobs_dir)?;
         disk.remove_temporaries(&blobs_dir)?;
         let state = disk.state()?;
-        let blobs = Blobs { disk: Some(disk.clone()), known: Arc::default() };
+        let blobs = Blobs { disk: Some(disk.clone()), known: Arc::default(), spare: Arc::default() };
         Ok((Journal { disk, blobs }, Loaded { peer, state }))
     }
 
@@ -322,7 +324,7 @@ pub fn read_blob(dir: &Path, digest: Digest) -> Result<Option<Bytes>, JournalErr
 impl Blobs {
     /// Blobs in memory alone, for tests and simulation.
     pub fn memory() -> Self {
-        Self { disk: None, known: Arc::default() }
+        Self { disk: None, known: Arc::default(), spare: Arc::default() }
     }
 
     /// Begins a blob.
@@ -378,8 +380,14 @@ impl Blobs {
     /// Drops every blob that is not in `keep`, from memory and from disk. A blob that another thread is putting must be in
     /// `keep` already, or it may be dropped.
     pub fn retain(&self, keep: &BTreeSet<Digest>) -> Result<(), JournalError> {
-        self.known().retain(|digest, _| keep.contains(digest));
-        let Some(disk) = &self.disk else { return Ok(()) };
+        let dropped: Vec<(Digest, Blob)> = self.known().extract_if(.., |digest, _| !keep.contains(digest)).collect();
+        let Some(disk) = &self.disk else {
+            let parts = dropped.into_iter().filter_map(|(_, blob)| blob.into_parts()).flat_map(|parts| parts.0);
+            // Of parts that came in one buffer, one can have it.
+            let unshared = parts.filter_map(|(_, part)| part.try_into_mut().ok().map(BytesMut::freeze));
+            *self.spare() = Buffers(unshared.collect());
+            return Ok(());
+        };
         for (name, path) in list(&disk.blobs_dir())? {
             let digest = name.strip_suffix(BLOB_END).and_then(|hex| hex.parse().ok());
             if digest.is_some_and(|digest: Digest| !keep.contains(&digest)) {
@@ -387,6 +395,10 @@ impl Blobs {
             }
         }
         Ok(())
+    }
+
+    fn spare(&self) -> MutexGuard<'_, Buffers> {
+        self.spare.lock().expect("nothing panics while it holds the lock")
     }
 
     fn known(&self) -> MutexGuard<'_, BTreeMap<Digest, Blob>> {
@@ -421,6 +433,14 @@ impl Blob {
         Ok(buffers.lend(message))
     }
 
+    /// Its memory, if it lies in memory and nobody else reads it.
+    fn into_parts(self) -> Option<Parts> {
+        match Arc::into_inner(self.0)? {
+            Content::Memory(parts) => Some(parts),
+            Content::File { .. } => None,
+        }
+    }
+
     fn read_all(&self) -> Result<Bytes, JournalError> {
         if let Content::Memory(parts) = &*self.0
             && let Some(bytes) = parts.single()
@@ -436,16 +456,21 @@ impl Blob {
 impl Buffers {
     /// So many bytes, of any value.
     fn take(&mut self, length: usize) -> BytesMut {
+        self.spare(length).unwrap_or_else(|| BytesMut::zeroed(length))
+    }
+
+    /// So many bytes, of any value, that were used before.
+    fn spare(&mut self, length: usize) -> Option<BytesMut> {
         // What was lent first is back first.
-        match self.0.pop_front().map(Bytes::try_into_mut) {
-            Some(Ok(mut buffer)) if buffer.capacity() >= length => {
+        match self.0.pop_front()?.try_into_mut() {
+            Ok(mut buffer) if buffer.capacity() >= length => {
                 buffer.resize(length, 0);
-                return buffer;
+                return Some(buffer);
             }
-            Some(Err(lent)) => self.0.push_front(lent),
-            _ => {}
+            Ok(_too_short) => {}
+            Err(lent) => self.0.push_front(lent),
         }
-        BytesMut::zeroed(length)
+        None
     }
 
     fn lend(&mut self, buffer: BytesMut) -> Bytes {
@@ -476,7 +501,15 @@ impl Draft {
                 write_all_at(file, start, bytes).map_err(io_error("write", &temporary.0))
             }
             DraftContent::Memory(parts) => {
-                parts.0.insert(start, bytes.clone());
+                let spare = self.blobs.spare().spare(bytes.len());
+                let part = spare.map_or_else(
+                    || bytes.clone(),
+                    |mut part| {
+                        part.copy_from_slice(bytes);
+                        part.freeze()
+                    },
+                );
+                parts.0.insert(start, part);
                 Ok(())
             }
         }
