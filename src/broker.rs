@@ -2,8 +2,18 @@
 //!
 //! rumqttd's own front can neither say which port it got for port 0 nor stop. This one listens before
 //! [`Broker::start`] returns, ends every task and the router's thread in [`Broker::stop`], and keeps away from the
-//! router whatever would harm it (see `connection.rs`). It speaks MQTT 3.1.1 over TCP, QoS 0 and 1, without
-//! passwords. Nothing is printed; what happens is told through `tracing`.
+//! router whatever would harm it (see `connection.rs`). Weights go round the router, so that they are freed as soon as they
+//! are delivered (see `shelf.rs`). It speaks MQTT 3.1.1 over TCP, QoS 0 and 1, without passwords. Nothing is printed; what
+//! happens is told through `tracing`.
+//!
+//! # Beside Mosquitto
+//!
+//! Behind its own front rumqttd copies each payload into the buffer that it writes from, reads and writes a connection in
+//! turn in one task, and takes new memory for every message, since its logs hold the old one. Here payloads are written
+//! from where they were read to, reading and writing go on side by side, and what was delivered is used again. Of the rest
+//! nine tenths are the connections' tasks, most of that in the kernel, and one tenth the router's thread. With the same clients (100 MB 1 → 1,
+//! chunks of 512 KiB, a busy machine) Mosquitto 2.0.11 took 0.18 s of CPU time for 100 MB and this broker less than 0.07 s:
+//! Mosquitto copies payloads as well, and its allocator takes each one's pages from the system and gives them back.
 
 mod connection;
 mod shelf;

@@ -1222,6 +1222,26 @@ mod tests {
     }
 
     #[test]
+    fn without_a_disk_the_memory_of_a_dropped_blob_is_used_again_unless_somebody_reads_it() {
+        let blobs = Blobs::memory();
+        let write = |bytes: &'static [u8]| {
+            let mut draft = blobs.draft().unwrap();
+            // As a chunk comes: memory that can be written to.
+            draft.write(0, &BytesMut::from(bytes).freeze()).unwrap();
+            draft.keep(Digest::of(bytes)).unwrap();
+            blobs.open(Digest::of(bytes)).unwrap().unwrap()
+        };
+        let place = |blob: &Blob| blob.read_all().unwrap().as_ptr();
+        let (first, second) = (write(b"first"), write(b"second"));
+        let place_of_second = place(&second);
+        drop(second);
+        blobs.retain(&BTreeSet::new()).unwrap();
+        let third = write(b"third");
+        assert_eq!((place(&third), third.read_all().unwrap()), (place_of_second, Bytes::from_static(b"third")));
+        assert_eq!(first.read_all().unwrap(), &b"first"[..]);
+    }
+
+    #[test]
     fn only_blobs_worth_keeping_are_retained() {
         let dir = tempfile::tempdir().unwrap();
         let (journal, _) = open(dir.path()).unwrap();

@@ -61,6 +61,9 @@
 //! - **What a strategy remembers stands in the model's blob** ([`aggregation::Section`]) and is computed by the leader alone, not
 //!   by every peer from a committed aggregate: one mechanism decides, pulls, verifies, keeps and serves it, members need not
 //!   compute, and a newcomer needs it anyway. It costs one or two models more in a broadcast.
+//! - **Weights go round the router of the embedded broker**, which keeps a log for each filter: the log holds tickets, and the
+//!   weights are freed when the last subscriber has taken them. So the broker's memory depends on what receivers have asked
+//!   for, not on the number of filters, and a subscriber that stalls cannot make it grow ([`broker`], `shelf.rs`).
 //! - **Only some members may train** (`fraction_train`): who does is drawn by the round's lot, more in each further term.
 //! - **A finish names the last model**, so that a peer that was away can still pull it.
 

@@ -22,8 +22,9 @@ use crate::types::{Digest, PeerId};
 /// How many bytes of one blob a receiver has in flight: enough to keep a link busy.
 pub const WINDOW_BYTES: u32 = 2 * 1024 * 1024;
 
-/// How many bytes of updates a leader has in flight at once: the other updates wait with their owners. What all of
-/// one peer's pulls have in flight, this and two windows, must fit half of the broker's log of its topic.
+/// How many bytes of updates a leader has in flight at once: the other updates wait with their owners. What all pulls of
+/// all peers have in flight (the leader's this and two windows, others' two windows each) should fit what a broker lets
+/// wait: the embedded one's [`shelf_bytes`](crate::broker::BrokerConfig::shelf_bytes), of 16 peers.
 pub const GATHER_BYTES: u64 = 4 * WINDOW_BYTES as u64;
 
 /// How many bytes of a blob are in flight that was the only one when it was begun: on a busy machine a smaller window
