@@ -321,7 +321,7 @@ fn a_program_in_python_is_the_trainer_of_every_peer() {
 #[test]
 fn peers_as_processes_give_the_same_model_as_peers_as_tasks() {
     let dir = tempfile::tempdir().unwrap();
-    let args = ["run", "--json", "--peers", "3", "--rounds", "3", "--election-timeout", "20s"];
+    let args = ["run", "--json", "--peers", "3", "--rounds", "3", "--local-epochs", "2", "--election-timeout", "20s"];
     let digest = |more: &[&str]| {
         let (code, stdout, stderr) = Program::start(dir.path(), &[&args, more].concat()).end();
         assert_eq!(code, Some(0), "{stderr}");
@@ -332,11 +332,13 @@ fn peers_as_processes_give_the_same_model_as_peers_as_tasks() {
         let pids: BTreeSet<u64> = parsed.filter_map(|entry| entry["pid"].as_u64()).collect();
         (result["digest"].as_str().unwrap().to_owned(), pids.len(), text.matches("\"round_committed\"").count())
     };
-    let tasks = digest(&["--run-dir", "tasks"]);
-    let processes = digest(&["--run-dir", "processes", "--processes"]);
-    assert_eq!((tasks.1, tasks.2), (1, 9));
-    assert_eq!((processes.1, processes.2), (3, 9));
-    assert_eq!(tasks.0, processes.0);
+    for model in ["mlp", "cnn"] {
+        let tasks = digest(&["--model", model, "--run-dir", &format!("{model}-tasks")]);
+        let processes = digest(&["--model", model, "--run-dir", &format!("{model}-processes"), "--processes"]);
+        assert_eq!((tasks.1, tasks.2), (1, 9), "{model}");
+        assert_eq!((processes.1, processes.2), (3, 9), "{model}");
+        assert_eq!(tasks.0, processes.0, "{model}");
+    }
 }
 
 #[test]

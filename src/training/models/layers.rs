@@ -2,8 +2,8 @@
 //! computes with those that a [`Pass`] holds.
 
 use burn::tensor::activation::{sigmoid, tanh};
-use burn::tensor::module::{batch_norm, batch_norm_train, conv2d, max_pool2d};
-use burn::tensor::ops::{ConvOptions, MaxPoolOptions};
+use burn::tensor::module::{batch_norm, batch_norm_train, conv2d};
+use burn::tensor::ops::ConvOptions;
 use burn::tensor::{Int, Tensor};
 
 use super::tensors::{Declared, Initial, Pass};
@@ -82,16 +82,72 @@ impl Conv {
 
     /// `[batch, in, height, width]` to `[batch, out, height / stride, width / stride]`, rounded up.
     pub(super) fn forward(&self, pass: &Pass<'_>, x: Tensor<4>) -> Tensor<4> {
-        let shape = [self.outputs, self.inputs, self.kernel, self.kernel];
-        let weight = pass.get(&format!("{}.weight", self.name), shape);
         let bias = self.has_bias.then(|| pass.get(&format!("{}.bias", self.name), [self.outputs]));
-        conv2d(x, weight, bias, ConvOptions::new([self.stride; 2], [self.kernel / 2; 2], [1; 2], 1))
+        let options = ConvOptions::new([self.stride; 2], [self.kernel / 2; 2], [1; 2], 1);
+        conv2d(x, self.weight(pass), bias, options)
+    }
+
+    /// The convolution, then `torch.nn.MaxPool2d(2)`, with the batch innermost and a stride of 1: `[in, height, width,
+    /// batch]` to `[out, height / 2, width / 2, batch]`, rounded down. A `constant` needs no gradient.
+    ///
+    /// burn's `conv2d` and `max_pool2d` reorder what they get and go through it value by value. In this order they are one
+    /// matrix product and the larger of two halves, both of long runs, and so are their gradients.
+    pub(super) fn forward_and_halve(&self, pass: &Pass<'_>, x: Tensor<4>, constant: bool) -> Tensor<4> {
+        let [_, height, width, batch] = x.dims();
+        let rows = self.kernel * self.kernel * self.inputs;
+        let weight = self.weight(pass).permute([0, 2, 3, 1]).reshape([self.outputs, rows]);
+        let product = weight.matmul(surroundings(x, self.kernel, constant));
+        let halved = halve(product.reshape([self.outputs, height, width, batch]));
+        if !self.has_bias {
+            return halved;
+        }
+        // The largest of some values does not become another one if the same is added to all: a quarter of the work.
+        halved + pass.get(&format!("{}.bias", self.name), [self.outputs, 1, 1, 1])
+    }
+
+    fn weight(&self, pass: &Pass<'_>) -> Tensor<4> {
+        pass.get(&format!("{}.weight", self.name), [self.outputs, self.inputs, self.kernel, self.kernel])
     }
 }
 
-/// `torch.nn.MaxPool2d(2)`: halves height and width, rounded down.
-pub(super) fn halve(x: Tensor<4>) -> Tensor<4> {
-    max_pool2d(x, MaxPoolOptions::new([2, 2]).with_stride([2, 2]))
+/// Of each pixel of `[channels, height, width, batch]`, with zeros around the image: `[kernel × kernel × channels, height ×
+/// width × batch]`, a row for each place in the kernel and each channel.
+fn surroundings(x: Tensor<4>, kernel: usize, constant: bool) -> Tensor<2> {
+    let [channels, height, width, batch] = x.dims();
+    let padded = pad(x, kernel / 2);
+    let shape = [kernel * kernel * channels, height * width * batch];
+    if constant {
+        let windows: Tensor<6> = padded.unfold::<5, _>(1, kernel, 1).unfold(2, kernel, 1);
+        return windows.permute([4, 5, 0, 1, 2, 3]).reshape(shape);
+    }
+    // The same, but the gradient of such windows would be gathered value by value.
+    let shifted = |place: usize| {
+        let (row, column) = (place / kernel, place % kernel);
+        padded.clone().slice([0..channels, row..row + height, column..column + width, 0..batch])
+    };
+    Tensor::cat((0..kernel * kernel).map(shifted).collect(), 0).reshape(shape)
+}
+
+/// `[channels, height, width, batch]` with so many zeros on all sides of the image.
+fn pad(x: Tensor<4>, by: usize) -> Tensor<4> {
+    let [channels, height, width, batch] = x.dims();
+    let zeros = Tensor::zeros([channels, height + 2 * by, width + 2 * by, batch], &x.device());
+    zeros.slice_assign([0..channels, by..by + height, by..by + width, 0..batch], x)
+}
+
+/// `[channels, height, width, batch]` to half the height and width, rounded down: the largest of each 2 × 2 values. Of equal
+/// ones the first gets the gradient, as in PyTorch.
+fn halve(x: Tensor<4>) -> Tensor<4> {
+    let [channels, height, width, batch] = x.dims();
+    let (height, width) = (height / 2, width / 2);
+    let x = if x.dims() == [channels, 2 * height, 2 * width, batch] {
+        x
+    } else {
+        x.slice([0..channels, 0..2 * height, 0..2 * width, 0..batch])
+    };
+    let larger = |pairs: Tensor<3>| pairs.clone().narrow(1, 0, 1).max_pair(pairs.narrow(1, 1, 1));
+    let rows = larger(x.reshape([channels * height, 2, 2 * width * batch]));
+    larger(rows.reshape([channels * height * width, 2, batch])).reshape([channels, height, width, batch])
 }
 
 /// `torch.nn.BatchNorm2d`: `NAME.weight`, `NAME.bias`, and the buffers `NAME.running_mean` and `NAME.running_var`; or

@@ -1,15 +1,19 @@
 //! What holds of every model.
 
-use std::sync::Arc;
+use std::ops::ControlFlow;
+use std::sync::{Arc, Barrier};
+use std::thread;
 
-use burn::tensor::TensorData;
+use burn::tensor::{Distribution, TensorData};
 use rand::Rng;
 
 use super::*;
 use crate::training::config::{Backend, Norm};
-use crate::training::dataset::Targets;
+use crate::training::dataset::{Dataset, Targets};
 use crate::training::export::to_safetensors;
 use crate::training::loss::Loss;
+use crate::training::{BurnTrainer, Trainer};
+use crate::types::{PeerId, Round};
 use crate::weights::{Layout, TensorSpec};
 
 fn network(config: &TrainingConfig, shape: &[usize], task: Task) -> Network {
@@ -174,6 +178,89 @@ fn both_backends_compute_the_same() {
         assert_eq!(flex.len(), ndarray.len());
         let near = flex.iter().zip(&ndarray).all(|(a, b)| (a - b).abs() < 1e-5);
         assert!(near, "{}: {flex:?} against {ndarray:?}", config.model);
+    }
+}
+
+#[test]
+fn a_cnn_says_the_same_of_an_image_in_whatever_batch() {
+    let (config, shape, task) = small(Model::Cnn, Norm::Group);
+    let network = network(&config, &shape, task);
+    let weights = network.initial_weights(3);
+    let (features, _) = examples(&shape, task, 70); // more than go through the convolutions together
+    let device = Backend::Flex.device();
+    let outputs = |features: &[f32], count: usize| {
+        floats(network.forward(&network.pass(weights.values(), &device), on_device(features, count, &device)))
+    };
+    let together = outputs(&features, 70);
+    let alone = features.chunks(features.len() / 70).flat_map(|image| outputs(image, 1));
+    assert!(together.iter().zip(alone).all(|(together, alone)| (together - alone).abs() < 1e-5));
+}
+
+/// The bits of the weights after a round of a few steps and of the loss on all examples; `between` is called after every
+/// step.
+fn trained(mut trainer: BurnTrainer, between: &mut dyn FnMut()) -> Vec<u32> {
+    let mut on_progress = |_| {
+        between();
+        ControlFlow::Continue(())
+    };
+    trainer.train(Round(1), &mut on_progress).unwrap();
+    let loss = trainer.evaluate().unwrap().loss;
+    trainer.weights().values().iter().map(|value| value.to_bits()).chain([(loss as f32).to_bits()]).collect()
+}
+
+/// Some steps of a small configuration of each model, for the peer that is named.
+fn trainers() -> impl Iterator<Item = (String, impl Fn(&str) -> BurnTrainer + Sync)> {
+    all_small().into_iter().map(|(config, shape, task)| {
+        let (features, targets) = examples(&shape, task, 12);
+        let data = Dataset::of(features, &shape, targets).unwrap();
+        let name = format!("{}, {}", config.model, config.norm);
+        let config = TrainingConfig { batch_size: 5, local_steps: Some(4), learning_rate: 0.05, ..config };
+        let trainer = move |peer: &str| {
+            BurnTrainer::new(config.clone(), PeerId::new(peer).unwrap(), data.clone(), data.clone()).unwrap()
+        };
+        (name, trainer)
+    })
+}
+
+#[test]
+fn every_models_round_is_the_same_bits_on_however_many_threads_peers_train() {
+    for (model, trainer) in trainers() {
+        let alone = ["a", "b"].map(|peer| trained(trainer(peer), &mut || {}));
+        assert_ne!(alone[0], alone[1], "{model}");
+        for threads in [2, 4] {
+            let start = Barrier::new(threads);
+            let beside: Vec<_> = thread::scope(|scope| {
+                let run = |index: usize| {
+                    let (start, trainer) = (&start, &trainer);
+                    scope.spawn(move || {
+                        start.wait();
+                        trained(trainer(["a", "b"][index % 2]), &mut || {})
+                    })
+                };
+                let runs: Vec<_> = (0..threads).map(run).collect();
+                runs.into_iter().map(|run| run.join().unwrap()).collect()
+            });
+            for (index, bits) in beside.iter().enumerate() {
+                assert_eq!(*bits, alone[index % 2], "{model} on {threads} threads");
+            }
+        }
+    }
+}
+
+#[test]
+fn peers_of_one_process_are_not_coupled_by_the_randomness_that_burn_shares() {
+    for (model, trainer) in trainers() {
+        let alone = ["a", "b"].map(|peer| trained(trainer(peer), &mut || {}));
+        let mut inner = Vec::new();
+        let outer = trained(trainer("a"), &mut || {
+            let device = Backend::Flex.device();
+            device.seed(inner.len() as u64);
+            let drawn: Tensor<1> = Tensor::random([3], Distribution::Default, &device);
+            assert_eq!(floats(drawn).len(), 3);
+            inner.push(trained(trainer("b"), &mut || {})); // a whole round between two steps of the other
+        });
+        assert_eq!(outer, alone[0], "{model}");
+        assert!(inner.len() == 4 && inner.iter().all(|bits| *bits == alone[1]), "{model}");
     }
 }
 
