@@ -1,4 +1,11 @@
 //! Convolutional networks with pooling: after LeNet (LeCun et al., 1998), and that of the paper on federated averaging.
+//!
+//! Where a step's time goes on `flex`, as `perf` samples it with 32 images of 28 × 28 pixels: in `fedavg-cnn` the
+//! matrix products take nearly half, in `cnn` a fifth. Most of the rest moves values: it writes each pixel's
+//! surroundings, and adds up their gradient, a pass over the image for each of the kernel's places; the masks of the
+//! pooling take a fifth in `cnn`. PyTorch's library never writes the surroundings, it gathers them as its product asks
+//! for them. A convolution of that kind in burn, with both gradients, would mend it. Wider registers would not: the
+//! products of `fedavg-cnn` run no faster with burn's feature `x86-v4`.
 
 use burn::tensor::Tensor;
 use burn::tensor::activation::relu;
