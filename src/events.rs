@@ -360,7 +360,7 @@ pub struct RoundCommitted {
     pub contributors: Vec<PeerId>,
     /// On how many examples they trained.
     pub num_examples: u64,
-    /// How many members the round had.
+    /// How many members the round had; 0 where this peer, which came in the middle of it, does not know.
     pub members: usize,
     /// The members of the next round.
     pub next_roster: Vec<PeerId>,

@@ -301,7 +301,10 @@ fn row(line: &RoundLine, stream: &Stream) -> String {
         main,
         decimals(line.quality.loss),
         line.quality.others().next().map_or_else(String::new, |(.., value)| decimals(Some(value))),
-        format!("{}/{}", line.contributors, line.members),
+        match line.members {
+            0 => line.contributors.to_string(),
+            members => format!("{}/{members}", line.contributors),
+        },
         human_seconds(line.seconds),
         human_bytes(line.bytes),
     ])
@@ -318,18 +321,26 @@ fn plain_round(line: &RoundLine) -> String {
     let other = line.quality.others().next();
     let other = other.map_or_else(String::new, |(name, _, value)| format!(", {name} {}", decimals(Some(value))));
     format!(
-        "round {}/{}: term {}, leader {}, {name} {}, loss {}{other}, {} updates of {} peers, {}, {}",
+        "round {}/{}: term {}, leader {}, {name} {}, loss {}{other}, {}, {}, {}",
         line.round,
         line.rounds,
         line.term,
         line.leader,
         decimals(main),
         decimals(line.quality.loss),
-        line.contributors,
-        line.members,
+        updates(line),
         human_seconds(line.seconds),
         human_bytes(line.bytes),
     )
+}
+
+/// Who joins in a round does not know how many members it has.
+fn updates(line: &RoundLine) -> String {
+    let plural = if line.contributors == 1 { "" } else { "s" };
+    match line.members {
+        0 => format!("{} update{plural}", line.contributors),
+        members => format!("{} update{plural} of {members} peers", line.contributors),
+    }
 }
 
 fn summary_text(summary: &Summary) -> String {
@@ -539,6 +550,9 @@ mod tests {
         let expected =
             "round 3/20: term 0, leader peer-2, accuracy 0.9123, loss 0.3000, 4 updates of 5 peers, 1.3 s, 1.2 MB\n";
         assert_eq!(stderr, expected);
+        let late = RoundLine { contributors: 1, members: 0, ..line(3, "peer-2") };
+        assert_eq!(updates(&late), "1 update");
+        assert_eq!(updates(&RoundLine { members: 2, ..late }), "1 update of 2 peers");
     }
 
     #[test]

@@ -12,7 +12,7 @@ use crate::transfer::Manifest;
 use crate::types::{Address, Digest, PeerId, Round, Term};
 
 /// The version of the encoding: its first number. An encoding without one begins with 0 or 1.
-const VERSION: u16 = 4;
+const VERSION: u16 = 5;
 
 /// A peer's promises: with them a restarted peer goes on as if it had only been slow.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]

@@ -16,7 +16,7 @@ use crate::transfer::{CHUNK_BYTES_MAX, ChunkSet, Manifest};
 use crate::types::{Address, Digest, Metrics, PeerId, Round, Term};
 
 /// The protocol's version: the first number of every message.
-pub const VERSION: u16 = 3;
+pub const VERSION: u16 = 4;
 
 /// The longest message without a chunk, in bytes: a decree of a full roster fits.
 pub const CONTROL_BYTES_MAX: usize = 4 * 1024 * 1024;

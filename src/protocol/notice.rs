@@ -175,7 +175,7 @@ pub struct Committed {
     pub decree: Decree,
     /// Its digest.
     pub digest: Digest,
-    /// How many members the round had.
+    /// How many members the round had; 0 where this peer, which came in the middle of it, does not know.
     pub members: usize,
     /// Whose accepts committed it.
     pub accepts: Vec<PeerId>,

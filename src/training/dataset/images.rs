@@ -35,7 +35,7 @@ pub(super) fn read(dir: &Path, options: &ReadOptions) -> Result<Dataset, ReadErr
         ));
     }
     if names.len() < 2 {
-        let what = format!("there are {} folders; each is a class, and two are needed", names.len());
+        let what = format!("two classes are needed, a folder each, and this has {}", names.len());
         let hint = "name the directory that holds a folder of pictures for each class, \
                     or list all classes with --categories 'class=cat|dog'";
         return Err(ReadError::new(dir.display(), what, hint));
