@@ -10,10 +10,11 @@ FAULT ?=
 # The longest blob that `make bench` measures with.
 BYTES ?= 100MB
 
-# The codec of updates that `make codecs` runs (empty: all), seeds of which it takes the mean, and MNIST's directory for a CNN.
+# The codec of updates that `make codecs` runs (empty: all), seeds of which it takes the mean, and the directory of MNIST's
+# files for a CNN (empty: the digits only).
 CODEC ?=
 CODEC_SEEDS ?= 5
-MNIST ?= ../shared/data/mnist10k
+MNIST ?=
 
 # How `make demo` is built. CI takes dev, which the tests have built already.
 PROFILE ?= release
