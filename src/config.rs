@@ -183,6 +183,8 @@ pub struct Settings {
     pub trainer: Option<String>,
     /// How long it may be silent.
     pub trainer_timeout: Duration,
+    /// On how many threads a peer trains.
+    pub threads: usize,
     /// What computes the training.
     pub backend: &'static str,
     /// A file with the weights to start from.
@@ -415,6 +417,7 @@ impl Layers {
             peer: self.peer("peer"),
             trainer: self.optional_text("trainer"),
             trainer_timeout: self.duration("trainer_timeout"),
+            threads: self.count("threads"),
             backend: self.choice("backend"),
             init: self.path("init"),
             state_dir: self.path("state_dir"),
@@ -799,6 +802,7 @@ impl Settings {
             "peer" => or_unset(self.peer.clone(), Value::Peer),
             "trainer" => or_unset(self.trainer.clone(), Value::Text),
             "trainer_timeout" => Value::Duration(self.trainer_timeout),
+            "threads" => Value::Count(self.threads as u64),
             "backend" => Value::Choice(self.backend),
             "init" => or_unset(self.init.clone(), Value::Path),
             "state_dir" => or_unset(self.state_dir.clone(), Value::Path),

@@ -9,11 +9,10 @@ use std::ops::ControlFlow;
 use std::path::Path;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, LazyLock, Mutex, PoisonError};
-use std::thread::available_parallelism;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval};
 
@@ -25,15 +24,12 @@ use crate::protocol::{
     Action, Config, Difference, Done, Durable, Event, Identity, Job, Notice, Peer, Reason, Roaming, Topic, Topics,
     Waiting,
 };
+use crate::training::cores::Cores;
 use crate::training::{Names, Progress, TrainError, Trainer};
 use crate::transfer::{Codecs, Manifest};
 use crate::transport::{Class, Found, Outgoing, Transport, TransportEvent, Will};
 use crate::types::{Address, Digest, Metrics, PeerId, Round, Term};
 use crate::weights::Layout;
-
-/// The cores of this machine, which training and evaluation of all nodes in this process take in turns: a hundred peers
-/// that train at once would need a hundred times the memory and keep every message waiting.
-static CORES: LazyLock<Semaphore> = LazyLock::new(|| Semaphore::new(available_parallelism().map_or(1, usize::from)));
 
 /// How often a paused node tries whether the disk has room.
 const ROOM_PERIOD: Duration = Duration::from_secs(1);
@@ -65,6 +61,8 @@ pub struct Node<T> {
     pub durable: Option<Durable>,
     /// Model and data.
     pub trainer: Box<dyn Trainer>,
+    /// On how many threads it trains.
+    pub threads: usize,
     /// Where it meets the others.
     pub meeting: Meeting,
     /// Give up after waiting this long for others, or for a broker that was lost.
@@ -216,6 +214,8 @@ struct Driver<'a, T> {
     /// What was found at each broker, as far as that was told.
     found: BTreeMap<String, Found>,
     trainer: Arc<Mutex<Box<dyn Trainer>>>,
+    /// On how many threads it works.
+    threads: usize,
     /// The blobs that are being received.
     intakes: Intakes,
     /// Chunks to be sent, for the task that reads them.
@@ -318,6 +318,7 @@ impl<T: Transport> Node<T> {
             chunk_bytes,
             found: BTreeMap::new(),
             trainer: Arc::new(Mutex::new(self.trainer)),
+            threads: self.threads,
             intakes: Intakes::default(),
             serving,
             jobs,
@@ -604,10 +605,10 @@ impl<T: Transport> Driver<'_, T> {
         while self.running.try_join_next().is_some() {}
         let (workshop, trainer, jobs) = (self.workshop.clone(), self.trainer.clone(), self.jobs.clone());
         let (cancelled, mut reporter) = (self.cancelled.clone(), Reporter::new(&self.jobs, &self.blocked));
+        let threads = self.threads;
         self.running.spawn(async move {
             let learns = matches!(job, Job::Train { .. } | Job::Evaluate { .. });
-            // It is never closed.
-            let _core = if learns { CORES.acquire().await.ok() } else { None };
+            let cores = if learns { Some(Cores::take(threads).await) } else { None };
             if cancelled.load(Ordering::Relaxed) == u64::MAX {
                 // The node leaves, and nobody waits for the result.
                 return;
@@ -623,6 +624,10 @@ impl<T: Transport> Driver<'_, T> {
                     }
                 };
                 workshop.perform(job, &trainer, &mut on_progress, &mut |error| reporter.full(error))
+            };
+            let work = move || match cores {
+                Some(cores) => cores.run(work),
+                None => work(),
             };
             let done = tokio::task::spawn_blocking(work).await.map_err(|_| NodeError::LostJob);
             // Nobody listens once the node has ended.

@@ -314,6 +314,7 @@ impl LocalPeer {
             storage: Storage::Disk(self.journal),
             durable: self.durable,
             trainer: self.trainer,
+            threads: self.settings.threads,
             wait_timeout: Some(self.settings.wait_timeout),
         };
         let mut observe = |observation: node::Observation<'_>| {

@@ -375,7 +375,7 @@ fn a_trainer_that_does_not_start_and_data_that_do_not_fit_are_told_with_a_hint()
 }
 
 #[test]
-fn peers_as_processes_give_the_same_model_as_peers_as_tasks() {
+fn peers_as_processes_on_two_threads_give_the_same_model_as_peers_as_tasks_on_one() {
     let dir = tempfile::tempdir().unwrap();
     let args = ["run", "--json", "--peers", "3", "--rounds", "3", "--local-epochs", "2", "--election-timeout", "20s"];
     let digest = |more: &[&str]| {
@@ -390,7 +390,8 @@ fn peers_as_processes_give_the_same_model_as_peers_as_tasks() {
     };
     for model in ["mlp", "cnn"] {
         let tasks = digest(&["--model", model, "--run-dir", &format!("{model}-tasks")]);
-        let processes = digest(&["--model", model, "--run-dir", &format!("{model}-processes"), "--processes"]);
+        let processes =
+            digest(&["--model", model, "--run-dir", &format!("{model}-processes"), "--processes", "--threads", "2"]);
         assert_eq!((tasks.1, tasks.2), (1, 9), "{model}");
         assert_eq!((processes.1, processes.2), (3, 9), "{model}");
         assert_eq!(tasks.0, processes.0, "{model}");

@@ -130,6 +130,7 @@ pub(super) async fn take_part(
         codecs,
         meeting: node::Meeting { brokers: vec![site.broker.clone()], hosted: None },
         trainer: Box::new(trainer),
+        threads: 1,
         wait_timeout: None,
         peer,
         config,

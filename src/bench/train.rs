@@ -6,6 +6,7 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
+use crate::training::cores::Cores;
 use crate::training::{Backend, BurnTrainer, Dataset, Model, Targets, TrainError, Trainer, TrainingConfig};
 use crate::types::{PeerId, Round};
 
@@ -25,6 +26,8 @@ pub struct TrainOptions {
     pub model: Model,
     /// Examples in a step.
     pub batch_size: usize,
+    /// On how many threads; PyTorch has one.
+    pub threads: usize,
     /// How long each is measured, in seconds; a first step is always finished.
     pub seconds: f64,
     /// The interpreter that may have torch.
@@ -96,7 +99,7 @@ pub fn run(options: &TrainOptions, progress: &mut dyn FnMut(&str)) -> Result<Tra
         let peer = PeerId::new("bench").expect("a word is a name");
         let mut trainer = BurnTrainer::new(config, peer, data.clone(), data.subset(&[]))?;
         values = trainer.layout().len();
-        let samples_per_s = speed(&mut trainer, options)?;
+        let samples_per_s = Cores::at_once(options.threads).run(|| speed(&mut trainer, options))?;
         backends.push(BackendSpeed { backend, samples_per_s, to_torch: None });
     }
     progress(&format!("{} with PyTorch, if {} has it", options.model, options.python));
@@ -162,7 +165,7 @@ mod tests {
     #[test]
     fn every_backend_is_measured_and_a_missing_pytorch_is_none() {
         let python = "no-such-python".into();
-        let options = TrainOptions { model: Model::Linear, batch_size: 2, seconds: 0.0, python };
+        let options = TrainOptions { model: Model::Linear, batch_size: 2, threads: 1, seconds: 0.0, python };
         let result = run(&options, &mut |_| {}).unwrap();
         assert_eq!(result.backends.len(), Backend::ALL.len());
         assert!(result.backends.iter().all(|speed| speed.samples_per_s > 0.0 && speed.to_torch.is_none()));

@@ -181,6 +181,9 @@ pub struct TrainArgs {
     /// Samples in a step
     #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..=4096))]
     pub batch_size: u16,
+    /// Threads to train on; PyTorch gets one
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: u16,
     /// How long to measure each, in seconds
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=600))]
     pub seconds: u16,

@@ -59,8 +59,8 @@ fn measure_round(args: &RoundArgs, shell: &mut Shell) -> Result<Exit, Failure> {
 
 fn measure_train(args: &TrainArgs, shell: &mut Shell) -> Result<Exit, Failure> {
     let python = shell.env.get(train::PYTHON).cloned().unwrap_or_else(|| "python3".into());
-    let (batch_size, seconds) = (args.batch_size.into(), args.seconds.into());
-    let options = TrainOptions { model: args.model, batch_size, seconds, python };
+    let (batch_size, threads, seconds) = (args.batch_size.into(), args.threads.into(), args.seconds.into());
+    let options = TrainOptions { model: args.model, batch_size, threads, seconds, python };
     let result = train::run(&options, &mut progress(&mut shell.stderr, args.quiet)).context("cannot train")?;
     print(&result, args.json, train_table, shell)
 }

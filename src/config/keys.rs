@@ -315,6 +315,8 @@ pub static KEYS: &[Key] = &[
         "A program that trains in place of model and data, asked over JSON lines: see configs/trainer_numpy.py"),
     key(Group::Machine, UsedBy::Peers, "trainer_timeout", duration(100, DAYS_30_MS), "10m",
         "How long that program may be silent before it costs its peer the round's update"),
+    key(Group::Machine, UsedBy::Peers, "threads", count(1, 1024), "1",
+        "Threads that a peer trains on; the peers of one process take turns at the machine's cores. The result is the same"),
     key(Group::Machine, UsedBy::Peers, "backend", Kind::Choice(&["flex", "ndarray"]), "flex",
         "What computes the training"),
     key(Group::Machine, UsedBy::Peers, "init", Kind::Path, NONE,

@@ -128,15 +128,14 @@ pub enum Norm {
 
 named!(Norm, "norm", Group => "group", Batch => "batch");
 
-/// What computes tensors. Both run every operation on the thread that asks for it, since burn is built without its feature
-/// `rayon`: a peer trains on one core, and several peers in one process take turns at the cores.
+/// What computes tensors.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum Backend {
-    /// burn's own processor backend.
+    /// burn's own processor backend, on as many threads as it is given ([`cores`](super::cores)).
     #[default]
     Flex,
-    /// burn's older backend over `ndarray`: slower on convolutions, and by far on those of `resnet-small`.
+    /// burn's older backend over `ndarray`: on one thread, slower on convolutions, and by far on those of `resnet-small`.
     Ndarray,
 }
 

@@ -13,6 +13,7 @@ use crate::weights::{Layout, LayoutMismatch, Weights};
 mod augment;
 mod burn_trainer;
 mod config;
+pub mod cores;
 mod dataset;
 mod drift;
 pub mod export;

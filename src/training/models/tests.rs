@@ -9,6 +9,7 @@ use rand::Rng;
 
 use super::*;
 use crate::training::config::{Backend, Norm};
+use crate::training::cores::Cores;
 use crate::training::dataset::{Dataset, Targets};
 use crate::training::export::to_safetensors;
 use crate::training::loss::Loss;
@@ -224,7 +225,38 @@ fn trainers() -> impl Iterator<Item = (String, impl Fn(&str) -> BurnTrainer + Sy
 }
 
 #[test]
-fn every_models_round_is_the_same_bits_on_however_many_threads_peers_train() {
+fn every_models_round_is_the_same_bits_on_however_many_threads_a_peer_trains() {
+    for (model, trainer) in trainers() {
+        let on = |threads| Cores::at_once(threads).run(|| trained(trainer("a"), &mut || {}));
+        let one = on(1);
+        for threads in [2, 4] {
+            assert_eq!(on(threads), one, "{model} on {threads} threads");
+        }
+    }
+}
+
+/// Small ones are not worth a second thread: here products, sums and copies are shared out.
+#[test]
+fn a_large_models_round_is_the_same_bits_on_however_many_threads_a_peer_trains() {
+    let shape = [1, 28, 28];
+    let (features, targets) = examples(&shape, Task::Classes(10), 32);
+    let data = Dataset::of(features, &shape, targets).unwrap();
+    for (model, hidden) in [(Model::FedavgCnn, vec![]), (Model::Mlp, vec![700, 500])] {
+        let config = TrainingConfig { model, hidden, batch_size: 32, local_steps: Some(2), ..Default::default() };
+        let on = |threads| {
+            let config = config.clone();
+            let trainer = BurnTrainer::new(config, PeerId::new("a").unwrap(), data.clone(), data.clone()).unwrap();
+            Cores::at_once(threads).run(|| trained(trainer, &mut || {}))
+        };
+        let one = on(1);
+        for threads in [2, 3] {
+            assert!(on(threads) == one, "{model} on {threads} threads");
+        }
+    }
+}
+
+#[test]
+fn every_models_round_is_the_same_bits_beside_however_many_other_peers() {
     for (model, trainer) in trainers() {
         let alone = ["a", "b"].map(|peer| trained(trainer(peer), &mut || {}));
         assert_ne!(alone[0], alone[1], "{model}");
