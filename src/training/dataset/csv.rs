@@ -312,20 +312,37 @@ fn number(cell: &str) -> Option<f64> {
 /// Every line that is not empty.
 fn lines(path: &Path) -> Result<Vec<Line>, ReadError> {
     let bytes = read_bytes(path).map_err(|error| ReadError::io(path, &error))?;
+    let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&bytes);
     let mut reader = ReaderBuilder::new()
         .has_headers(false)
         .flexible(true)
         .trim(Trim::All)
-        .delimiter(separator(&bytes))
-        .from_reader(&bytes[..]);
+        .delimiter(separator(bytes))
+        .from_reader(bytes);
     let shared = Arc::new(path.to_owned());
     let mut lines = Vec::new();
+    let (mut number, mut counted) = (1, 0);
     for record in reader.records() {
-        let cells = record.map_err(|error| failed(path, &error))?;
-        let number = cells.position().map_or(0, csv::Position::line);
+        let cells = record.map_err(|error| failed(path, bytes, &error))?;
+        let start = start(bytes, cells.position());
+        number += line_ends(&bytes[counted..start]);
+        counted = start;
         lines.push(Line { path: shared.clone(), number, cells });
     }
     Ok(lines)
+}
+
+/// Where a record begins. The reader takes empty lines, and the second half of a line's end in Windows' files, for its
+/// beginning, and its own number of the line is that of those.
+fn start(bytes: &[u8], position: Option<&csv::Position>) -> usize {
+    let before = position.map_or(0, |position| position.byte() as usize).min(bytes.len());
+    before + bytes[before..].iter().take_while(|byte| matches!(byte, b'\r' | b'\n')).count()
+}
+
+/// How many lines end in these bytes, in whichever of the three ways.
+fn line_ends(bytes: &[u8]) -> u64 {
+    let ends = |at: usize| bytes[at] == b'\n' || bytes[at] == b'\r' && bytes.get(at + 1) != Some(&b'\n');
+    (0..bytes.len()).filter(|&at| ends(at)).count() as u64
 }
 
 /// All bytes of a file, unpacked if it is gzipped, whatever its name.
@@ -342,11 +359,11 @@ fn read_bytes(path: &Path) -> io::Result<Vec<u8>> {
     Ok(unpacked)
 }
 
-fn failed(path: &Path, error: &csv::Error) -> ReadError {
+fn failed(path: &Path, bytes: &[u8], error: &csv::Error) -> ReadError {
     match error.kind() {
         csv::ErrorKind::Io(error) => ReadError::io(path, error),
         csv::ErrorKind::Utf8 { pos, err } => {
-            let line = pos.as_ref().map_or(0, csv::Position::line);
+            let line = 1 + line_ends(&bytes[..start(bytes, pos.as_ref())]);
             let place = format!("{}, line {line}", path.display());
             let what = format!("value {} is not UTF-8", err.field() + 1);
             ReadError::new(place, what, "convert the file to UTF-8, as with iconv")
@@ -609,6 +626,13 @@ mod tests {
             refused("a,b\n1,x\n2\n", &options()),
             "my.csv, line 3: it has 1 values, line 1 has 2 (each line needs as many values as the first; quote values that hold a comma)"
         );
+        let texts =
+            [("a,b\r\n1,x\r\n2\r\n", 3), ("\u{feff}a,b\n\n2\n", 3), ("a,b\r\r2\r", 3), ("a,b\n\"1\n\",x\r\n2", 4)];
+        for (text, line) in texts {
+            let expected = format!("my.csv, line {line}: it has 1 values, line 1 has 2");
+            let found = refused(text, &options());
+            assert!(found.starts_with(&expected), "{text:?}: {found}");
+        }
         assert!(
             refused("a,b\n1,x\n2,?\n", &options())
                 .starts_with("my.csv, line 3, column \"b\": the label is missing (\"?\")")
