@@ -662,9 +662,13 @@ impl Connection {
         let pulse = Pulse::default();
         // Bulk is silent for as long as nobody needs weights, and its answers wait behind chunks.
         let watches = self.lane == Lane::Control;
-        let stopping = async { if watches { pulse.stops().await } else { pending().await } };
+        let acknowledged = {
+            let acks = acks.clone();
+            move || acks.borrow().published
+        };
+        let stopping = async { if watches { pulse.stops(acknowledged).await } else { pending().await } };
         let Self { lane, limits, requests, events } = self;
-        let feeder = Feeder { lane, limits, requests, acks, published: 0, pulse: &pulse, own_topic: None };
+        let feeder = Feeder { lane, limits, requests, acks, published: 0, pulse: &pulse };
         let feeding = async {
             // It ends with the requests' other end, which tells the reason.
             let _ = feeder.run(orders, opening).await;
@@ -744,8 +748,6 @@ struct Feeder<'a> {
     /// How many messages have been given away that will be acknowledged.
     published: u64,
     pulse: &'a Pulse,
-    /// The topic of hellos, once this peer has subscribed to it as to everybody's.
-    own_topic: Option<String>,
 }
 
 impl Feeder<'_> {
@@ -776,7 +778,8 @@ impl Feeder<'_> {
         self.publish(hello.clone()).await?;
         self.acknowledged().await;
         self.subscribe(filters).await?;
-        self.own_topic = Some(hello.topic.clone());
+        // Hellos are for all, and now for this peer, too.
+        self.pulse.hears_itself_on(&hello.topic);
         self.publish(hello).await
     }
 
@@ -789,9 +792,7 @@ impl Feeder<'_> {
         for piece in pieces {
             if qos != QoS::AtMostOnce {
                 self.published += 1;
-                if self.own_topic.as_ref() == Some(&topic) {
-                    self.pulse.says(&topic, self.published);
-                }
+                self.pulse.says(&topic, self.published);
             }
             self.requests.publish_bytes(topic.clone(), qos, retain, piece).await?;
         }
@@ -1180,6 +1181,25 @@ mod tests {
         }
     }
 
+    /// A transport that has just connected to a broker by hand, and that broker's ends of its two connections.
+    async fn by_hand(mut config: MqttConfig) -> (MqttTransport, Lanes<Wire>) {
+        use rumqttd::protocol::ConnectReturnCode::Success;
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        config.brokers = vec![listener.local_addr().unwrap().to_string()];
+        let serving = async {
+            let mut bulk = Wire::accept(&listener).await;
+            bulk.let_in(Success).await;
+            assert_eq!(bulk.confirm_subscription().await, ["t/weights/a", "t/weights/all"]);
+            let mut control = Wire::accept(&listener).await;
+            control.let_in(Success).await;
+            Lanes { control, bulk }
+        };
+        let (transport, wires) = tokio::join!(MqttTransport::connect(config, Duration::ZERO), serving);
+        let mut transport = transport.unwrap();
+        assert!(matches!(transport.next().await, TransportEvent::Connected { .. }));
+        (transport, wires)
+    }
+
     #[tokio::test]
     async fn a_broker_that_refuses_is_named_with_its_reason() {
         use rumqttd::protocol::ConnectReturnCode::NotAuthorized;
@@ -1214,22 +1234,8 @@ mod tests {
 
     #[tokio::test]
     async fn nothing_is_subscribed_to_or_said_before_the_hello_is_acknowledged_and_then_it_is_said_again() {
-        use rumqttd::protocol::ConnectReturnCode::Success;
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let broker = start().await;
-        let mut config = mqtt_config(&broker, "a", None);
-        config.brokers = vec![listener.local_addr().unwrap().to_string()];
-        let serving = async {
-            let mut bulk = Wire::accept(&listener).await;
-            bulk.let_in(Success).await;
-            assert_eq!(bulk.confirm_subscription().await, ["t/weights/a", "t/weights/all"]);
-            let mut control = Wire::accept(&listener).await;
-            control.let_in(Success).await;
-            (bulk, control)
-        };
-        let (transport, (_bulk, mut wire)) = tokio::join!(MqttTransport::connect(config, Duration::ZERO), serving);
-        let mut transport = transport.unwrap();
-        assert!(matches!(transport.next().await, TransportEvent::Connected { .. }));
+        let (mut transport, Lanes { control: mut wire, bulk: _bulk }) =
+            by_hand(mqtt_config(&start().await, "a", None)).await;
         transport.send(hello("a"));
         transport.send(control("t/control/1", "second"));
         assert!(matches!(wire.receive().await, Packet::Publish(publish, _) if publish.topic == "t/init/a"));
@@ -1246,24 +1252,10 @@ mod tests {
 
     #[tokio::test]
     async fn a_broker_that_acknowledges_the_hello_and_does_not_deliver_it_is_given_up() {
-        use rumqttd::protocol::ConnectReturnCode::Success;
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let broker = start().await;
         // No ping asks for an answer meanwhile.
         let keep_alive = Duration::from_secs(600);
-        let mut config = MqttConfig { keep_alive, ..mqtt_config(&broker, "a", None) };
-        config.brokers = vec![listener.local_addr().unwrap().to_string()];
-        let serving = async {
-            let mut bulk = Wire::accept(&listener).await;
-            bulk.let_in(Success).await;
-            bulk.confirm_subscription().await;
-            let mut control = Wire::accept(&listener).await;
-            control.let_in(Success).await;
-            (bulk, control)
-        };
-        let (transport, (_bulk, mut wire)) = tokio::join!(MqttTransport::connect(config, Duration::ZERO), serving);
-        let mut transport = transport.unwrap();
-        assert!(matches!(transport.next().await, TransportEvent::Connected { .. }));
+        let config = MqttConfig { keep_alive, ..mqtt_config(&start().await, "a", None) };
+        let (mut transport, Lanes { control: mut wire, bulk: _bulk }) = by_hand(config).await;
         transport.send(hello("a"));
         // Packet ids count subscriptions, too, of which there are two in between.
         for pkid in [1, 4] {

@@ -48,8 +48,6 @@ pub(super) struct Pulse {
     asked: AtomicU64,
     /// How many packets came.
     heard: AtomicU64,
-    /// How many messages were acknowledged.
-    acknowledged: AtomicU64,
     /// The topic on which this peer hears itself.
     own_topic: OnceLock<String>,
     /// How many messages had been sent with the newest one on that topic.
@@ -68,22 +66,28 @@ pub(super) enum Stopped {
 }
 
 impl Pulse {
-    /// A message that this peer is to hear itself is about to be sent: the `number`-th of its messages, from 1 on.
-    pub(super) fn says(&self, topic: &str, number: u64) {
+    /// From now on this peer is to hear itself on this topic. It is told once.
+    pub(super) fn hears_itself_on(&self, topic: &str) {
         self.own_topic.get_or_init(|| topic.to_owned());
-        self.own_sent.store(number, Ordering::Relaxed);
+    }
+
+    /// A message is about to be sent: the `number`-th, from 1 on.
+    pub(super) fn says(&self, topic: &str, number: u64) {
+        if self.is_own(topic) {
+            self.own_sent.store(number, Ordering::Relaxed);
+        }
+    }
+
+    fn is_own(&self, topic: &str) -> bool {
+        self.own_topic.get().is_some_and(|own| own == topic)
     }
 
     pub(super) fn note(&self, event: &Event) {
         match event {
             Event::Incoming(packet) => {
-                match packet {
-                    Packet::PubAck(_) => self.acknowledged.fetch_add(1, Ordering::Relaxed),
-                    Packet::Publish(publish) if self.own_topic.get() == Some(&publish.topic) => {
-                        self.own_heard.fetch_add(1, Ordering::Relaxed)
-                    }
-                    _ => 0,
-                };
+                if matches!(packet, Packet::Publish(publish) if self.is_own(&publish.topic)) {
+                    self.own_heard.fetch_add(1, Ordering::Relaxed);
+                }
                 self.heard.fetch_add(1, Ordering::Relaxed)
             }
             // On the control connection every message is acknowledged.
@@ -94,8 +98,9 @@ impl Pulse {
         };
     }
 
-    /// Waits until the broker has been silent, or has delivered nothing, for too long.
-    pub(super) async fn stops(&self) -> Stopped {
+    /// Waits until the broker has been silent, or has delivered nothing, for too long. It is asked how many messages were
+    /// `acknowledged` so far.
+    pub(super) async fn stops(&self, acknowledged: impl Fn() -> u64) -> Stopped {
         let mut ticks = interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let (mut silence, mut deafness) = (Silence::default(), Deafness::default());
@@ -107,7 +112,7 @@ impl Pulse {
             }
             // In this order: nothing is waited for that has just come.
             let own_heard = count(&self.own_heard);
-            if deafness.tick(own_heard, count(&self.own_sent), count(&self.acknowledged)) {
+            if deafness.tick(own_heard, count(&self.own_sent), acknowledged()) {
                 return Stopped::Deaf;
             }
         }
