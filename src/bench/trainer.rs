@@ -53,12 +53,16 @@ impl Trainer for ConstantTrainer {
         self.weights.clone()
     }
 
+    fn copy_weights(&self, weights: &mut Weights) {
+        weights.copy_from(&self.weights);
+    }
+
     fn set_weights(&mut self, weights: &Weights) -> Result<(), TrainError> {
         let (expected, found) = (self.weights.values().len(), weights.values().len());
         if expected != found {
             return Err(LayoutMismatch { expected, found }.into());
         }
-        self.weights.values_mut().copy_from_slice(weights.values());
+        self.weights.copy_from(weights);
         Ok(())
     }
 

@@ -207,9 +207,13 @@ impl Trainer for BurnTrainer {
         self.weights.clone()
     }
 
+    fn copy_weights(&self, weights: &mut Weights) {
+        weights.copy_from(&self.weights);
+    }
+
     fn set_weights(&mut self, weights: &Weights) -> Result<(), TrainError> {
         check_layout(self.weights.layout(), weights.layout())?;
-        self.weights = weights.clone();
+        self.weights.copy_from(weights);
         Ok(())
     }
 

@@ -193,9 +193,13 @@ impl Trainer for ExternalTrainer {
         self.weights.clone()
     }
 
+    fn copy_weights(&self, weights: &mut Weights) {
+        weights.copy_from(&self.weights);
+    }
+
     fn set_weights(&mut self, weights: &Weights) -> Result<(), TrainError> {
         check_layout(&self.layout, weights.layout())?;
-        self.weights = weights.clone();
+        self.weights.copy_from(weights);
         Ok(())
     }
 

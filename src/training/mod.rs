@@ -143,6 +143,12 @@ pub trait Trainer: Send {
     /// The current weights.
     fn weights(&self) -> Weights;
 
+    /// Makes `weights`, which are of this layout, the current weights. A trainer that can do so without new memory should:
+    /// it is called in every round.
+    fn copy_weights(&self, weights: &mut Weights) {
+        *weights = self.weights();
+    }
+
     /// Replaces the current weights; refuses those of another layout.
     fn set_weights(&mut self, weights: &Weights) -> Result<(), TrainError>;
 
