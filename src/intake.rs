@@ -14,7 +14,7 @@ use tokio::task::{JoinError, JoinSet, spawn_blocking};
 use crate::jobs::{Receiving, Workshop};
 use crate::journal::JournalError;
 use crate::protocol::Done;
-use crate::transfer::{Intake, Manifest};
+use crate::transfer::{Intake, Keep, Manifest};
 use crate::types::Digest;
 
 /// The most chunks that a thread takes at a time.
@@ -41,10 +41,10 @@ impl Intakes {
     /// when the blob does, when it is abandoned, or when `self` is dropped.
     pub fn take(&mut self, intake: Intake, workshop: &Arc<Workshop>, host: &impl Host, tasks: &mut JoinSet<()>) {
         match intake {
-            Intake::Begin(manifest) => {
+            Intake::Begin(manifest, keep) => {
                 let (sender, chunks) = unbounded_channel();
                 self.0.insert(manifest.digest, sender);
-                tasks.spawn(receive(workshop.clone(), manifest, chunks, host.clone()));
+                tasks.spawn(receive(workshop.clone(), (manifest, keep), chunks, host.clone()));
             }
             Intake::Chunk { blob, index, chunk } => {
                 // One that is found to be no good while chunks are still coming takes no more.
@@ -70,7 +70,7 @@ impl Intakes {
 
 async fn receive(
     workshop: Arc<Workshop>,
-    manifest: Manifest,
+    (manifest, keep): (Manifest, Keep),
     mut chunks: UnboundedReceiver<(u32, Bytes)>,
     host: impl Host,
 ) {
@@ -82,7 +82,7 @@ async fn receive(
         }
         let (workshop, mut own) = (workshop.clone(), host.clone());
         let work = move || {
-            let result = put_away(&mut receiving, &workshop, manifest, batch, &mut own);
+            let result = put_away(&mut receiving, &workshop, (manifest, keep), batch, &mut own);
             (receiving, result)
         };
         let result: Result<(Option<Receiving>, Result<bool, String>), JoinError> = spawn_blocking(work).await;
@@ -97,7 +97,7 @@ async fn receive(
         };
         // Before the word of it: what comes now is of another attempt.
         drop(chunks);
-        return host.done(Done::Verified { manifest, result });
+        return host.done(Done::Verified { manifest, keep, result });
     }
 }
 
@@ -105,7 +105,7 @@ async fn receive(
 fn put_away(
     receiving: &mut Option<Receiving>,
     workshop: &Workshop,
-    manifest: Manifest,
+    (manifest, keep): (Manifest, Keep),
     batch: Vec<(u32, Bytes)>,
     host: &mut impl Host,
 ) -> Result<bool, String> {
@@ -114,7 +114,7 @@ fn put_away(
         let told = host.clone();
         let mut on_full = |error| host.full(error);
         if receiving.is_none() {
-            *receiving = Some(workshop.receive(manifest, &mut on_full)?);
+            *receiving = Some(workshop.receive(manifest, keep, &mut on_full)?);
         }
         let complete = receiving.as_mut().map(|receiving| receiving.take(index, &chunk, &mut on_full));
         if complete.transpose()? == Some(true) {

@@ -12,7 +12,7 @@ use crate::aggregation::{STEP_SUMS, Strategy};
 use crate::journal::{Blob, Blobs, Draft, JournalError};
 use crate::protocol::{Done, Job, Residual, Trained};
 use crate::training::{Progress, Trainer};
-use crate::transfer::{Assembly, Codec, Codecs, Inserted, Manifest, Reader, Tuning, Verifier, ranges};
+use crate::transfer::{Assembly, Codec, Codecs, Inserted, Keep, Manifest, Reader, Tuning, Verifier, ranges};
 use crate::types::{Digest, Metrics, PeerId, Round};
 use crate::weights::{Layout, Weights};
 
@@ -31,8 +31,17 @@ pub struct Workshop {
     pub strategy: Strategy,
     /// The length of a chunk, in bytes.
     pub chunk_bytes: u32,
+    /// What one job leaves for the next.
+    pub leftovers: Arc<Mutex<Leftovers>>,
+}
+
+/// What need not be done again in every job.
+#[derive(Debug, Default)]
+pub struct Leftovers {
     /// The model that the trainer has, as long as nothing has changed it: it need not be read again.
-    pub loaded: Arc<Mutex<Option<Manifest>>>,
+    loaded: Option<Manifest>,
+    /// Room for a model: new memory would have to be given by the system and filled with zeros.
+    room: Option<Weights>,
 }
 
 /// A blob that is being received: its chunks are written at their places as they come, and verified from the first one
@@ -87,13 +96,16 @@ impl Workshop {
             Job::Train { round, model, residual, control, members } => {
                 let mut on_batch = |progress| on_progress(round, progress);
                 let trained = self.train(round, &model, (control, members), own().as_mut(), &mut on_batch);
-                let result = trained.and_then(|Training { weights, control, step_sum, metrics }| {
-                    let (update, unsent) = self.keep_update(round, weights, &model, &residual, on_full)?;
+                let result = trained.and_then(|Training { mut weights, control, step_sum, metrics }| {
+                    let keep = self.keep_of_update();
+                    let (update, unsent) = self.keep_update(round, &mut weights, &model, &residual, on_full)?;
+                    self.leave_room(weights);
                     let control = control.map(|control| self.keep_own(&control, on_full)).transpose()?;
-                    Ok(Trained { update, unsent, control, step_sum, metrics })
+                    Ok(Trained { update, keep, unsent, control, step_sum, metrics })
                 });
                 Done::Trained { round, result }
             }
+            Job::Flush { blob } => Done::Flushed { blob, result: with_room(on_full, || self.blobs.flush(blob)) },
             Job::Aggregate { round, term, parent, parts } => {
                 let result = self.aggregate(round, &parent, &parts, on_full);
                 Done::Aggregated { round, term, result }
@@ -116,15 +128,17 @@ impl Workshop {
         on_batch: &mut dyn FnMut(Progress) -> ControlFlow<()>,
     ) -> Result<Training, String> {
         self.load_into(trainer, model)?;
-        *self.loaded() = None;
+        self.leftovers().loaded = None;
         let drift =
             self.strategy.has_control().then(|| self.drift(model, control, members, trainer.weights())).transpose()?;
         trainer.set_correction(drift.as_ref().map(control::Drift::correction)).map_err(sentence)?;
         let metrics = trainer.train(round, on_batch).map_err(sentence)?;
         let step_sum = trainer.step_sum().clamp(*STEP_SUMS.start(), *STEP_SUMS.end());
+        let mut weights = self.room();
+        trainer.copy_weights(&mut weights);
         let (weights, control) = match drift {
-            Some(drift) => self.with_control(drift, trainer.weights(), step_sum),
-            None => (trainer.weights(), None),
+            Some(drift) => self.with_control(drift, weights, step_sum),
+            None => (weights, None),
         };
         if let Some(tensor) = weights.first_non_finite() {
             return Err(format!("after training {tensor} holds values that are not finite; lower the learning rate"));
@@ -135,18 +149,31 @@ impl Workshop {
     /// Gives the trainer a model, unless it is the one that it has: a model is evaluated, and then trained on.
     fn load_into(&self, trainer: &mut dyn Trainer, model: &Manifest) -> Result<(), String> {
         // Whoever has the trainer to himself has this, too.
-        if self.loaded().replace(*model) == Some(*model) {
+        if self.leftovers().loaded == Some(*model) {
             return Ok(());
         }
-        let loaded = self.load_model(model).and_then(|weights| trainer.set_weights(&weights).map_err(sentence));
-        if loaded.is_err() {
-            *self.loaded() = None;
-        }
-        loaded
+        self.leftovers().loaded = None;
+        let mut weights = self.room();
+        let reader = self.read_as(&self.strategy.model_layout(&self.layout), model)?;
+        fill(&mut weights, reader, 0)?;
+        trainer.set_weights(&weights).map_err(sentence)?;
+        self.leave_room(weights);
+        self.leftovers().loaded = Some(*model);
+        Ok(())
     }
 
-    fn loaded(&self) -> MutexGuard<'_, Option<Manifest>> {
-        self.loaded.lock().unwrap_or_else(PoisonError::into_inner)
+    fn leftovers(&self) -> MutexGuard<'_, Leftovers> {
+        self.leftovers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Weights of the model's layout, whatever their values.
+    fn room(&self) -> Weights {
+        let room = self.leftovers().room.take().filter(|room| *room.layout() == self.layout);
+        room.unwrap_or_else(|| Weights::zeros(self.layout.clone()))
+    }
+
+    fn leave_room(&self, weights: Weights) {
+        self.leftovers().room = Some(weights);
     }
 
     /// An update that is held, with all that it brings.
@@ -177,24 +204,37 @@ impl Workshop {
         Reader::new(manifest.codec, layout, self.open(manifest.digest)?, base).map_err(sentence)
     }
 
+    /// How the own update is kept at first. Where something is kept that fits no other update, all of it must be durable
+    /// before anybody hears of the update; else whoever loses the update makes it again.
+    fn keep_of_update(&self) -> Keep {
+        let goes_alone = self.codecs.updates != Codec::TopK && !self.strategy.has_control();
+        if goes_alone { Keep::Unflushed } else { Keep::Durable }
+    }
+
     /// Writes weights of `layout` by ranges, which become a blob. While the disk has no room, `on_full` is called.
-    fn writer(&self, layout: Arc<Layout>, codec: Codec, tuning: Tuning, on_full: OnFull<'_>) -> Result<Writer, String> {
+    fn writer(
+        &self,
+        layout: Arc<Layout>,
+        (codec, tuning): (Codec, Tuning),
+        keep: Keep,
+        on_full: OnFull<'_>,
+    ) -> Result<Writer, String> {
         Ok(Writer {
             layout,
             codec,
             tuning,
             chunk_bytes: self.chunk_bytes,
-            draft: with_room(on_full, || self.blobs.draft())?,
+            draft: with_room(on_full, || self.blobs.draft(keep))?,
             hasher: blake3::Hasher::new(),
             values: 0,
         })
     }
 
     /// Begins to receive a blob.
-    pub fn receive(&self, manifest: Manifest, on_full: OnFull<'_>) -> Result<Receiving, String> {
+    pub fn receive(&self, manifest: Manifest, keep: Keep, on_full: OnFull<'_>) -> Result<Receiving, String> {
         let base = self.base(&manifest)?;
         let verifier = Verifier::new(manifest, self.layout_of(&manifest), base).map_err(sentence)?;
-        let draft = with_room(on_full, || self.blobs.draft())?;
+        let draft = with_room(on_full, || self.blobs.draft(keep))?;
         Ok(Receiving { manifest, written: Assembly::new(manifest), verified: 0, verifier, draft })
     }
 
@@ -212,41 +252,41 @@ impl Workshop {
 
     /// Whatever the codec loses is lost to all alike: also the peer that made the model goes on from its blob.
     fn keep_model(&self, round: Round, model: &Weights, on_full: OnFull<'_>) -> Result<Manifest, String> {
-        self.keep(model, self.codecs.model, &self.codecs.for_model(round), on_full)
+        self.keep(model, (self.codecs.model, self.codecs.for_model(round)), Keep::Durable, on_full)
     }
 
     /// Keeps an update, and with a codec that sends only a part of it, what it does not send.
     fn keep_update(
         &self,
         round: Round,
-        mut weights: Weights,
+        weights: &mut Weights,
         model: &Manifest,
         residual: &Residual,
         on_full: OnFull<'_>,
     ) -> Result<(Manifest, Option<Digest>), String> {
         let codec = self.codecs.updates;
-        let tuning = self.codecs.for_update(round, &self.peer);
+        let (how, keep) = ((codec, self.codecs.for_update(round, &self.peer)), self.keep_of_update());
         if !codec.writes_difference() {
-            return Ok((self.keep(&weights, codec, &tuning, on_full)?, None));
+            return Ok((self.keep(weights, how, keep, on_full)?, None));
         }
         let parent = self.read_as(&self.strategy.model_layout(&self.layout), model)?;
-        self.combine(&mut weights, parent, |value, parent| *value -= parent)?;
+        self.combine(weights, parent, |value, parent| *value -= parent)?;
         if codec == Codec::TopK {
-            self.add_residual(&mut weights, residual)?;
+            self.add_residual(weights, residual)?;
         }
-        let update = self.keep(&weights, codec, &tuning, on_full)?;
+        let update = self.keep(weights, how, keep, on_full)?;
         if codec != Codec::TopK {
             return Ok((Manifest { base: Some(model.digest), ..update }, None));
         }
-        self.combine(&mut weights, self.read_as(&self.layout, &update)?, |value, sent| *value -= sent)?;
-        let unsent = self.keep_own(&weights, on_full)?;
+        self.combine(weights, self.read_as(&self.layout, &update)?, |value, sent| *value -= sent)?;
+        let unsent = self.keep_own(weights, on_full)?;
         Ok((Manifest { base: Some(model.digest), ..update }, Some(unsent)))
     }
 
     /// Keeps what the peer alone needs, as it is.
     fn keep_own(&self, weights: &Weights, on_full: OnFull<'_>) -> Result<Digest, String> {
-        let tuning = self.codecs.for_update(Round::GENESIS, &self.peer);
-        self.keep(weights, Codec::F32, &tuning, on_full).map(|manifest| manifest.digest)
+        let how = (Codec::F32, self.codecs.for_update(Round::GENESIS, &self.peer));
+        self.keep(weights, how, Keep::Durable, on_full).map(|manifest| manifest.digest)
     }
 
     /// A blob whose damaged file somebody has removed is gone, and with it what it held: training goes on without.
@@ -275,9 +315,15 @@ impl Workshop {
         Ok(())
     }
 
-    fn keep(&self, weights: &Weights, codec: Codec, tuning: &Tuning, on_full: OnFull<'_>) -> Result<Manifest, String> {
-        let mut writer = self.writer(weights.layout().clone(), codec, *tuning, on_full)?;
-        if codec.block().is_none() {
+    fn keep(
+        &self,
+        weights: &Weights,
+        how: (Codec, Tuning),
+        keep: Keep,
+        on_full: OnFull<'_>,
+    ) -> Result<Manifest, String> {
+        let mut writer = self.writer(weights.layout().clone(), how, keep, on_full)?;
+        if how.0.block().is_none() {
             writer.write(weights.values(), on_full)?;
         } else {
             for range in ranges(weights.values().len()) {
@@ -298,7 +344,7 @@ struct Training {
 }
 
 impl Receiving {
-    /// Takes a chunk. `true`: it was the last one; the blob is what its manifest says, and durable.
+    /// Takes a chunk. `true`: it was the last one; the blob is what its manifest says, and kept.
     ///
     /// # Errors
     /// As soon as it is known that the blob is not to be used. While the disk has no room, `on_full` is called.
@@ -323,7 +369,7 @@ impl Receiving {
             return Ok(false);
         }
         self.verifier.finish().map_err(sentence)?;
-        with_room(on_full, || self.draft.keep(self.manifest.digest))?;
+        with_room(on_full, || self.draft.finish(self.manifest.digest))?;
         Ok(true)
     }
 }
@@ -341,22 +387,28 @@ impl Writer {
         with_room(on_full, || self.draft.write(start, &bytes))
     }
 
-    /// Names the blob, and makes it durable.
+    /// Names the blob, and keeps it as it is to be kept.
     pub fn finish(mut self, on_full: OnFull<'_>) -> Result<Manifest, String> {
         let digest = Digest(*self.hasher.finalize().as_bytes());
         let manifest = Manifest::named(digest, self.hasher.count(), self.chunk_bytes, self.codec).map_err(sentence)?;
-        with_room(on_full, || self.draft.keep(digest))?;
+        with_room(on_full, || self.draft.finish(digest))?;
         Ok(manifest)
     }
 }
 
 /// As many values as `layout` has, from value `first` of a blob on.
-fn load(mut reader: Reader, first: usize, layout: Arc<Layout>) -> Result<Weights, String> {
+fn load(reader: Reader, first: usize, layout: Arc<Layout>) -> Result<Weights, String> {
     let mut weights = Weights::zeros(layout);
+    fill(&mut weights, reader, first)?;
+    Ok(weights)
+}
+
+/// Replaces all values by those from value `first` of a blob on.
+fn fill(weights: &mut Weights, mut reader: Reader, first: usize) -> Result<(), String> {
     for range in ranges(weights.values().len()) {
         reader.read(first + range.start..first + range.end, &mut weights.values_mut()[range]).map_err(sentence)?;
     }
-    Ok(weights)
+    Ok(())
 }
 
 /// What was trained for minutes is not given up because the disk is full for a while.
@@ -440,8 +492,8 @@ mod tests {
     impl Bench {
         fn new(blobs: Blobs, codecs: Codecs) -> Self {
             let (peer, strategy, chunk_bytes) = (PeerId::new("a").unwrap(), Strategy::default(), 1024);
-            let loaded = Arc::default();
-            let workshop = Workshop { blobs, layout: layout(), peer, codecs, strategy, chunk_bytes, loaded };
+            let leftovers = Arc::default();
+            let workshop = Workshop { blobs, layout: layout(), peer, codecs, strategy, chunk_bytes, leftovers };
             Self { workshop, trainer: Mutex::new(Box::new(Learner(Weights::zeros(layout())))) }
         }
 
@@ -468,7 +520,7 @@ mod tests {
         /// Receives the blob's bytes, which may be others than it says.
         fn receive(&self, manifest: Manifest, bytes: &Bytes) -> Result<(), String> {
             let mut give_up = |_| ControlFlow::Break(());
-            let mut receiving = self.workshop.receive(manifest, &mut give_up)?;
+            let mut receiving = self.workshop.receive(manifest, Keep::Durable, &mut give_up)?;
             for index in 0..manifest.chunks() {
                 let chunk = manifest.chunk(bytes, index).unwrap();
                 let complete = receiving.take(index, &chunk, &mut give_up)?;
@@ -554,7 +606,8 @@ mod tests {
 
         let huge = Weights::new(layout(), vec![f32::MAX; VALUES]).unwrap();
         let tuning = topk().for_model(Round(1));
-        let huge = bench.workshop.keep(&huge, Codec::F32, &tuning, &mut |_| ControlFlow::Break(())).unwrap();
+        let huge =
+            bench.workshop.keep(&huge, (Codec::F32, tuning), Keep::Durable, &mut |_| ControlFlow::Break(())).unwrap();
         let sum = Manifest { base: Some(huge.digest), ..huge };
         let found = bench.receive(sum, &bench.bytes(huge.digest));
         assert_eq!(found, Err("w holds values that are not finite".into()));
@@ -575,7 +628,7 @@ mod tests {
         for blobs in [journal.blobs(), Blobs::memory()] {
             let workshop = Workshop { blobs, ..maker.clone() };
             let receive = |changed: Option<u32>| {
-                let mut receiving = workshop.receive(model, &mut |_| ControlFlow::Break(()))?;
+                let mut receiving = workshop.receive(model, Keep::Durable, &mut |_| ControlFlow::Break(()))?;
                 let mut complete = Vec::new();
                 for index in [3, 1, 1, 0, 5, 2, 2, 4] {
                     let mut chunk = model.chunk(&blob, index).unwrap().to_vec();

@@ -6,9 +6,10 @@
 //!   peer               the peer's name and its federation, as text
 //!   state              the newest state: header, checksum, payload
 //!   blobs/<digest>.blob
+//!   blobs/<digest>.unflushed
 //! ```
 //!
-//! A file appears under its name only when it is whole: it is written beside it, flushed, renamed, and the directory is
+//! A file appears under any other name only when it is whole: it is written beside it, flushed, renamed, and the directory is
 //! flushed. So a crash at any instant leaves the file of before or the file of after, and a file that is neither was
 //! damaged by something else. Such a file is refused and never replaced: a peer that forgot its promises could vote
 //! twice.
@@ -16,9 +17,13 @@
 //! # What is kept
 //!
 //! The one state (it holds promises of the open round alone, and does not grow), and the blobs that it names: the newest
-//! model, the model that was accepted last, the own update, and with the codec `topk` what no update has sent. The leader of a round keeps the updates of the others and
-//! what it made of them besides. With each commit every blob is deleted that the state does not name any more, so that
-//! a few are left, whatever the number of rounds. Files of an interrupted write are deleted at the next opening.
+//! model, the model that was accepted last, the own update, and with the codec `topk` what no update has sent. With each
+//! commit every blob is deleted that the state does not name any more, so that a few are left, whatever the number of
+//! rounds.
+//!
+//! A blob that no promise rests on is not flushed: the updates that a leader has pulled and, for as long as others need not wait
+//! for it, the own update. It is whole after a crash of the process; one that is damaged after a loss of power is deleted, and
+//! pulled or made again. Files of an interrupted write are deleted at the next opening.
 //!
 //! # A disk without room
 //!
@@ -33,10 +38,11 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread::{self, JoinHandle};
 
 use bytes::{Bytes, BytesMut};
 
-use crate::transfer::Source;
+use crate::transfer::{Keep, Source};
 use crate::types::{Digest, PeerId};
 
 /// The version of the files that this code writes.
@@ -56,9 +62,13 @@ const IDENTITY: &str = "peer";
 const STATE: &str = "state";
 const BLOBS: &str = "blobs";
 const BLOB_END: &str = ".blob";
+const UNFLUSHED_END: &str = ".unflushed";
 
 /// What stands for a blob's name while it is being written.
 const DRAFT: &str = "draft.blob";
+
+/// After so many bytes a file that is being written is flushed, in the background.
+const FLUSH_BYTES: usize = 8 << 20;
 
 /// What [`Buffers`] hold at most: what one receiver has asked for at a time, twice.
 const BUFFERS_BYTES_MAX: usize = 8 << 20;
@@ -90,7 +100,9 @@ pub struct Loaded {
 pub struct Blobs {
     disk: Option<Arc<Disk>>,
     /// Those that are known to be whole: put by this process, or verified by it.
-    known: Arc<Mutex<BTreeMap<Digest, Blob>>>,
+    known: Arc<Mutex<BTreeMap<Digest, Known>>>,
+    /// Held while a file that was flushed gets its name.
+    naming: Arc<Mutex<()>>,
     /// Without a disk: the memory of blobs that were dropped last, for what is written next.
     spare: Arc<Mutex<Buffers>>,
 }
@@ -99,6 +111,12 @@ pub struct Blobs {
 #[derive(Debug, Clone)]
 pub struct Blob(Arc<Content>);
 
+#[derive(Debug)]
+struct Known {
+    blob: Blob,
+    keep: Keep,
+}
+
 /// Memory for messages, used again once they are sent: new memory would have to be given by the system and filled with
 /// zeros, chunk by chunk.
 #[derive(Debug, Default)]
@@ -106,15 +124,16 @@ pub struct Buffers(VecDeque<Bytes>);
 
 #[derive(Debug)]
 enum Content {
-    File { file: File, path: PathBuf, bytes: u64 },
+    File { file: Arc<File>, path: PathBuf, bytes: u64 },
     Memory(Parts),
 }
 
-/// A blob that is being written, at any place and in any order. Dropped before it is [kept](Self::keep), it leaves nothing
-/// behind.
+/// A blob that is being written, at any place and in any order. Dropped before it is [finished](Self::finish), it leaves
+/// nothing behind.
 #[derive(Debug)]
 pub struct Draft {
     blobs: Blobs,
+    keep: Keep,
     /// Where what was written ends.
     bytes: u64,
     content: DraftContent,
@@ -122,10 +141,12 @@ pub struct Draft {
 
 #[derive(Debug)]
 enum DraftContent {
-    /// The file has its temporary name until it is kept.
+    /// The file has its temporary name until it is finished.
     File {
-        file: File,
+        file: Arc<File>,
         temporary: Temporary,
+        /// Of one that is to be durable.
+        flusher: Option<Flusher>,
     },
     Memory(Parts),
 }
@@ -271,7 +292,8 @@ impl Journal {
         create_dir(&blobs_dir)?;
         disk.remove_temporaries(&blobs_dir)?;
         let state = disk.state()?;
-        let blobs = Blobs { disk: Some(disk.clone()), known: Arc::default(), spare: Arc::default() };
+        let blobs =
+            Blobs { disk: Some(disk.clone()), known: Arc::default(), naming: Arc::default(), spare: Arc::default() };
         Ok((Journal { disk, blobs }, Loaded { peer, state }))
     }
 
@@ -313,7 +335,7 @@ impl Journal {
 /// Reads a blob of the state directory `dir`, which another process or task may be using: `None` when it is not, or no
 /// longer, there.
 pub fn read_blob(dir: &Path, digest: Digest) -> Result<Option<Bytes>, JournalError> {
-    let path = dir.join(BLOBS).join(blob_name(digest));
+    let path = dir.join(BLOBS).join(blob_name(digest, Keep::Durable));
     let Some(bytes) = read_if_there(&path)? else { return Ok(None) };
     if Digest::of(&bytes) != digest {
         return Err(JournalError::DamagedBlob { path });
@@ -324,52 +346,102 @@ pub fn read_blob(dir: &Path, digest: Digest) -> Result<Option<Bytes>, JournalErr
 impl Blobs {
     /// Blobs in memory alone, for tests and simulation.
     pub fn memory() -> Self {
-        Self { disk: None, known: Arc::default(), spare: Arc::default() }
+        Self { disk: None, known: Arc::default(), naming: Arc::default(), spare: Arc::default() }
     }
 
     /// Begins a blob.
-    pub fn draft(&self) -> Result<Draft, JournalError> {
+    pub fn draft(&self, keep: Keep) -> Result<Draft, JournalError> {
         let content = match &self.disk {
             None => DraftContent::Memory(Parts::default()),
             Some(disk) => {
                 // It has no digest yet: that is known when all is written.
                 let temporary = Temporary(disk.blobs_dir().join(disk.temporary_name(DRAFT)));
                 let file = File::options().create_new(true).read(true).write(true).open(&temporary.0);
-                DraftContent::File { file: file.map_err(io_error("create", &temporary.0))?, temporary }
+                let file = Arc::new(file.map_err(io_error("create", &temporary.0))?);
+                let flusher = (keep == Keep::Durable).then(Flusher::default);
+                DraftContent::File { file, temporary, flusher }
             }
         };
-        Ok(Draft { blobs: self.clone(), bytes: 0, content })
+        Ok(Draft { blobs: self.clone(), keep, bytes: 0, content })
     }
 
     /// Keeps `bytes`, whose digest the caller has verified. When this returns `Ok`, they survive a loss of power.
     /// Putting a blob twice does nothing.
     pub fn put(&self, digest: Digest, bytes: &Bytes) -> Result<(), JournalError> {
         debug_assert_eq!(Digest::of(bytes), digest, "a blob is named by its digest");
-        let mut draft = self.draft()?;
+        let mut draft = self.draft(Keep::Durable)?;
         draft.write(0, bytes)?;
-        draft.keep(digest)
+        draft.finish(digest)
     }
 
     /// The blob of that digest, if there is one, whole. What this process has not put is read once, and verified.
     pub fn open(&self, digest: Digest) -> Result<Option<Blob>, JournalError> {
-        if let Some(blob) = self.known().get(&digest) {
-            return Ok(Some(blob.clone()));
+        if let Some(known) = self.known().get(&digest) {
+            return Ok(Some(known.blob.clone()));
         }
         let Some(disk) = &self.disk else { return Ok(None) };
-        let path = disk.blobs_dir().join(blob_name(digest));
-        let file = match File::open(&path) {
-            Ok(file) => file,
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-            Err(source) => return Err(JournalError::Io { action: "read", path, source }),
-        };
-        let mut hasher = blake3::Hasher::new();
-        hasher.update_reader(&file).map_err(io_error("read", &path))?;
-        if Digest(*hasher.finalize().as_bytes()) != digest {
-            return Err(JournalError::DamagedBlob { path });
+        for keep in [Keep::Durable, Keep::Unflushed] {
+            let path = disk.blob_path(digest, keep);
+            let file = match File::open(&path) {
+                Ok(file) => file,
+                Err(error) if error.kind() == ErrorKind::NotFound => continue,
+                Err(source) => return Err(JournalError::Io { action: "read", path, source }),
+            };
+            let mut hasher = blake3::Hasher::new();
+            hasher.update_reader(&file).map_err(io_error("read", &path))?;
+            let whole = Digest(*hasher.finalize().as_bytes()) == digest;
+            if whole {
+                let blob = Blob(Arc::new(Content::File { bytes: hasher.count(), file: Arc::new(file), path }));
+                self.known().insert(digest, Known { blob: blob.clone(), keep });
+                return Ok(Some(blob));
+            }
+            match keep {
+                Keep::Durable => return Err(JournalError::DamagedBlob { path }),
+                // The power was lost, as it may be.
+                Keep::Unflushed => remove(&path)?,
+            }
         }
-        let blob = Blob(Arc::new(Content::File { bytes: hasher.count(), file, path }));
-        self.known().insert(digest, blob.clone());
-        Ok(Some(blob))
+        Ok(None)
+    }
+
+    /// Makes a blob durable: when this returns `true`, it survives a loss of power. `false`: it is not here.
+    pub fn flush(&self, digest: Digest) -> Result<bool, JournalError> {
+        let blob = match self.known().get(&digest) {
+            None => return Ok(false),
+            Some(Known { keep: Keep::Durable, .. }) => return Ok(true),
+            Some(known) => known.blob.clone(),
+        };
+        let (Content::File { file, path, .. }, Some(disk)) = (&*blob.0, &self.disk) else {
+            return Ok(self.known().get_mut(&digest).map(|known| known.keep = Keep::Durable).is_some());
+        };
+        file.sync_all().map_err(io_error("write", path))?;
+        let _naming = self.naming.lock().expect("nothing panics while it holds the lock");
+        match self.known().get(&digest) {
+            None => return Ok(false),
+            Some(Known { keep: Keep::Durable, .. }) => return Ok(true),
+            Some(_) => {}
+        }
+        let named = disk.blob_path(digest, Keep::Durable);
+        match fs::rename(path, &named) {
+            // It is being dropped.
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(false),
+            renamed => renamed.map_err(io_error("write", &named))?,
+        }
+        flush_dir(&disk.blobs_dir())?;
+        let blob = Blob(Arc::new(Content::File { file: file.clone(), path: named, bytes: blob.bytes() }));
+        // Last, so that whoever finds it here may rely on the disk too.
+        self.known().insert(digest, Known { blob, keep: Keep::Durable });
+        Ok(true)
+    }
+
+    /// Whether a blob is here and would survive a loss of power.
+    pub fn is_durable(&self, digest: &Digest) -> bool {
+        matches!(self.known().get(digest), Some(Known { keep: Keep::Durable, .. }))
+    }
+
+    /// Drops what would not survive a loss of power, and tells what that was: for those who simulate one.
+    pub fn lose_power(&self) -> Vec<Digest> {
+        self.known().extract_if(.., |_, known| known.keep == Keep::Unflushed).map(|(digest, _)| digest).collect()
     }
 
     /// All bytes of the blob of that digest, if there is one. For blobs that are small, and for tests.
@@ -380,16 +452,17 @@ impl Blobs {
     /// Drops every blob that is not in `keep`, from memory and from disk. A blob that another thread is putting must be in
     /// `keep` already, or it may be dropped.
     pub fn retain(&self, keep: &BTreeSet<Digest>) -> Result<(), JournalError> {
-        let dropped: Vec<(Digest, Blob)> = self.known().extract_if(.., |digest, _| !keep.contains(digest)).collect();
+        let dropped: Vec<(Digest, Known)> = self.known().extract_if(.., |digest, _| !keep.contains(digest)).collect();
         let Some(disk) = &self.disk else {
-            let parts = dropped.into_iter().filter_map(|(_, blob)| blob.into_parts()).flat_map(|parts| parts.0);
+            let parts = dropped.into_iter().filter_map(|(_, known)| known.blob.into_parts()).flat_map(|parts| parts.0);
             // Of parts that came in one buffer, one can have it.
             let unshared = parts.filter_map(|(_, part)| part.try_into_mut().ok().map(BytesMut::freeze));
             *self.spare() = Buffers(unshared.collect());
             return Ok(());
         };
         for (name, path) in list(&disk.blobs_dir())? {
-            let digest = name.strip_suffix(BLOB_END).and_then(|hex| hex.parse().ok());
+            let digest = name.strip_suffix(BLOB_END).or(name.strip_suffix(UNFLUSHED_END));
+            let digest = digest.and_then(|hex| hex.parse().ok());
             if digest.is_some_and(|digest: Digest| !keep.contains(&digest)) {
                 remove(&path)?;
             }
@@ -401,7 +474,7 @@ impl Blobs {
         self.spare.lock().expect("nothing panics while it holds the lock")
     }
 
-    fn known(&self) -> MutexGuard<'_, BTreeMap<Digest, Blob>> {
+    fn known(&self) -> MutexGuard<'_, BTreeMap<Digest, Known>> {
         self.known.lock().expect("nothing panics while it holds the lock")
     }
 }
@@ -497,8 +570,10 @@ impl Draft {
     pub fn write(&mut self, start: u64, bytes: &Bytes) -> Result<(), JournalError> {
         self.bytes = self.bytes.max(start + bytes.len() as u64);
         match &mut self.content {
-            DraftContent::File { file, temporary } => {
-                write_all_at(file, start, bytes).map_err(io_error("write", &temporary.0))
+            DraftContent::File { file, temporary, flusher } => {
+                let written = write_all_at(file, start, bytes);
+                let flushed = written.and_then(|()| flusher.as_mut().map_or(Ok(()), |f| f.wrote(file, bytes.len())));
+                flushed.map_err(io_error("write", &temporary.0))
             }
             DraftContent::Memory(parts) => {
                 let spare = self.blobs.spare().spare(bytes.len());
@@ -518,7 +593,7 @@ impl Draft {
     /// Fills `out` with the bytes from `start` on, which were written.
     pub fn read(&self, start: u64, out: &mut [u8]) -> Result<(), JournalError> {
         match &self.content {
-            DraftContent::File { file, temporary } => {
+            DraftContent::File { file, temporary, .. } => {
                 read_exact_at(file, start, out).map_err(io_error("read", &temporary.0))
             }
             DraftContent::Memory(parts) => {
@@ -527,27 +602,57 @@ impl Draft {
         }
     }
 
-    /// Keeps what was written as the blob `digest`, which the caller has verified. When this returns `Ok`, it survives a
-    /// loss of power. After an error it may be tried again. Keeping a blob twice does nothing.
-    pub fn keep(&mut self, digest: Digest) -> Result<(), JournalError> {
-        if self.blobs.known().contains_key(&digest) {
+    /// Makes what was written the blob `digest`, which the caller has verified. When this returns `Ok`, it is kept as it was
+    /// to be kept. After an error it may be tried again. To finish the same blob twice does nothing.
+    pub fn finish(&mut self, digest: Digest) -> Result<(), JournalError> {
+        if !self.blobs.known().contains_key(&digest) {
+            let content = match (&mut self.content, &self.blobs.disk) {
+                (DraftContent::File { file, temporary, flusher }, Some(disk)) => {
+                    let path = disk.blob_path(digest, Keep::Unflushed);
+                    let flushed = flusher.as_mut().map_or(Ok(()), Flusher::wait);
+                    flushed.and_then(|()| fs::rename(&temporary.0, &path)).map_err(io_error("write", &path))?;
+                    Content::File { file: file.clone(), path, bytes: self.bytes }
+                }
+                (DraftContent::Memory(parts), _) => Content::Memory(std::mem::take(parts)),
+                (DraftContent::File { .. }, None) => return Ok(()),
+            };
+            let known = Known { blob: Blob(Arc::new(content)), keep: Keep::Unflushed };
+            self.blobs.known().insert(digest, known);
+        }
+        match self.keep {
+            Keep::Durable => self.blobs.flush(digest).map(drop),
+            Keep::Unflushed => Ok(()),
+        }
+    }
+}
+
+/// Has a file that is being written flushed in the background, so that little is left to be flushed after the last byte.
+#[derive(Debug, Default)]
+struct Flusher {
+    /// What was written since the flush began that began last, in bytes.
+    unflushed: usize,
+    running: Option<JoinHandle<io::Result<()>>>,
+}
+
+impl Flusher {
+    /// So many bytes more are in the file.
+    fn wrote(&mut self, file: &Arc<File>, bytes: usize) -> io::Result<()> {
+        self.unflushed += bytes;
+        if self.unflushed < FLUSH_BYTES || self.running.as_ref().is_some_and(|running| !running.is_finished()) {
             return Ok(());
         }
-        let content = match (&mut self.content, &self.blobs.disk) {
-            (DraftContent::File { file, temporary }, Some(disk)) => {
-                let path = disk.blobs_dir().join(blob_name(digest));
-                let renamed = file.sync_all().and_then(|()| fs::rename(&temporary.0, &path));
-                renamed.map_err(io_error("write", &path))?;
-                flush_dir(&disk.blobs_dir())?;
-                let file = file.try_clone().map_err(io_error("open", &path))?;
-                Content::File { file, path, bytes: self.bytes }
-            }
-            (DraftContent::Memory(parts), _) => Content::Memory(std::mem::take(parts)),
-            (DraftContent::File { .. }, None) => return Ok(()),
-        };
-        // Last, so that whoever finds it here may rely on the disk too.
-        self.blobs.known().insert(digest, Blob(Arc::new(content)));
+        self.wait()?;
+        self.unflushed = 0;
+        let file = file.clone();
+        // Without another thread there is more to flush at the end.
+        self.running = thread::Builder::new().name("flush".into()).spawn(move || file.sync_data()).ok();
         Ok(())
+    }
+
+    /// Waits for what runs. An error is told once, and not again by the flush at the end.
+    fn wait(&mut self) -> io::Result<()> {
+        let ended = self.running.take().map(JoinHandle::join);
+        ended.map_or(Ok(()), |ended| ended.unwrap_or_else(|_| Err(io::Error::other("the flush panicked"))))
     }
 }
 
@@ -584,7 +689,7 @@ impl Parts {
 
 impl Drop for Temporary {
     fn drop(&mut self) {
-        // It is gone under this name when the draft was kept. One that cannot be removed is at the next opening.
+        // It is gone under this name when the draft is finished. One that cannot be removed is at the next opening.
         let _ = fs::remove_file(&self.0);
     }
 }
@@ -634,6 +739,10 @@ struct Disk {
 impl Disk {
     fn blobs_dir(&self) -> PathBuf {
         self.dir.join(BLOBS)
+    }
+
+    fn blob_path(&self, digest: Digest, keep: Keep) -> PathBuf {
+        self.blobs_dir().join(blob_name(digest, keep))
     }
 
     fn temporary_name(&self, name: &str) -> String {
@@ -785,8 +894,12 @@ fn parse_state(path: &Path, mut bytes: Vec<u8>) -> Result<Vec<u8>, JournalError>
     Ok(payload)
 }
 
-fn blob_name(digest: Digest) -> String {
-    format!("{digest}{BLOB_END}")
+fn blob_name(digest: Digest, keep: Keep) -> String {
+    let end = match keep {
+        Keep::Durable => BLOB_END,
+        Keep::Unflushed => UNFLUSHED_END,
+    };
+    format!("{digest}{end}")
 }
 
 /// How [`Disk::replace`] names the file beside that of `name`.
@@ -994,7 +1107,7 @@ mod tests {
         let bytes = Bytes::from_static(b"some weights");
         let digest = Digest::of(&bytes);
         open(dir.path()).unwrap().0.put_blob(digest, &bytes).unwrap();
-        let path = dir.path().join(BLOBS).join(blob_name(digest));
+        let path = dir.path().join(BLOBS).join(blob_name(digest, Keep::Durable));
         let cut = (0..bytes.len()).map(|length| bytes[..length].to_vec());
         let changed = bits(&bytes).map(|(at, bit)| {
             let mut changed = bytes.to_vec();
@@ -1091,7 +1204,7 @@ mod tests {
         }
         let dir = saved(b"promise");
         let blob = Bytes::from_static(b"weights");
-        for (path, bytes) in instants(&dir.path().join(BLOBS), &blob_name(Digest::of(&blob)), &blob) {
+        for (path, bytes) in instants(&dir.path().join(BLOBS), &blob_name(Digest::of(&blob), Keep::Durable), &blob) {
             let renamed = !path.to_string_lossy().ends_with(".tmp");
             fs::write(&path, bytes).unwrap();
             let (journal, _) = open(dir.path()).unwrap();
@@ -1129,7 +1242,7 @@ mod tests {
         let (journal, _) = open(dir.path()).unwrap();
         assert_eq!(journal.blob(digest).unwrap(), Some(bytes.clone()));
         drop(journal);
-        let path = dir.path().join(BLOBS).join(blob_name(digest));
+        let path = dir.path().join(BLOBS).join(blob_name(digest, Keep::Durable));
         fs::write(&path, &bytes[1..]).unwrap();
         let (journal, _) = open(dir.path()).unwrap();
         let damaged = journal.blob(digest).unwrap_err();
@@ -1146,7 +1259,7 @@ mod tests {
         let bytes: Bytes = (0..2_500u32).map(|i| (i / 7) as u8).collect::<Vec<_>>().into();
         let digest = Digest::of(&bytes);
         for blobs in [journal.blobs(), Blobs::memory()] {
-            let mut draft = blobs.draft().unwrap();
+            let mut draft = blobs.draft(Keep::Durable).unwrap();
             for range in [2_048..2_500, 0..1_024, 1_024..2_048] {
                 draft.write(range.start as u64, &bytes.slice(range)).unwrap();
             }
@@ -1154,7 +1267,7 @@ mod tests {
             draft.read(900, &mut found).unwrap();
             assert_eq!(found, bytes[900..1_600]);
             assert!(blobs.open(digest).unwrap().is_none());
-            draft.keep(digest).unwrap();
+            draft.finish(digest).unwrap();
             drop(draft);
             let blob = blobs.open(digest).unwrap().unwrap();
             assert_eq!(blob.bytes(), 2_500);
@@ -1166,12 +1279,12 @@ mod tests {
     }
 
     #[test]
-    fn a_draft_that_is_not_kept_leaves_nothing_behind_nor_does_a_crash() {
+    fn a_draft_that_is_not_finished_leaves_nothing_behind_nor_does_a_crash() {
         let dir = tempfile::tempdir().unwrap();
         let (journal, _) = open(dir.path()).unwrap();
         let count = || fs::read_dir(dir.path().join(BLOBS)).unwrap().count();
         let draft = || {
-            let mut draft = journal.blobs().draft().unwrap();
+            let mut draft = journal.blobs().draft(Keep::Durable).unwrap();
             draft.write(3, &Bytes::from_static(b"part")).unwrap();
             draft
         };
@@ -1186,6 +1299,84 @@ mod tests {
         disk._lock.unlock().unwrap();
         assert!(open(dir.path()).is_ok());
         assert_eq!(count(), 0);
+    }
+
+    #[test]
+    fn a_blob_that_was_not_flushed_survives_the_process_and_is_dropped_if_it_does_not_survive_the_power() {
+        let bytes = Bytes::from_static(b"an update");
+        let digest = Digest::of(&bytes);
+        let unflushed = |dir: &Path| {
+            let (journal, _) = open(dir).unwrap();
+            let mut draft = journal.blobs().draft(Keep::Unflushed).unwrap();
+            draft.write(0, &bytes).unwrap();
+            draft.finish(digest).unwrap();
+            dir.join(BLOBS).join(blob_name(digest, Keep::Unflushed))
+        };
+        let dir = tempfile::tempdir().unwrap();
+        let path = unflushed(dir.path());
+        let (journal, _) = open(dir.path()).unwrap();
+        assert_eq!(journal.blob(digest).unwrap().as_ref(), Some(&bytes));
+        assert!(!journal.blobs().is_durable(&digest));
+        journal.retain_blobs(&BTreeSet::new()).unwrap();
+        assert!(!path.exists());
+        drop(journal);
+
+        // The length is on disk, and what was written is not.
+        fs::write(unflushed(dir.path()), [0; 9]).unwrap();
+        let (journal, _) = open(dir.path()).unwrap();
+        assert_eq!(journal.blob(digest).unwrap(), None);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_blob_is_flushed_once_and_one_that_is_gone_is_not() {
+        let bytes = Bytes::from_static(b"an update");
+        let digest = Digest::of(&bytes);
+        let dir = tempfile::tempdir().unwrap();
+        let (journal, _) = open(dir.path()).unwrap();
+        for blobs in [journal.blobs(), Blobs::memory()] {
+            let put = |keep: Keep| {
+                let mut draft = blobs.draft(keep).unwrap();
+                draft.write(0, &bytes).unwrap();
+                draft.finish(digest).unwrap();
+            };
+            assert!(!blobs.flush(digest).unwrap());
+            put(Keep::Unflushed);
+            assert!(!blobs.is_durable(&digest));
+            let before = blobs.open(digest).unwrap().unwrap();
+            for _ in 0..2 {
+                assert!(blobs.flush(digest).unwrap());
+                assert!(blobs.is_durable(&digest));
+            }
+            assert_eq!(before.read_all().unwrap(), bytes);
+            put(Keep::Unflushed);
+            assert!(blobs.is_durable(&digest), "it stays what it was");
+            blobs.retain(&BTreeSet::new()).unwrap();
+            put(Keep::Unflushed);
+            put(Keep::Durable);
+            assert!(blobs.is_durable(&digest), "it was made again, to be kept");
+            assert!(blobs.lose_power().is_empty());
+        }
+        drop(journal);
+        assert_eq!(read_blob(dir.path(), digest).unwrap(), Some(bytes));
+    }
+
+    #[test]
+    fn a_long_blob_is_flushed_while_it_is_written() {
+        let bytes = Bytes::from((0..2 * FLUSH_BYTES + 1).map(|i| (i % 251) as u8).collect::<Vec<_>>());
+        let digest = Digest::of(&bytes);
+        let dir = tempfile::tempdir().unwrap();
+        let (journal, _) = open(dir.path()).unwrap();
+        let mut draft = journal.blobs().draft(Keep::Durable).unwrap();
+        for start in (0..bytes.len()).step_by(FLUSH_BYTES / 4) {
+            let end = bytes.len().min(start + FLUSH_BYTES / 4);
+            draft.write(start as u64, &bytes.slice(start..end)).unwrap();
+        }
+        let DraftContent::File { flusher: Some(flusher), .. } = &draft.content else { panic!("it is no file") };
+        assert!(flusher.running.is_some());
+        draft.finish(digest).unwrap();
+        drop((draft, journal));
+        assert_eq!(read_blob(dir.path(), digest).unwrap(), Some(bytes));
     }
 
     #[test]
@@ -1225,10 +1416,10 @@ mod tests {
     fn without_a_disk_the_memory_of_a_dropped_blob_is_used_again_unless_somebody_reads_it() {
         let blobs = Blobs::memory();
         let write = |bytes: &'static [u8]| {
-            let mut draft = blobs.draft().unwrap();
+            let mut draft = blobs.draft(Keep::Durable).unwrap();
             // As a chunk comes: memory that can be written to.
             draft.write(0, &BytesMut::from(bytes).freeze()).unwrap();
-            draft.keep(Digest::of(bytes)).unwrap();
+            draft.finish(Digest::of(bytes)).unwrap();
             blobs.open(Digest::of(bytes)).unwrap().unwrap()
         };
         let place = |blob: &Blob| blob.read_all().unwrap().as_ptr();

@@ -67,6 +67,10 @@
 //!   weights are freed when the last subscriber has taken them. So the broker's memory depends on what receivers have asked
 //!   for, not on the number of filters, and a subscriber that stalls cannot make it grow ([`broker`], `shelf.rs`).
 //! - **Only some members may train** (`fraction_train`): who does is drawn by the round's lot, more in each further term.
+//! - **An update is announced before it is flushed**, unless it leaves something behind at its owner (`topk`, `scaffold`): no
+//!   promise rests on it, and most rounds are over before a flush pays. It survives a crash of the process; after a loss of
+//!   power it is made again, with the same bits. What a leader has pulled is not flushed at all: who leads next pulls it of its
+//!   owners. A model is durable before it is accepted ([`transfer::Keep`]).
 //! - **A finish names the last model**, so that a peer that was away can still pull it.
 
 pub mod aggregation;

@@ -302,8 +302,8 @@ impl<T: Transport> Node<T> {
         let held = held_blobs(self.durable.as_ref(), &blobs)?;
         let chunk_bytes = u32::try_from(self.config.chunk_bytes).unwrap_or(u32::MAX);
         let (codecs, strategy) = (self.codecs, self.config.strategy);
-        let loaded = Arc::default();
-        let workshop = Workshop { blobs: blobs.clone(), layout, peer, codecs, strategy, chunk_bytes, loaded };
+        let leftovers = Arc::default();
+        let workshop = Workshop { blobs: blobs.clone(), layout, peer, codecs, strategy, chunk_bytes, leftovers };
         let mut peer = Peer::new(self.config, identity, self.durable, &held, Instant::now());
         let (jobs, mut ended) = mpsc::unbounded_channel();
         let (serving, served) = mpsc::unbounded_channel();

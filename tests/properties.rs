@@ -14,8 +14,8 @@ use rand_chacha::ChaCha8Rng;
 
 use rodizio::aggregation::{Contribution, Share, Strategy as Aggregation};
 use rodizio::transfer::{
-    Assembly, CHUNK_BYTES_MIN, ChunkSet, Codec, GATHER_BYTES, Grants, Inserted, Intake, Manifest, Pulls, Route, Serve,
-    Tuning, Verifier, WINDOW_BYTES,
+    Assembly, CHUNK_BYTES_MIN, ChunkSet, Codec, GATHER_BYTES, Grants, Inserted, Intake, Keep, Manifest, Pulls, Route,
+    Serve, Tuning, Verifier, WINDOW_BYTES, Wanted,
 };
 use rodizio::types::{Digest, PeerId};
 use rodizio::weights::{Layout, TensorSpec, Weights};
@@ -769,21 +769,22 @@ proptest! {
         let blob = |(number, chunks): (usize, &u64)| {
             let bytes = chunks * u64::from(chunk_bytes);
             let digest = Digest::of(&number.to_le_bytes());
-            (Manifest { digest, bytes, chunk_bytes, codec: Codec::F32, base: None }, vec![peer(number)])
+            (Manifest { digest, bytes, chunk_bytes, codec: Codec::F32, base: None }, peer(number))
         };
         let mut needed: Vec<_> = lengths.iter().enumerate().map(blob).collect();
         let (mut pulls, now) = (Pulls::default(), Instant::now());
         let chunk = Bytes::from(vec![0; chunk_bytes as usize]);
         let (mut in_flight, mut unkept, mut left) = (Vec::new(), Vec::new(), BTreeMap::new());
         while !needed.is_empty() {
-            let chosen = pulls.fitting(needed.clone()).collect();
+            let wanted = |(manifest, holder)| Wanted { manifest, holders: vec![holder], keep: Keep::Durable };
+            let chosen = pulls.fitting(needed.clone()).map(wanted).collect();
             pulls.want(chosen, RETRY, now);
             for (_, blob, set) in pulls.grants(now) {
                 in_flight.extend(set.iter().map(|index| (blob, index)));
             }
             for intake in pulls.intakes() {
                 match intake {
-                    Intake::Begin(manifest) => _ = left.insert(manifest.digest, manifest.chunks()),
+                    Intake::Begin(manifest, _) => _ = left.insert(manifest.digest, manifest.chunks()),
                     Intake::Chunk { blob, .. } => unkept.push(blob),
                     Intake::Abandon(blob) => prop_assert!(false, "{blob} was abandoned"),
                 }

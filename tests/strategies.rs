@@ -11,7 +11,7 @@ use rodizio::training::{
     BurnTrainer, Dataset, Model, OnProgress, Partition, ReadOptions, Schedule, Source, Train, TrainError, Trainer,
     TrainingConfig,
 };
-use rodizio::transfer::{Codec, Codecs, Manifest};
+use rodizio::transfer::{Codec, Codecs, Keep, Manifest};
 use rodizio::types::{Digest, Metrics, PeerId, Round, Term};
 use rodizio::weights::{Layout, TensorSpec, Weights};
 
@@ -86,8 +86,8 @@ impl Member {
     fn new(index: usize, strategy: Strategy, codecs: Codecs, trainer: Box<dyn Trainer>) -> Self {
         let layout = trainer.layout();
         let (peer, blobs, chunk_bytes) = (peer(index), Blobs::memory(), 1 << 20);
-        let loaded = Arc::default();
-        let workshop = Workshop { blobs, layout, peer, codecs, strategy, chunk_bytes, loaded };
+        let leftovers = Arc::default();
+        let workshop = Workshop { blobs, layout, peer, codecs, strategy, chunk_bytes, leftovers };
         Self { workshop, trainer: Mutex::new(trainer), control: None }
     }
 
@@ -100,7 +100,7 @@ impl Member {
     fn pull(&self, from: &Member, manifest: Manifest) {
         let blob = from.workshop.blobs.get(manifest.digest).unwrap().unwrap();
         let mut give_up = |_| ControlFlow::Break(());
-        let mut receiving = self.workshop.receive(manifest, &mut give_up).unwrap();
+        let mut receiving = self.workshop.receive(manifest, Keep::Unflushed, &mut give_up).unwrap();
         let taken = (0..manifest.chunks())
             .map(|index| receiving.take(index, &manifest.chunk(&blob, index).unwrap(), &mut give_up).unwrap());
         assert_eq!(taken.last(), Some(true));

@@ -25,7 +25,7 @@ use crate::journal::{Blobs, Buffers, JournalError};
 use crate::node::Traffic;
 use crate::protocol::message::{Body, Envelope, Hello, Leading, VERSION};
 use crate::protocol::{Config, Done, Topic, Topics};
-use crate::transfer::{Codecs, Manifest, Pulls, Route, Serve};
+use crate::transfer::{Codecs, Keep, Manifest, Pulls, Route, Serve, Wanted};
 use crate::transport::mqtt::MqttTransport;
 use crate::transport::{Class, Outgoing, Transport, TransportEvent};
 use crate::types::{Digest, PeerId, Round, Term};
@@ -80,7 +80,7 @@ struct Party<'a> {
     round: Round,
     started: Instant,
     /// What is not held yet, and of whom it is to be had.
-    needed: Vec<(Manifest, Vec<PeerId>)>,
+    needed: Vec<(Manifest, PeerId)>,
     pulls: Pulls,
     intakes: Intakes,
     ear: Ear,
@@ -102,8 +102,8 @@ pub(super) async fn run(
     let chunk_bytes = config.site.chunk_bytes;
     let blobs = Blobs::memory();
     let (layout, peer, codecs) = (layout(config.values), config.peer.clone(), Codecs::default());
-    let (strategy, loaded) = (Strategy::default(), Arc::default());
-    let workshop = Workshop { blobs, layout, peer, codecs, strategy, chunk_bytes, loaded };
+    let (strategy, leftovers) = (Strategy::default(), Arc::default());
+    let workshop = Workshop { blobs, layout, peer, codecs, strategy, chunk_bytes, leftovers };
     // Before it connects, and on another thread: the connection must not wait for it.
     let (values, holds, holder) = (config.values, config.holds, workshop.clone());
     let held = tokio::task::spawn_blocking(move || {
@@ -198,7 +198,7 @@ impl Party<'_> {
         match order {
             Order::Go { round, pulls } => {
                 (self.round, self.started, self.pulled) = (round, Instant::now(), 0.0);
-                self.needed = pulls.into_iter().map(|(holder, manifest)| (manifest, vec![holder])).collect();
+                self.needed = pulls.into_iter().map(|(holder, manifest)| (manifest, holder)).collect();
                 self.pull();
             }
             Order::Beat(beats) => self.beats = beats,
@@ -214,7 +214,8 @@ impl Party<'_> {
     /// Begins what may be begun, has chunks put away, and asks for more.
     fn pull(&mut self) {
         let now = Instant::now();
-        let chosen = self.pulls.fitting(self.needed.clone()).collect();
+        let wanted = |(manifest, holder)| Wanted { manifest, holders: vec![holder], keep: Keep::Unflushed };
+        let chosen = self.pulls.fitting(self.needed.clone()).map(wanted).collect();
         self.pulls.want(chosen, Config::default().heartbeat(), now);
         while self.tasks.try_join_next().is_some() {}
         for intake in self.pulls.intakes() {
@@ -283,7 +284,7 @@ impl Party<'_> {
     fn done(&mut self, done: Option<Done>) -> Result<(), Failure> {
         match done {
             Some(Done::Kept { blob }) => self.pulls.kept(&blob),
-            Some(Done::Verified { manifest, result }) => {
+            Some(Done::Verified { manifest, result, .. }) => {
                 result.map_err(Failure::of)?;
                 self.intakes.ended(&manifest.digest);
                 self.pulls.ended(&manifest.digest);

@@ -1,16 +1,22 @@
 //! The leader's job: updates become the blob of the next model, without any of them in memory as a whole.
 
 use std::ops::Range;
+use std::sync::mpsc::sync_channel;
+use std::thread;
 
 use super::{OnFull, Workshop, sentence};
-use crate::aggregation::{AggregateError, Inspection, Parent, Part, Section, Share};
-use crate::transfer::{Manifest, Reader, ranges};
+use crate::aggregation::{AggregateError, Aggregation, Inspection, Parent, Part, Section, Share};
+use crate::transfer::{Keep, Manifest, Reader, ranges};
 use crate::types::Round;
 use crate::weights::first_non_finite;
 
+/// How many ranges are computed ahead of the one that is written.
+const AHEAD: usize = 4;
+
 impl Workshop {
     /// Goes through all updates at once, range by range, so that neither they nor the model are in memory as a whole: once
-    /// for each section of the new blob, in its order.
+    /// for each section of the new blob, in its order. A range is read and computed while the one before is encoded, hashed
+    /// and written.
     pub(super) fn aggregate(
         &self,
         round: Round,
@@ -27,20 +33,28 @@ impl Workshop {
         };
         let aggregation = inputs.inspect(inspection)?.decide();
         let layout = self.strategy.model_layout(&self.layout);
-        let mut writer = self.writer(layout.clone(), self.codecs.model, self.codecs.for_model(round), on_full)?;
-        let mut out = Vec::new();
-        for (index, section) in self.strategy.sections().enumerate() {
-            for range in ranges(self.layout.len()) {
-                inputs.read(section, &range)?;
-                out.resize(range.len(), 0.0);
-                aggregation.fill(section, range.start, &inputs.parts(), &inputs.parent(), &mut out);
-                if let Some(place) = first_non_finite(&out) {
+        let mut writer =
+            self.writer(layout.clone(), (self.codecs.model, self.codecs.for_model(round)), Keep::Durable, on_full)?;
+        let (sender, computed) = sync_channel(AHEAD);
+        let compute = move || {
+            let sections = self.strategy.sections().enumerate();
+            let all = sections.flat_map(|section| ranges(self.layout.len()).map(move |range| (section, range)));
+            for ((index, section), range) in all {
+                let values = inputs.compute(&aggregation, section, &range).and_then(|values| {
+                    let Some(place) = first_non_finite(&values) else { return Ok(values) };
                     let tensor = layout.tensor_of(index * self.layout.len() + range.start + place).unwrap_or_default();
-                    return Err(sentence(AggregateError::NotFinite(tensor.to_owned())));
+                    Err(sentence(AggregateError::NotFinite(tensor.to_owned())))
+                });
+                // Nobody takes it after an error.
+                if sender.send(values).is_err() {
+                    return;
                 }
-                writer.write(&out, on_full)?;
             }
-        }
+        };
+        thread::scope(|scope| {
+            thread::Builder::new().name("aggregate".into()).spawn_scoped(scope, compute).map_err(sentence)?;
+            computed.into_iter().try_for_each(|values| writer.write(&values?, on_full))
+        })?;
         writer.finish(on_full)
     }
 
@@ -74,6 +88,19 @@ impl Inputs {
             }
         }
         Ok(inspection)
+    }
+
+    /// A range of one section of the new blob.
+    fn compute(
+        &mut self,
+        aggregation: &Aggregation,
+        section: Section,
+        range: &Range<usize>,
+    ) -> Result<Vec<f32>, String> {
+        self.read(section, range)?;
+        let mut values = vec![0.0; range.len()];
+        aggregation.fill(section, range.start, &self.parts(), &self.parent(), &mut values);
+        Ok(values)
     }
 
     /// Reads a range of every update's model, or of what stands behind it, and of every section of the parent.

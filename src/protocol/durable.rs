@@ -1,6 +1,6 @@
 //! What a peer has persisted before it sends anything that depends on it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::protocol::decree::Decree;
 use crate::protocol::message::{Head, Update};
 use crate::protocol::roster::Roster;
-use crate::transfer::Manifest;
+use crate::transfer::{Keep, Manifest};
 use crate::types::{Address, Digest, PeerId, Round, Term};
 
 /// The version of the encoding: its first number. An encoding without one begins with 0 or 1.
@@ -105,12 +105,26 @@ impl Durable {
         self.head.iter().flat_map(|head| head.decree.standbys.values())
     }
 
-    /// The blobs that these promises rest on.
+    /// The blobs that these promises name.
     pub fn manifests(&self) -> impl Iterator<Item = &Manifest> {
-        let head = self.head.as_ref().map(|head| head.decree.model());
+        self.kept().map(|(manifest, _)| manifest)
+    }
+
+    /// The same, each as well as it is kept for sure.
+    pub(super) fn kept(&self) -> impl Iterator<Item = (&Manifest, Keep)> {
         let accepted = self.open.accepted.as_ref().map(|(_, decree)| decree.model());
         let update = self.open.update.as_ref().map(|update| &update.manifest);
-        head.into_iter().chain(&self.model).chain(accepted).chain(update)
+        // The model of the head may be here as an update alone.
+        let head = self.head.as_ref().map(|head| head.decree.model());
+        let durable = self.model.iter().chain(accepted).map(|manifest| (manifest, Keep::Durable));
+        durable.chain(update.into_iter().chain(head).map(|manifest| (manifest, Keep::Unflushed)))
+    }
+
+    /// An update that was announced before it was flushed may be lost with the power: it is made again. What was left over of
+    /// one that is durable with it stays to be settled, if somebody has removed its damaged file.
+    pub(super) fn forget_lost_update(&mut self, held: &BTreeSet<Digest>) {
+        let goes_alone = self.open.unsent.is_none() && self.open.control.is_none();
+        self.open.update.take_if(|update| goes_alone && !held.contains(&update.manifest.digest));
     }
 
     /// The names of all blobs that are to be kept.

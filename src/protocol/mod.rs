@@ -34,7 +34,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 
 use crate::aggregation::Share;
-use crate::transfer::{Intake, Manifest};
+use crate::transfer::{Intake, Keep, Manifest};
 use crate::types::{Address, Digest, Metrics, PeerId, Round, Term};
 use crate::weights::Layout;
 
@@ -144,6 +144,11 @@ pub enum Job {
         /// How many members the round has.
         members: usize,
     },
+    /// Have a blob that is held survive a loss of power.
+    Flush {
+        /// The blob.
+        blob: Digest,
+    },
     /// Aggregate updates, in this order.
     Aggregate {
         /// The round.
@@ -160,7 +165,7 @@ pub enum Job {
 /// The end of a [`Job`]; errors are sentences.
 #[derive(Clone, Debug)]
 pub enum Done {
-    /// The initial weights' blob.
+    /// The initial weights' blob, which is durable.
     Initial(Result<Manifest, String>),
     /// A model's metrics.
     Evaluated {
@@ -181,14 +186,23 @@ pub enum Done {
         /// The blob.
         blob: Digest,
     },
-    /// A pulled blob is complete and durable; or it is not what it should be, maybe before its last chunk.
+    /// A pulled blob is complete and kept; or it is not what it should be, maybe before its last chunk.
     Verified {
         /// The blob.
         manifest: Manifest,
+        /// How it is kept.
+        keep: Keep,
         /// If it is not: why.
         result: Result<(), String>,
     },
-    /// The aggregate's blob.
+    /// A blob was flushed.
+    Flushed {
+        /// The blob.
+        blob: Digest,
+        /// Whether it is still there.
+        result: Result<bool, String>,
+    },
+    /// The aggregate's blob, which is durable.
     Aggregated {
         /// The round.
         round: Round,
@@ -204,6 +218,8 @@ pub enum Done {
 pub struct Trained {
     /// The update.
     pub update: Manifest,
+    /// How it is kept, with the two that follow.
+    pub keep: Keep,
     /// A blob as `f32` of what the update does not send, if its codec sends a part.
     pub unsent: Option<Digest>,
     /// A blob as `f32`: the peer's control variate if the update counts, where the strategy has such.
@@ -336,8 +352,10 @@ impl Peer {
         held: &BTreeSet<Digest>,
         now: Instant,
     ) -> Self {
-        let durable = durable.unwrap_or_default();
-        let transfers = Transfers::new(durable.manifests().filter(|manifest| held.contains(&manifest.digest)));
+        let mut durable = durable.unwrap_or_default();
+        durable.forget_lost_update(held);
+        let here = |(manifest, _): &(&Manifest, Keep)| held.contains(&manifest.digest);
+        let transfers = Transfers::new(durable.kept().filter(here));
         let mut peer = Self {
             entries: config.entries(),
             model_layout: config.strategy.model_layout(&identity.layout),
@@ -505,7 +523,8 @@ impl Peer {
             Done::Evaluated { model, result } => self.on_evaluated(model, result, now),
             Done::Trained { round, result } => self.on_trained(round, result, now),
             Done::Kept { blob } => self.transfers.kept(&blob),
-            Done::Verified { manifest, result } => self.on_verified(manifest, result, now),
+            Done::Verified { manifest, keep, result } => self.on_verified(manifest, keep, result, now),
+            Done::Flushed { blob, result } => self.on_flushed(blob, result, now),
             Done::Aggregated { round, term, result } => self.on_aggregated(round, term, result, now),
         }
     }

@@ -20,6 +20,8 @@ pub(super) enum Timer {
     Beat,
     /// The round has waited long enough for stragglers.
     Gather,
+    /// The own update is worth a flush.
+    Flush,
     /// The end of lingering after the last round.
     Linger,
     /// The end of staying for peers that were away after the last round.

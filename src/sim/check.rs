@@ -1,6 +1,6 @@
 //! The invariants, checked against what all peers have persisted and sent.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -41,8 +41,8 @@ pub(super) struct Check {
     accepts: BTreeMap<(PeerId, Round, Term), Digest>,
     /// Every update that was trained: whose, in which round, from which model.
     updates: BTreeMap<(PeerId, Digest), (Round, Digest, Weights)>,
-    /// Who has persisted an update in which round.
-    trained: BTreeSet<(PeerId, Round)>,
+    /// Who has persisted an update in which round, and has it.
+    trained: BTreeMap<(PeerId, Round), Digest>,
     /// What each update's training learned, and what of it the update sends: differences from the parent model.
     differences: BTreeMap<(PeerId, Digest), (Weights, Weights)>,
     books: BTreeMap<PeerId, Books>,
@@ -76,7 +76,7 @@ impl Check {
             ballots: BTreeMap::new(),
             accepts: BTreeMap::new(),
             updates: BTreeMap::new(),
-            trained: BTreeSet::new(),
+            trained: BTreeMap::new(),
             differences: BTreeMap::new(),
             books: BTreeMap::new(),
         }
@@ -113,8 +113,8 @@ impl Check {
                 return Err((ONE_DECREE, format!("{peer} has another summary of the inputs than others")));
             }
         }
-        if durable.open.update.is_some() {
-            self.trained.insert((peer.clone(), durable.open.round));
+        if let Some(update) = &durable.open.update {
+            self.trained.insert((peer.clone(), durable.open.round), update.manifest.digest);
         }
         let Some(head) = &durable.head else { return Ok(()) };
         let round = head.decree.round;
@@ -204,10 +204,15 @@ impl Check {
         weights: Weights,
     ) -> Result<(), Broken> {
         self.updates.insert((peer.clone(), update), (round, model, weights));
-        if self.trained.contains(&(peer.clone(), round)) {
+        if self.trained.contains_key(&(peer.clone(), round)) {
             return Err((TRAINED_ONCE, format!("{peer} trained {round:?} again")));
         }
         Ok(())
+    }
+
+    /// A peer has lost these blobs with its power.
+    pub(super) fn lost(&mut self, peer: &PeerId, blobs: &[Digest]) {
+        self.trained.retain(|(id, _), update| id != peer || !blobs.contains(update));
     }
 
     /// A peer has trained with a codec that sends a part: what it learned, and what it sends.
@@ -306,5 +311,5 @@ fn holds(peer: &Persisted<'_>, decree: &Decree) -> bool {
     let beyond = head.is_some_and(|head| head.decree.round > decree.round);
     let committed = head.is_some_and(|head| head.decree == *decree);
     let accepted = peer.durable.open.accepted.as_ref().is_some_and(|(_, accepted)| accepted == decree);
-    beyond || (committed || accepted) && peer.blobs.open(decree.model().digest).is_ok_and(|blob| blob.is_some())
+    beyond || (committed || accepted) && peer.blobs.is_durable(&decree.model().digest)
 }

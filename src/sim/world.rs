@@ -19,7 +19,7 @@ use crate::sim::network::{Network, Side};
 use crate::sim::trainer::ArithmeticTrainer;
 use crate::sim::{Detail, Report, Scenario, Trace, Violation};
 use crate::training::Trainer;
-use crate::transfer::{CHUNK_BYTES_MIN, Codec, Intake, Manifest};
+use crate::transfer::{CHUNK_BYTES_MIN, Codec, Intake, Keep, Manifest};
 use crate::types::{Address, Digest, PeerId, Round, Term};
 use crate::weights::Layout;
 
@@ -66,7 +66,7 @@ struct SimulatedPeer {
     wake: Option<Instant>,
     workshop: Workshop,
     /// Blobs that are being received; a crash forgets them.
-    receiving: BTreeMap<Digest, (Manifest, Option<Receiving>)>,
+    receiving: BTreeMap<Digest, ((Manifest, Keep), Option<Receiving>)>,
     /// Crash after so many more actions.
     crash_after: Option<usize>,
     lost_for_good: bool,
@@ -173,7 +173,7 @@ impl<'a> World<'a> {
             codecs: self.scenario.codecs(),
             strategy: self.config.strategy,
             chunk_bytes: CHUNK_BYTES_MIN,
-            loaded: Arc::default(),
+            leftovers: Arc::default(),
         };
         let peer = SimulatedPeer {
             peer: None,
@@ -478,8 +478,8 @@ impl<'a> World<'a> {
     fn take(&mut self, id: &PeerId, intake: Intake) {
         let Some(peer) = self.peers.get_mut(id) else { return };
         match intake {
-            Intake::Begin(manifest) => {
-                peer.receiving.insert(manifest.digest, (manifest, None));
+            Intake::Begin(manifest, keep) => {
+                peer.receiving.insert(manifest.digest, ((manifest, keep), None));
             }
             Intake::Chunk { blob, index, chunk } => {
                 let start = peer.start;
@@ -494,26 +494,26 @@ impl<'a> World<'a> {
     fn keep(&mut self, id: &PeerId, blob: Digest, index: u32, chunk: &Bytes) -> Result<(), Broken> {
         let fails = self.rng.random_bool(self.job_failures);
         let Some(peer) = self.peers.get_mut(id) else { return Ok(()) };
-        let Some((manifest, mut receiving)) = peer.receiving.remove(&blob) else { return Ok(()) };
+        let Some(((manifest, keep), mut receiving)) = peer.receiving.remove(&blob) else { return Ok(()) };
         // Memory is never full.
         let give_up = &mut |_| ControlFlow::Break(());
         let mut take = || {
             let receiving = match &mut receiving {
                 Some(receiving) => receiving,
-                none => none.insert(peer.workshop.receive(manifest, give_up)?),
+                none => none.insert(peer.workshop.receive(manifest, keep, give_up)?),
             };
             receiving.take(index, chunk, give_up)
         };
         let taken = take();
         let result = match if fails { Err("the disk is full".to_owned()) } else { taken } {
             Ok(false) => {
-                peer.receiving.insert(blob, (manifest, receiving));
+                peer.receiving.insert(blob, ((manifest, keep), receiving));
                 return self.handle(id, Event::Done(Done::Kept { blob }));
             }
             Ok(true) => Ok(()),
             Err(why) => Err(why),
         };
-        self.handle(id, Event::Done(Done::Verified { manifest, result }))
+        self.handle(id, Event::Done(Done::Verified { manifest, keep, result }))
     }
 
     fn check_persisted(&mut self, id: &PeerId) -> Result<(), Broken> {
@@ -617,6 +617,10 @@ impl<'a> World<'a> {
         let will = peer.peer.take().map(|peer| peer.last_will());
         peer.receiving.clear();
         peer.crash_after = None;
+        // The process has crashed, or the machine.
+        if self.rng.random_bool(0.5) {
+            self.check.lost(id, &peer.blobs.lose_power());
+        }
         self.network.detach(id);
         // The broker notices most deaths at once, some never.
         if let Some((topic, message)) = will.filter(|_| self.rng.random_bool(0.7)) {
@@ -756,6 +760,7 @@ fn failed(job: &Job) -> Done {
         Job::Initial => Done::Initial(Err(why)),
         Job::Evaluate { model } => Done::Evaluated { model: model.digest, result: Err(why) },
         Job::Train { round, .. } => Done::Trained { round: *round, result: Err(why) },
+        Job::Flush { blob } => Done::Flushed { blob: *blob, result: Err(why) },
         Job::Aggregate { round, term, .. } => Done::Aggregated { round: *round, term: *term, result: Err(why) },
     }
 }

@@ -33,7 +33,7 @@ pub use assemble::{Assembly, ChunkError, Inserted};
 pub use chunk_set::{ChunkSet, ChunkSetError, RANGES_MAX};
 pub use codec::{Codec, Codecs, EncodeError, Tuning};
 pub use grants::{Grants, RETRY_FACTOR_MAX, WINDOW_CHUNKS_MAX};
-pub use pulls::{GATHER_BYTES, Intake, Pulls, WINDOW_BYTES};
+pub use pulls::{GATHER_BYTES, Intake, Pulls, WINDOW_BYTES, Wanted};
 pub use reader::{RANGE_VALUES, ReadError, Reader, Source, ranges};
 pub use serve::{RECEIVERS_MAX, Route, Serve};
 pub use verify::{Verifier, VerifyError};
@@ -46,6 +46,15 @@ pub const CHUNK_BYTES_MAX: u32 = 64 * 1024 * 1024;
 
 /// The most chunks a blob may have: it bounds what a receiver and a holder remember about one.
 pub const CHUNKS_MAX: u32 = 1 << 20;
+
+/// How well a blob is kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Keep {
+    /// It survives a loss of power: a promise may rest on it.
+    Durable,
+    /// It survives the process. After a loss of power it may be gone: whoever needs it pulls or makes it again.
+    Unflushed,
+}
 
 /// What a holder announces of a blob, and all that a receiver needs to pull and verify it.
 ///

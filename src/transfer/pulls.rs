@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
-use super::{Assembly, ChunkError, ChunkSet, Grants, Inserted, Manifest};
+use super::{Assembly, ChunkError, ChunkSet, Grants, Inserted, Keep, Manifest};
 use crate::types::{Digest, PeerId};
 
 /// How many bytes of one blob a receiver has in flight: enough to keep a link busy.
@@ -37,11 +37,22 @@ const EARLY_CHUNKS_MAX: usize = 8;
 /// After so many silences in a row another holder is asked.
 const STALLS_MAX: u32 = 2;
 
+/// A blob that is to be pulled.
+#[derive(Clone, Debug)]
+pub struct Wanted {
+    /// Which.
+    pub manifest: Manifest,
+    /// Who has it, the one to ask first first.
+    pub holders: Vec<PeerId>,
+    /// What is to become of it.
+    pub keep: Keep,
+}
+
 /// What is to be done with the chunks of a blob that is pulled.
 #[derive(Clone, Debug)]
 pub enum Intake {
-    /// Chunks of this blob will come.
-    Begin(Manifest),
+    /// Chunks of this blob will come, which is to be kept so.
+    Begin(Manifest, Keep),
     /// Put this one away. When the last one is, the blob is complete.
     Chunk {
         /// Of which blob, which was begun.
@@ -121,22 +132,23 @@ impl Pulls {
     /// of which all chunks are there is only a moment from being held.
     ///
     /// A link without delay has `retry` as its retry time: see [`Grants::new`].
-    pub fn want(&mut self, needed: Vec<(Manifest, Vec<PeerId>)>, retry: Duration, now: Instant) {
+    pub fn want(&mut self, needed: Vec<Wanted>, retry: Duration, now: Instant) {
         let intakes = &mut self.intakes;
         self.pulls.retain(|blob, pull| {
-            let stays = pull.assembly.is_complete() || needed.iter().any(|(manifest, _)| manifest.digest == *blob);
+            let stays = pull.assembly.is_complete() || needed.iter().any(|wanted| wanted.manifest.digest == *blob);
             if !stays {
                 intakes.push(Intake::Abandon(*blob));
             }
             stays
         });
         let window_bytes = if needed.len() == 1 { ALONE_BYTES } else { WINDOW_BYTES };
-        for (manifest, holders) in needed {
-            self.pull(manifest, holders, window_bytes, retry, now);
+        for wanted in needed {
+            self.pull(wanted, window_bytes, retry, now);
         }
     }
 
-    fn pull(&mut self, manifest: Manifest, holders: Vec<PeerId>, window_bytes: u32, retry: Duration, now: Instant) {
+    fn pull(&mut self, wanted: Wanted, window_bytes: u32, retry: Duration, now: Instant) {
+        let Wanted { manifest, holders, keep } = wanted;
         let blob = manifest.digest;
         if let Some(pull) = self.pulls.get_mut(&blob) {
             for holder in holders {
@@ -153,7 +165,7 @@ impl Pulls {
         let grants = Grants::new(window, retry);
         let pull = Pull { assembly: Assembly::new(manifest), grants, holders, at: 0, moved: now };
         self.pulls.insert(blob, pull);
-        self.intakes.push(Intake::Begin(manifest));
+        self.intakes.push(Intake::Begin(manifest, keep));
         for (of, index, chunk) in std::mem::take(&mut self.early) {
             // One that does not fit was not asked for: the right one will be.
             let _ = self.arrived(of, index, chunk, now);
@@ -262,6 +274,10 @@ mod tests {
         Manifest { digest: Digest::of(name.as_bytes()), bytes, chunk_bytes: CHUNK, codec: Codec::F32, base: None }
     }
 
+    fn wanted(manifest: Manifest, holders: &[&str]) -> Wanted {
+        Wanted { manifest, holders: holders.iter().map(|name| peer(name)).collect(), keep: Keep::Durable }
+    }
+
     fn peer(name: &str) -> PeerId {
         PeerId::new(name).unwrap()
     }
@@ -278,8 +294,8 @@ mod tests {
     #[test]
     fn chunks_leave_at_once_and_a_slow_disk_bounds_what_is_in_flight() {
         let (mut pulls, now, blob) = (Pulls::default(), Instant::now(), manifest("a", 100));
-        pulls.want(vec![(blob, vec![peer("holder")])], RETRY, now);
-        assert!(matches!(pulls.intakes()[..], [Intake::Begin(begun)] if begun == blob));
+        pulls.want(vec![wanted(blob, &["holder"])], RETRY, now);
+        assert!(matches!(pulls.intakes()[..], [Intake::Begin(begun, Keep::Durable)] if begun == blob));
         let mut asked = granted(&mut pulls, now);
         assert_eq!(asked, [0, 1, 2, 3]);
         // Nothing is put away: nothing more is asked for, however often.
@@ -304,7 +320,7 @@ mod tests {
         };
         let chosen: Vec<_> = pulls.fitting(blobs.clone()).collect();
         assert_eq!(names(chosen.clone()), [0, 1, 2, 3]);
-        let needed = |chosen: &[(Manifest, ())]| chosen.iter().map(|(blob, ())| (*blob, vec![peer("a")])).collect();
+        let needed = |chosen: &[(Manifest, ())]| chosen.iter().map(|(blob, ())| wanted(*blob, &["a"])).collect();
         pulls.want(needed(&chosen), RETRY, now);
         for index in 0..8 {
             pulls.arrived(blobs[1].0.digest, index, chunk(), now).unwrap();
@@ -321,7 +337,7 @@ mod tests {
     fn what_is_no_longer_wanted_is_abandoned_unless_it_is_complete() {
         let (mut pulls, now) = (Pulls::default(), Instant::now());
         let (half, whole) = (manifest("half", 2), manifest("whole", 1));
-        pulls.want(vec![(half, vec![peer("a")]), (whole, vec![peer("a")])], RETRY, now);
+        pulls.want(vec![wanted(half, &["a"]), wanted(whole, &["a"])], RETRY, now);
         pulls.arrived(half.digest, 0, chunk(), now).unwrap();
         pulls.arrived(whole.digest, 0, chunk(), now).unwrap();
         pulls.intakes();
@@ -336,15 +352,15 @@ mod tests {
     fn a_chunk_that_came_before_the_word_of_its_blob_counts() {
         let (mut pulls, now, blob) = (Pulls::default(), Instant::now(), manifest("a", 3));
         pulls.arrived(blob.digest, 1, chunk(), now).unwrap();
-        pulls.want(vec![(blob, vec![peer("a")])], RETRY, now);
-        assert!(matches!(pulls.intakes()[..], [Intake::Begin(_), Intake::Chunk { index: 1, .. }]));
+        pulls.want(vec![wanted(blob, &["a"])], RETRY, now);
+        assert!(matches!(pulls.intakes()[..], [Intake::Begin(..), Intake::Chunk { index: 1, .. }]));
         assert_eq!(granted(&mut pulls, now), [0, 2]);
     }
 
     #[test]
     fn a_silent_holder_is_replaced() {
         let (mut pulls, mut now, blob) = (Pulls::default(), Instant::now(), manifest("a", 3));
-        pulls.want(vec![(blob, vec![peer("a"), peer("b")])], RETRY, now);
+        pulls.want(vec![wanted(blob, &["a", "b"])], RETRY, now);
         let mut asked = Vec::new();
         for _ in 0..4 {
             asked.extend(pulls.grants(now).into_iter().map(|(holder, ..)| holder.to_string()));

@@ -118,7 +118,7 @@ impl Peer {
         let Some(head) = &self.durable.head else { return false };
         let model = *head.decree.model();
         let round = self.last_model_round();
-        if self.durable.model == Some(model) || !self.transfers.holds(&model.digest) {
+        if self.durable.model == Some(model) || !self.transfers.is_durable(&model.digest) {
             return false;
         }
         self.durable.model = Some(model);

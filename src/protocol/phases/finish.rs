@@ -27,8 +27,8 @@ impl Peer {
 
     /// Whether this peer has all that the federation leaves.
     pub(in crate::protocol) fn is_done(&self) -> bool {
-        let holds_model = self.head().is_some_and(|head| self.transfers.holds(&head.decree.model().digest));
-        self.ended == Some(Ended::Finished) && holds_model
+        let keeps_model = self.head().is_some_and(|head| self.transfers.is_durable(&head.decree.model().digest));
+        self.ended == Some(Ended::Finished) && keeps_model
     }
 
     /// Tells people, and the leader, once all is here.

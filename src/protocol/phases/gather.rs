@@ -7,7 +7,7 @@ use crate::protocol::message::Update;
 use crate::protocol::phases::round::{Aggregate, Work};
 use crate::protocol::timer::Timer;
 use crate::protocol::{Action, Job, Notice, Peer};
-use crate::transfer::Manifest;
+use crate::transfer::{Keep, Manifest};
 use crate::types::{PeerId, Round, Term};
 
 /// After so many terms without an update the pause before the next no longer doubles.
@@ -173,7 +173,7 @@ impl Peer {
         match result {
             Ok(manifest) => {
                 leading.aggregate = Aggregate::Done(manifest, peers.clone());
-                self.transfers.hold(manifest);
+                self.transfers.hold(manifest, Keep::Durable);
                 self.open.marks.aggregated = Some(now);
             }
             Err(why) => {

@@ -41,13 +41,18 @@ impl Peer {
     fn advance_proposal(&mut self, now: Instant) {
         let Some(leading) = self.open.leading.as_ref().filter(|leading| leading.proposal.is_none()) else { return };
         if let Some((decree, _)) = &leading.bound {
-            let held = self.transfers.holds(&decree.model().digest);
-            if held {
+            let durable = self.transfers.is_durable(&decree.model().digest);
+            if durable {
                 self.propose(decree.clone(), now);
             }
             return;
         }
         if let Some(outcome) = self.finish_outcome() {
+            let model = self.parent_model().map(|model| model.digest);
+            if model.is_some_and(|model| self.transfers.holds(&model) && !self.transfers.is_durable(&model)) {
+                // It is being flushed.
+                return;
+            }
             let decree = self.form_decree(outcome, &[], now);
             return self.propose(decree, now);
         }
@@ -177,7 +182,7 @@ impl Peer {
         self.durable.open.accepted.as_ref().is_some_and(|(at, accepted)| *at == term && accepted == decree)
     }
 
-    /// The model of the proposal, while it is not held, and who serves it.
+    /// The model of the proposal, while that is not accepted, and who serves it.
     pub(in crate::protocol) fn proposal_to_pull(&self) -> Option<(Manifest, PeerId)> {
         let (leader, decree) = self.open.proposal.as_ref()?;
         Some((*decree.model(), leader.clone()))
@@ -185,8 +190,7 @@ impl Peer {
 
     pub(in crate::protocol) fn advance_acceptance(&mut self, now: Instant) {
         let Some((_, decree)) = &self.open.proposal else { return };
-        let held = self.transfers.holds(&decree.model().digest);
-        if !held {
+        if !self.transfers.is_durable(&decree.model().digest) {
             return;
         }
         let decree = decree.clone();

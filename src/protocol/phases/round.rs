@@ -28,6 +28,8 @@ pub(in crate::protocol) struct OpenRound {
     pub evaluation: Work<Metrics>,
     /// Local training; its result is `durable.open.update`.
     pub training: Work<()>,
+    /// The own update has waited long enough to be flushed.
+    pub flush_update: bool,
     /// Why no update will come from this peer.
     pub declined: Option<String>,
     /// How often its training failed in this round.
@@ -127,6 +129,7 @@ impl OpenRound {
             proposal: None,
             evaluation: Work::Idle,
             training: Work::Idle,
+            flush_update: false,
             declined: None,
             failures: 0,
             evaluations: BTreeMap::new(),
@@ -171,9 +174,9 @@ impl Peer {
 
     fn clear_round_timers(&mut self) {
         use crate::protocol::timer::Timer;
-        for timer in [Timer::Settle, Timer::Call, Timer::Resend, Timer::Election, Timer::Beat, Timer::Gather] {
-            self.timers.clear(timer);
-        }
+        let of_round =
+            [Timer::Settle, Timer::Call, Timer::Resend, Timer::Election, Timer::Beat, Timer::Gather, Timer::Flush];
+        of_round.into_iter().for_each(|timer| self.timers.clear(timer));
     }
 
     /// The newest committed decree with who holds its model.

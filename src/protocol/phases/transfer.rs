@@ -8,37 +8,48 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 
 use crate::protocol::message::Body;
-use crate::protocol::{Action, Peer, Topic};
-use crate::transfer::{ChunkSet, Manifest, Pulls, Route, Serve};
+use crate::protocol::timer::Timer;
+use crate::protocol::{Action, Job, Notice, Peer, Topic};
+use crate::transfer::{ChunkSet, Keep, Manifest, Pulls, Route, Serve, Wanted};
 use crate::types::{Digest, PeerId};
 
 /// What is held, pulled and served.
 #[derive(Debug, Default)]
 pub(in crate::protocol) struct Transfers {
-    held: BTreeMap<Digest, Manifest>,
+    held: BTreeMap<Digest, (Manifest, Keep)>,
     pulls: Pulls,
     serves: BTreeMap<Digest, Serve>,
-    /// Blobs that could not be verified or kept, and when to pull them again.
+    /// Blobs that are being flushed.
+    flushing: BTreeSet<Digest>,
+    /// Blobs that could not be verified, kept or flushed, and when to try it again.
     retry: BTreeMap<Digest, Instant>,
 }
 
 impl Transfers {
-    pub(in crate::protocol) fn new<'a>(held: impl Iterator<Item = &'a Manifest>) -> Self {
-        Self { held: held.map(|manifest| (manifest.digest, *manifest)).collect(), ..Self::default() }
+    pub(in crate::protocol) fn new<'a>(held: impl Iterator<Item = (&'a Manifest, Keep)>) -> Self {
+        let mut transfers = Self::default();
+        held.for_each(|(manifest, keep)| transfers.hold(*manifest, keep));
+        transfers
     }
 
     pub(in crate::protocol) fn holds(&self, blob: &Digest) -> bool {
         self.held.contains_key(blob)
     }
 
+    /// Whether the blob is held and a promise may rest on it.
+    pub(in crate::protocol) fn is_durable(&self, blob: &Digest) -> bool {
+        matches!(self.held.get(blob), Some((_, Keep::Durable)))
+    }
+
     /// Whether the blob is held and was verified as what the manifest says: the same bytes may be read in two ways.
     pub(in crate::protocol) fn holds_as(&self, manifest: &Manifest) -> bool {
-        let same = |held: &Manifest| (held.codec, held.base) == (manifest.codec, manifest.base);
+        let same = |(held, _): &(Manifest, Keep)| (held.codec, held.base) == (manifest.codec, manifest.base);
         self.held.get(&manifest.digest).is_some_and(same)
     }
 
-    pub(in crate::protocol) fn hold(&mut self, manifest: Manifest) {
-        self.held.insert(manifest.digest, manifest);
+    pub(in crate::protocol) fn hold(&mut self, manifest: Manifest, keep: Keep) {
+        let keep = if self.is_durable(&manifest.digest) { Keep::Durable } else { keep };
+        self.held.insert(manifest.digest, (manifest, keep));
     }
 
     pub(in crate::protocol) fn retain(&mut self, keep: &BTreeSet<Digest>) {
@@ -61,17 +72,64 @@ impl Transfers {
 }
 
 impl Peer {
-    /// What the open round needs and is not here, and who has it.
-    fn needed(&self) -> Vec<(Manifest, Vec<PeerId>)> {
+    /// The models that promises are to rest on, and who has them.
+    fn models_to_keep(&self) -> Vec<Wanted> {
         let bound = self.open.leading.as_ref().and_then(|leading| leading.bound.as_ref());
         let bound = bound.map(|(decree, holders)| (*decree.model(), holders.clone()));
         let proposal = self.proposal_to_pull().map(|(model, leader)| (model, vec![leader]));
-        let mut needed: Vec<_> = self.head_to_pull().into_iter().chain(bound).chain(proposal).collect();
+        let models = self.head_to_pull().into_iter().chain(bound).chain(proposal);
+        models.map(|(manifest, holders)| Wanted { manifest, holders, keep: Keep::Durable }).collect()
+    }
+
+    /// What the open round needs and is not here.
+    fn needed(&self) -> Vec<Wanted> {
         let updates = self.transfers.pulls.fitting(self.updates_to_pull());
-        needed.extend(updates.map(|(update, owner)| (update, vec![owner])));
-        let wanted = |blob: &Digest| !self.transfers.holds(blob) && !self.transfers.retry.contains_key(blob);
-        needed.retain(|(manifest, _)| wanted(&manifest.digest));
+        // A leader that is gone needs them no more; who leads next pulls them of their owners.
+        let updates = updates.map(|(manifest, owner)| Wanted { manifest, holders: vec![owner], keep: Keep::Unflushed });
+        let mut needed = self.models_to_keep();
+        needed.extend(updates);
+        let missing = |blob: &Digest| !self.transfers.holds(blob) && !self.transfers.retry.contains_key(blob);
+        needed.retain(|wanted| missing(&wanted.manifest.digest));
         needed
+    }
+
+    /// Has flushed what is held and would not survive a loss of power: the own update after a while, and at once a model that
+    /// is the only update that it was made of.
+    fn advance_flushes(&mut self, now: Instant) {
+        self.open.flush_update |= self.timers.fired(Timer::Flush, now);
+        let models = self.models_to_keep().into_iter().map(|wanted| wanted.manifest.digest);
+        let update = self.durable.open.update.iter().filter(|_| self.open.flush_update);
+        let update = update.map(|update| update.manifest.digest);
+        for blob in models.chain(update).collect::<BTreeSet<_>>() {
+            let transient = matches!(self.transfers.held.get(&blob), Some((_, Keep::Unflushed)));
+            if transient && !self.transfers.retry.contains_key(&blob) && self.transfers.flushing.insert(blob) {
+                self.actions.push(Action::Start(Job::Flush { blob }));
+            }
+        }
+    }
+
+    pub(in crate::protocol) fn on_flushed(&mut self, blob: Digest, result: Result<bool, String>, now: Instant) {
+        self.transfers.flushing.remove(&blob);
+        match result {
+            Ok(true) => {
+                self.transfers.held.get_mut(&blob).into_iter().for_each(|(_, keep)| *keep = Keep::Durable);
+                self.note_kept(now);
+            }
+            // It was dropped meanwhile. Whoever needs it after all makes it or pulls it again.
+            Ok(false) => _ = self.transfers.held.remove(&blob),
+            Err(why) => {
+                self.transfers.retry.insert(blob, now + self.config.election_timeout);
+                self.notify(Notice::Failed { what: "keeping a blob", why });
+            }
+        }
+    }
+
+    /// What is kept may be the newest model.
+    fn note_kept(&mut self, now: Instant) {
+        if self.note_model_held() {
+            self.persist();
+            self.note_done(now);
+        }
     }
 
     pub(in crate::protocol) fn advance_transfers(&mut self, now: Instant) {
@@ -82,6 +140,7 @@ impl Peer {
             self.transfers.retry.retain(|_, at| *at > now);
             let (needed, retry) = (self.needed(), self.heartbeat());
             self.transfers.pulls.want(needed, retry, now);
+            self.advance_flushes(now);
         }
         let intakes = self.transfers.pulls.intakes();
         self.actions.extend(intakes.into_iter().map(Action::Take));
@@ -107,15 +166,18 @@ impl Peer {
         }
     }
 
-    pub(in crate::protocol) fn on_verified(&mut self, manifest: Manifest, result: Result<(), String>, now: Instant) {
+    pub(in crate::protocol) fn on_verified(
+        &mut self,
+        manifest: Manifest,
+        keep: Keep,
+        result: Result<(), String>,
+        now: Instant,
+    ) {
         self.transfers.pulls.ended(&manifest.digest);
         match result {
             Ok(()) => {
-                self.transfers.hold(manifest);
-                if self.note_model_held() {
-                    self.persist();
-                    self.note_done(now);
-                }
+                self.transfers.hold(manifest, keep);
+                self.note_kept(now);
             }
             Err(why) => self.on_unusable(manifest.digest, why, now),
         }
@@ -129,13 +191,13 @@ impl Peer {
             Some(peer) => self.leave_out(peer, why),
             None => {
                 self.transfers.retry.insert(blob, now + self.config.election_timeout);
-                self.notify(crate::protocol::Notice::Failed { what: "pulling a model", why });
+                self.notify(Notice::Failed { what: "pulling a model", why });
             }
         }
     }
 
     pub(in crate::protocol) fn on_grant(&mut self, sender: &PeerId, blob: Digest, chunks: &ChunkSet, now: Instant) {
-        let Some(manifest) = self.transfers.held.get(&blob).copied() else { return };
+        let Some((manifest, _)) = self.transfers.held.get(&blob).copied() else { return };
         self.linger(now);
         if let Err(error) = chunks.check(manifest.chunks()) {
             return self.bad_message(Some(sender.clone()), error.to_string());
