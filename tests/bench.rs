@@ -124,10 +124,9 @@ fn assert_round(args: &str, peers: f64) -> Value {
     }
     assert_eq!((result["bench"].as_str(), result["broker"].as_str()), (Some("round"), Some("embedded")));
     assert_eq!((number(&result, "peers"), number(&result, "rounds")), (peers, 2.0));
-    // An update of each trainer, and the new model; the leader receives the updates, each trainer the model. On a busy
-    // machine one may be late and take its model when the next round has begun, which is measured no more.
+    // An update of each trainer, and the new model; the leader receives the updates, each trainer the model, however late.
     assert!(number(&result, "wire.sent_per_model") >= peers, "{result}");
-    assert!(number(&result, "wire.received_per_model") >= 2.0 * (peers - 1.0) - 1.0, "{result}");
+    assert!(number(&result, "wire.received_per_model") >= 2.0 * (peers - 1.0), "{result}");
     result
 }
 

@@ -81,6 +81,8 @@ pub enum Report {
     Tally(Tally),
     /// A round was committed.
     Committed(Committed),
+    /// The last model is here: bytes of messages since that of the genesis was.
+    Held(#[serde(with = "traffic")] Traffic),
 }
 
 /// What a role has used and seen since it started.
@@ -105,9 +107,6 @@ pub struct Committed {
     pub led: bool,
     /// How long each phase took.
     pub seconds: PhaseSeconds,
-    /// Bytes of messages since the commit before.
-    #[serde(with = "traffic")]
-    pub traffic: Traffic,
     /// What the process has used so far.
     pub usage: Usage,
     /// How much its state takes on disk, in bytes; nothing, if it keeps none.
