@@ -1,8 +1,8 @@
 //! Measurements of a broker and a machine: what `rodizio bench` runs.
 //!
 //! - [`transfer`](transfer::run): one blob from its holder to receivers (as in a broadcast), or one blob of each of many
-//!   holders to one receiver (as in a gather), with the code that peers use ([`party`]), and the bare
-//!   pipe ([`pipe`]) in turn with it.
+//!   holders to one receiver (as in a gather), with the code that peers use ([`party`]), and bare
+//!   pipes ([`pipe`]) in turn with it.
 //! - [`round`](round::run): whole rounds of real nodes, whose trainers do next to nothing ([`trainer`]).
 //!
 //! - [`train`](train::run): how fast each backend trains a model, beside PyTorch.
@@ -34,7 +34,7 @@ pub mod trainer;
 pub mod transfer;
 pub mod usage;
 
-use role::{Actor, Report, Role, Stage};
+use role::{Actor, HostConfig, Report, Role, Stage};
 use usage::Usage;
 
 /// The first level of every topic.
@@ -195,24 +195,37 @@ impl Setting {
 
     /// Starts the embedded broker, if it is to be used, and says where to meet.
     async fn meet(&self, name: &str, peers: usize) -> Result<(Site, Option<Actor>), BenchError> {
+        if let Some(broker) = &self.broker {
+            return Ok((self.site(broker.clone()), None));
+        }
+        let log_bytes = BrokerConfig::default().log_bytes;
+        let config = HostConfig { chunk_bytes: self.chunk_bytes, peers, log_bytes };
+        let (site, actor) = self.host(name, Role::Broker(config)).await?;
+        Ok((site, Some(actor)))
+    }
+
+    /// Starts a broker and says where to meet.
+    async fn host(&self, name: &str, role: Role) -> Result<(Site, Actor), BenchError> {
+        let mut actor = Actor::start(&self.stage, name, role)?;
+        match actor.report().await? {
+            Report::Listens(addr) => Ok((self.site(addr), actor)),
+            other => {
+                let failure = Failure::of(format!("said {other:?} instead of where it listens"));
+                Err(BenchError::Role { role: name.to_owned(), failure })
+            }
+        }
+    }
+
+    fn site(&self, broker: String) -> Site {
         static MEASUREMENTS: AtomicU64 = AtomicU64::new(0);
         let number = MEASUREMENTS.fetch_add(1, Ordering::Relaxed);
-        let (mut hosted, mut broker) = (None, self.broker.clone().unwrap_or_default());
-        if self.broker.is_none() {
-            let mut actor = Actor::start(&self.stage, name, Role::Broker { chunk_bytes: self.chunk_bytes, peers })?;
-            if let Report::Listens(addr) = actor.report().await? {
-                broker = addr;
-            }
-            hosted = Some(actor);
-        }
-        let site = Site {
+        Site {
             broker,
             is_embedded: self.broker.is_none(),
             prefix: PREFIX.to_owned(),
             federation: format!("bench-{}-{number}", std::process::id()),
             chunk_bytes: self.chunk_bytes,
-        };
-        Ok((site, hosted))
+        }
     }
 
     fn broker_name(&self) -> String {

@@ -3,15 +3,18 @@
 //! A role takes [`Order`]s and gives [`Report`]s. In a process of its own it reads and writes them as lines of JSON, and
 //! ends when its standard input does: when it is no longer needed, and also when this process is killed.
 
+use std::collections::HashMap;
 use std::io::{self, BufRead, BufReader, Write};
+use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use tokio::net::TcpStream;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use super::party::{self, PartyConfig};
 use super::pipe::{self, PipeConfig};
@@ -27,16 +30,17 @@ use crate::types::{PeerId, Round};
 /// How long a role may take to end.
 const END_MAX: Duration = Duration::from_secs(10);
 
+/// How long rumqttd may take to listen, and how often it is looked whether it does.
+const LISTEN_MAX: Duration = Duration::from_secs(10);
+const LISTEN_PAUSE: Duration = Duration::from_millis(5);
+
 /// What a process or a task is for.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Role {
     /// The embedded broker.
-    Broker {
-        /// The length of a chunk, in bytes.
-        chunk_bytes: u32,
-        /// How many peers it has room for.
-        peers: usize,
-    },
+    Broker(HostConfig),
+    /// rumqttd behind its own front.
+    Rumqttd(HostConfig),
     /// Holds or receives blobs, as peers do.
     Party(PartyConfig),
     /// Sends through the bare pipe.
@@ -45,6 +49,24 @@ pub enum Role {
     PipeReceiver(PipeConfig),
     /// Takes part in whole rounds.
     Peer(Box<PeerConfig>),
+}
+
+/// What a broker has to bear.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct HostConfig {
+    /// The length of a chunk, in bytes.
+    pub chunk_bytes: u32,
+    /// How many peers it has room for.
+    pub peers: usize,
+    /// How many bytes of messages its router keeps for each filter.
+    pub log_bytes: usize,
+}
+
+impl HostConfig {
+    /// A peer has two connections, and each end of a pipe has one.
+    fn connections(self) -> usize {
+        2 * self.peers + 8
+    }
 }
 
 /// What a role is asked to do.
@@ -81,6 +103,8 @@ pub enum Report {
     Tally(Tally),
     /// A round was committed.
     Committed(Committed),
+    /// The last model is here: bytes of messages since that of the genesis was.
+    Held(#[serde(with = "traffic")] Traffic),
 }
 
 /// What a role has used and seen since it started.
@@ -105,9 +129,6 @@ pub struct Committed {
     pub led: bool,
     /// How long each phase took.
     pub seconds: PhaseSeconds,
-    /// Bytes of messages since the commit before.
-    #[serde(with = "traffic")]
-    pub traffic: Traffic,
     /// What the process has used so far.
     pub usage: Usage,
     /// How much its state takes on disk, in bytes; nothing, if it keeps none.
@@ -136,7 +157,8 @@ type Line = Result<Report, Failure>;
 async fn play(role: Role, orders: UnboundedReceiver<Order>, reports: UnboundedSender<Line>) {
     let tell = |report| _ = reports.send(Ok(report));
     let played = match role {
-        Role::Broker { chunk_bytes, peers } => broker(chunk_bytes, peers, orders, &tell).await,
+        Role::Broker(config) => broker(config, orders, &tell).await,
+        Role::Rumqttd(config) => rumqttd(config, orders, &tell).await,
         Role::Party(config) => party::run(config, orders, &tell).await,
         Role::PipeSender(config) => pipe::send(config, orders, &tell).await,
         Role::PipeReceiver(config) => pipe::receive(config, orders, &tell).await,
@@ -149,15 +171,14 @@ async fn play(role: Role, orders: UnboundedReceiver<Order>, reports: UnboundedSe
 }
 
 async fn broker(
-    chunk_bytes: u32,
-    peers: usize,
+    host: HostConfig,
     mut orders: UnboundedReceiver<Order>,
     tell: &(impl Fn(Report) + Sync),
 ) -> Result<(), Failure> {
-    let config = BrokerConfig::for_chunks(chunk_bytes as usize);
-    // A peer has two connections, and both ends of the pipe have one.
-    let connections_max = config.connections_max.max(2 * peers + 8);
-    let broker = Broker::start(BrokerConfig { connections_max, ..config }).await.map_err(Failure::broker)?;
+    let config = BrokerConfig::for_chunks(host.chunk_bytes as usize);
+    let connections_max = config.connections_max.max(host.connections());
+    let config = BrokerConfig { connections_max, log_bytes: host.log_bytes, ..config };
+    let broker = Broker::start(config).await.map_err(Failure::broker)?;
     tell(Report::Listens(broker.addr().to_string()));
     while let Some(order) = orders.recv().await {
         if let Order::Tally = order {
@@ -165,6 +186,46 @@ async fn broker(
         }
     }
     broker.stop().await;
+    Ok(())
+}
+
+/// It cannot be told to stop, and ends with the process.
+async fn rumqttd(
+    host: HostConfig,
+    mut orders: UnboundedReceiver<Order>,
+    tell: &(impl Fn(Report) + Sync),
+) -> Result<(), Failure> {
+    // It would not say which port it got for port 0.
+    let free = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).and_then(|listener| listener.local_addr());
+    let listen = free.map_err(Failure::broker)?;
+    let connections = rumqttd::ConnectionSettings {
+        connection_timeout_ms: 60_000,
+        max_payload_size: BrokerConfig::for_chunks(host.chunk_bytes as usize).packet_bytes_max,
+        max_inflight_count: 100,
+        auth: None,
+        external_auth: None,
+        dynamic_filters: false,
+    };
+    let name = "rumqttd".to_owned();
+    let server = rumqttd::ServerSettings { name, listen, tls: None, next_connection_delay_ms: 1, connections };
+    let router = rumqttd::RouterConfig {
+        max_connections: host.connections(),
+        max_outgoing_packet_count: 200,
+        max_segment_size: host.log_bytes / 2,
+        max_segment_count: 2,
+        ..rumqttd::RouterConfig::default()
+    };
+    let v4 = Some(HashMap::from([("v4".to_owned(), server)]));
+    let mut broker = rumqttd::Broker::new(rumqttd::Config { router, v4, ..rumqttd::Config::default() });
+    thread::spawn(move || broker.start());
+    let listens = async {
+        while TcpStream::connect(listen).await.is_err() {
+            sleep(LISTEN_PAUSE).await;
+        }
+    };
+    timeout(LISTEN_MAX, listens).await.map_err(|_| Failure::broker(format!("does not listen on {listen}")))?;
+    tell(Report::Listens(listen.to_string()));
+    while orders.recv().await.is_some() {}
     Ok(())
 }
 

@@ -17,7 +17,7 @@ use super::usage::Usage;
 use super::{BenchError, Failure, Growth, Heartbeat, RoleUsage, Setting, Site, Wire, mb_per_s, median};
 use crate::events::PhaseSeconds;
 use crate::journal::Journal;
-use crate::node::{self, Node, Observation, Outcome, Storage};
+use crate::node::{self, Node, Observation, Outcome, Storage, Traffic};
 use crate::protocol::{Config, Notice, Policy};
 use crate::transfer::{Codec, Codecs};
 use crate::types::{PeerId, Round};
@@ -138,22 +138,31 @@ pub(super) async fn take_part(
         storage,
         durable,
     };
+    // Not from commit to commit: a quorum commits without the others, who take the model of that round in the next one.
+    let (last, mut to_commit, mut genesis) = (Round(config.rounds), Traffic::default(), Traffic::default());
     let mut observe = |observation: Observation<'_>| {
-        if let Observation::Notice(Notice::Committed(committed), traffic) = observation {
-            tell(Report::Committed(Committed {
-                round: committed.decree.round,
-                led: committed.led,
-                seconds: committed.seconds.into(),
-                traffic,
-                usage: Usage::now(),
-                disk_bytes: state_dir.as_deref().map_or(0, disk_bytes),
-            }));
+        let Observation::Notice(notice, traffic) = observation else { return };
+        let so_far = to_commit.plus(traffic);
+        match notice {
+            Notice::ModelHeld { round: Round::GENESIS, .. } => genesis = so_far,
+            Notice::ModelHeld { round, .. } if *round == last => tell(Report::Held(so_far.minus(genesis))),
+            Notice::Committed(committed) => {
+                to_commit = so_far;
+                tell(Report::Committed(Committed {
+                    round: committed.decree.round,
+                    led: committed.led,
+                    seconds: committed.seconds.into(),
+                    usage: Usage::now(),
+                    disk_bytes: state_dir.as_deref().map_or(0, disk_bytes),
+                }));
+            }
+            _ => {}
         }
     };
     let stop = async { while orders.recv().await.is_some() {} };
     let outcome = node.run(stop, &mut observe).await.map_err(Failure::of)?;
     match outcome {
-        Outcome::Finished { .. } | Outcome::FinishedWithoutModel | Outcome::Interrupted => Ok(()),
+        Outcome::Finished { .. } | Outcome::Interrupted => Ok(()),
         Outcome::LostBroker(why) => Err(Failure::broker(why)),
         other => Err(Failure::of(format!("its run ended with {other:?}"))),
     }
@@ -188,7 +197,7 @@ pub async fn run(options: &RoundOptions, progress: &mut (dyn FnMut(&str) + Send)
     }
     let (site, broker) = setting.meet("the broker", peers).await?;
     progress(&format!("{rounds} rounds of {peers} peers"));
-    let mut seen = vec![Vec::new(); peers];
+    let (mut seen, mut traffic) = (vec![Vec::new(); peers], Traffic::default());
     let after = setting.patience(2 * peers * rounds as usize);
     let stuck = |_| BenchError::Stuck { what: "the rounds", after };
     let (mut broker, mut broker_usages) = (broker, Vec::new());
@@ -207,8 +216,9 @@ pub async fn run(options: &RoundOptions, progress: &mut (dyn FnMut(&str) + Send)
         };
         let Some(ended) = ended else { break };
         let lost = |error| BenchError::Machine(std::io::Error::other(error));
-        let (index, commits) = ended.map_err(lost)??;
+        let (index, commits, spent) = ended.map_err(lost)??;
         seen[index] = commits;
+        traffic = traffic.plus(spent);
     }
     let heartbeat = pulse.end().await?;
     if let Some(mut actor) = broker {
@@ -219,7 +229,7 @@ pub async fn run(options: &RoundOptions, progress: &mut (dyn FnMut(&str) + Send)
     for _ in 0..GAUGES {
         gauge.measure().await?;
     }
-    result(options, &setting, &seen, &broker_usages, gauge.result(), heartbeat)
+    result(options, &setting, &seen, traffic, &broker_usages, gauge.result(), heartbeat)
 }
 
 /// Two more at the broker, in a federation of their own: one sends heartbeats, as often as in a measurement of transfers,
@@ -259,7 +269,7 @@ fn start(
     setting: &Setting,
     site: &Site,
     tenth: &Arc<Notify>,
-) -> Result<JoinSet<Result<(usize, Vec<Committed>), BenchError>>, BenchError> {
+) -> Result<JoinSet<Result<(usize, Vec<Committed>, Traffic), BenchError>>, BenchError> {
     let mut running = JoinSet::new();
     for index in 0..options.peers {
         let peer = name(options, index);
@@ -284,17 +294,21 @@ fn start(
         let mut actor = Actor::start(&setting.stage, peer.as_str(), Role::Peer(Box::new(config)))?;
         let (tenth, is_tenth) = (tenth.clone(), Round(tenth_of(options.rounds)));
         running.spawn(async move {
-            let mut commits = Vec::new();
+            let (mut commits, mut spent) = (Vec::new(), Traffic::default());
             while let Some(report) = actor.next().await? {
-                if let Report::Committed(committed) = report {
-                    if index == 0 && committed.round == is_tenth {
-                        tenth.notify_one();
+                match report {
+                    Report::Committed(committed) => {
+                        if index == 0 && committed.round == is_tenth {
+                            tenth.notify_one();
+                        }
+                        commits.push(committed);
                     }
-                    commits.push(committed);
+                    Report::Held(traffic) => spent = traffic,
+                    _ => {}
                 }
             }
             actor.end().await;
-            Ok((index, commits))
+            Ok((index, commits, spent))
         });
     }
     Ok(running)
@@ -314,6 +328,7 @@ fn result(
     options: &RoundOptions,
     setting: &Setting,
     seen: &[Vec<Committed>],
+    traffic: Traffic,
     broker: &[Usage],
     machine: Machine,
     heartbeat: Heartbeat,
@@ -329,10 +344,7 @@ fn result(
         |of: fn(&PhaseSeconds) -> f64| median(&led.iter().map(|committed| of(&committed.seconds)).collect::<Vec<_>>());
     let total = phase(|seconds| seconds.total);
     let totals = || led.iter().map(|committed| committed.seconds.total);
-    let (sent, received) = seen.iter().flatten().filter(is_measured).fold((0, 0), |(sent, received), committed| {
-        (sent + committed.traffic.sent, received + committed.traffic.received)
-    });
-    let (sent, received) = (sent / led.len() as u64, received / led.len() as u64);
+    let (sent, received) = (traffic.sent / led.len() as u64, traffic.received / led.len() as u64);
     let speed = mb_per_s(received, total);
     Ok(RoundResult {
         bench: "round",

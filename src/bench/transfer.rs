@@ -1,12 +1,14 @@
 //! One blob from its holder to receivers, or one of each of many holders to one receiver.
 
+use std::iter;
+
 use serde::Serialize;
 use tokio::time::timeout;
 
 use super::machine::{Gauge, Machine};
 use super::party::PartyConfig;
-use super::pipe::PipeConfig;
-use super::role::{Actor, Order, Report, Role, Tally};
+use super::pipe::{PipeConfig, in_flight_bytes};
+use super::role::{Actor, HostConfig, Order, Report, Role, Tally};
 use super::usage::Usage;
 use super::{BenchError, Failure, Heartbeat, RoleUsage, Setting, Site, Wire, mb_per_s, median};
 use crate::transfer::Manifest;
@@ -50,6 +52,10 @@ pub struct TransferResult {
     pub mb_per_s: f64,
     /// The bare pipe, which verifies nothing.
     pub pipe: Speed,
+    /// The same at QoS 1; only beside the embedded broker.
+    pub pipe_qos1: Option<Speed>,
+    /// The same through rumqttd behind its own front; only beside the embedded broker.
+    pub pipe_rumqttd: Option<Speed>,
     /// This machine.
     pub machine: Machine,
     /// The speed as a share of others.
@@ -93,6 +99,10 @@ pub struct TransferRatio {
     pub to_pipe: f64,
     /// Of the bare pipe's, until the last chunk.
     pub pull_to_pipe: f64,
+    /// Of that of the pipe at QoS 1, until everything was verified.
+    pub to_pipe_qos1: Option<f64>,
+    /// Of that of the pipe through rumqttd, until everything was verified.
+    pub to_pipe_rumqttd: Option<f64>,
     /// Of a TCP connection's over loopback.
     pub to_tcp: f64,
     /// Of a copy's in memory.
@@ -109,20 +119,19 @@ pub async fn run(
 ) -> Result<TransferResult, BenchError> {
     let TransferOptions { senders, receivers, repeat, .. } = *options;
     let setting = Setting { bytes: 4 * options.setting.bytes.div_ceil(4), ..options.setting.clone() };
-    // A sender has its blob once, and once more for the pipe; a receiver has all blobs.
-    let blobs = 2 * senders + receivers * senders;
+    // A sender has its blob once, and once more for each pipe; a receiver has all blobs.
+    let blobs = 4 * senders + receivers * senders;
     setting.check_memory(format!("{senders} senders and {receivers} receivers"), blobs as u64)?;
     let options = TransferOptions { setting, ..options.clone() };
     let peers = senders + receivers;
     let (site, broker) = options.setting.meet("the broker", peers).await?;
-    let (pipe_site, pipe_broker) = options.setting.meet("the pipe's broker", peers).await?;
     let mut ours = Ours::start(&options, &site).await?;
-    let mut pipe = Pipe::start(&options, &pipe_site).await?;
+    let mut pipes = Pipes::start(&options).await?;
     let mut gauge = Gauge::new(options.setting.bytes);
     let mut brokers: Vec<Actor> = broker.into_iter().collect();
 
     let before = tallies(ours.senders.iter_mut().chain(&mut ours.receivers).chain(&mut brokers)).await?;
-    let (mut totals, mut pulls, mut pipes, mut own_cpu) = (Vec::new(), Vec::new(), Vec::new(), 0.0);
+    let (mut totals, mut pulls, mut own_cpu) = (Vec::new(), Vec::new(), 0.0);
     for number in 1..=repeat as u64 {
         progress(&format!("transfer {number} of {repeat}"));
         let cpu = Usage::now().cpu_seconds;
@@ -130,7 +139,7 @@ pub async fn run(
         own_cpu += Usage::now().cpu_seconds.zip(cpu).map_or(0.0, |(after, before)| after - before);
         totals.push(total);
         pulls.push(pull);
-        pipes.push(pipe.go(&options, Round(number)).await?);
+        pipes.go(&options, Round(number)).await?;
         gauge.measure().await?;
     }
     let after = tallies(ours.senders.iter_mut().chain(&mut ours.receivers).chain(&mut brokers)).await?;
@@ -141,20 +150,21 @@ pub async fn run(
         let cpu = |seconds| Usage { cpu_seconds: Usage::now().cpu_seconds.map(|_| seconds), ..Usage::now() };
         vec![RoleUsage::of("process", &[(cpu(0.0), cpu(own_cpu))], repeat)]
     };
-    for actor in ours.senders.into_iter().chain(ours.receivers).chain(pipe.senders).chain(pipe.receivers) {
+    let [pipe, pipe_qos1, pipe_rumqttd] = pipes.end().await;
+    for actor in ours.senders.into_iter().chain(ours.receivers).chain(brokers) {
         actor.end().await;
     }
-    for actor in brokers.into_iter().chain(pipe_broker) {
-        actor.end().await;
-    }
-    let samples = Samples { totals, pulls, pipes };
+    let samples = Samples { totals, pulls, pipe, pipe_qos1, pipe_rumqttd };
     Ok(result(&options, &samples, gauge.result(), roles, &before, &after))
 }
 
+/// Seconds of each repeat; none of what was not measured.
 struct Samples {
     totals: Vec<f64>,
     pulls: Vec<f64>,
-    pipes: Vec<f64>,
+    pipe: Vec<f64>,
+    pipe_qos1: Vec<f64>,
+    pipe_rumqttd: Vec<f64>,
 }
 
 fn result(
@@ -167,7 +177,10 @@ fn result(
 ) -> TransferResult {
     let TransferOptions { senders, receivers, repeat, ref setting } = *options;
     let delivered = setting.bytes * (senders * receivers) as u64;
-    let (total, pull, pipe) = (median(&samples.totals), median(&samples.pulls), median(&samples.pipes));
+    let (total, pull, pipe) = (median(&samples.totals), median(&samples.pulls), median(&samples.pipe));
+    let other = |samples: &[f64]| (!samples.is_empty()).then(|| median(samples));
+    let (pipe_qos1, pipe_rumqttd) = (other(&samples.pipe_qos1), other(&samples.pipe_rumqttd));
+    let pipe_speed = |seconds| Speed { seconds, mb_per_s: mb_per_s(delivered, seconds) };
     let of_all = |bytes: fn(&Tally) -> u64| {
         let spent = before.iter().zip(after).map(|(before, after)| bytes(after) - bytes(before)).sum::<u64>();
         spent / repeat.max(1) as u64
@@ -190,11 +203,15 @@ fn result(
             slowest: samples.totals.iter().copied().fold(0.0, f64::max),
         },
         mb_per_s: speed,
-        pipe: Speed { seconds: pipe, mb_per_s: mb_per_s(delivered, pipe) },
+        pipe: pipe_speed(pipe),
+        pipe_qos1: pipe_qos1.map(pipe_speed),
+        pipe_rumqttd: pipe_rumqttd.map(pipe_speed),
         machine,
         ratio: TransferRatio {
             to_pipe: pipe / total,
             pull_to_pipe: pipe / pull,
+            to_pipe_qos1: pipe_qos1.map(|pipe| pipe / total),
+            to_pipe_rumqttd: pipe_rumqttd.map(|pipe| pipe / total),
             to_tcp: speed / machine.tcp_mb_per_s,
             to_memory_copy: speed / machine.memory_copy_mb_per_s,
         },
@@ -273,24 +290,77 @@ impl Ours {
     }
 }
 
-/// The bare pipe.
+/// What transfers are measured against.
+struct Pipes {
+    bare: Pipe,
+    /// The same at QoS 1, and through rumqttd; only beside the embedded broker.
+    others: Option<[Pipe; 2]>,
+    brokers: Vec<Actor>,
+}
+
+impl Pipes {
+    async fn start(options: &TransferOptions) -> Result<Self, BenchError> {
+        let TransferOptions { senders, receivers, ref setting, .. } = *options;
+        let (chunk_bytes, peers) = (setting.chunk_bytes, senders + receivers);
+        if setting.broker.is_some() {
+            let (site, _) = setting.meet("the pipe's broker", peers).await?;
+            return Ok(Self { bare: Pipe::start(options, site, 0).await?, others: None, brokers: Vec::new() });
+        }
+        // Nothing is sent twice, so nothing may be lost: twice what is in flight stays when half of this is forgotten.
+        let log_bytes = 4 * usize::try_from(in_flight_bytes(chunk_bytes, senders)).unwrap_or(usize::MAX / 4);
+        let config = HostConfig { chunk_bytes, peers: 2 * peers, log_bytes };
+        let (site, embedded) = setting.host("the pipe's broker", Role::Broker(config)).await?;
+        let qos1 = Site { federation: format!("{}-qos1", site.federation), ..site.clone() };
+        let (other, rumqttd) = setting.host("the pipe's rumqttd", Role::Rumqttd(config)).await?;
+        let others = [Pipe::start(options, qos1, 1).await?, Pipe::start(options, other, 0).await?];
+        let brokers = vec![embedded, rumqttd];
+        Ok(Self { bare: Pipe::start(options, site, 0).await?, others: Some(others), brokers })
+    }
+
+    async fn go(&mut self, options: &TransferOptions, round: Round) -> Result<(), BenchError> {
+        for pipe in iter::once(&mut self.bare).chain(self.others.iter_mut().flatten()) {
+            pipe.go(options, round).await?;
+        }
+        Ok(())
+    }
+
+    /// Ends everything. Seconds of each repeat: of the bare pipe, at QoS 1, and through rumqttd.
+    async fn end(self) -> [Vec<f64>; 3] {
+        let mut samples = [Vec::new(), Vec::new(), Vec::new()];
+        for (pipe, samples) in iter::once(self.bare).chain(self.others.into_iter().flatten()).zip(&mut samples) {
+            *samples = pipe.seconds;
+            for actor in pipe.senders.into_iter().chain(pipe.receivers) {
+                actor.end().await;
+            }
+        }
+        for actor in self.brokers {
+            actor.end().await;
+        }
+        samples
+    }
+}
+
+/// A bare pipe.
 struct Pipe {
     senders: Vec<Actor>,
     receivers: Vec<Actor>,
+    /// What each repeat took.
+    seconds: Vec<f64>,
 }
 
 impl Pipe {
-    async fn start(options: &TransferOptions, site: &Site) -> Result<Self, BenchError> {
+    async fn start(options: &TransferOptions, site: Site, qos: u8) -> Result<Self, BenchError> {
         let TransferOptions { senders, receivers, ref setting, .. } = *options;
         let start = |kind: &str, index: usize, role: fn(PipeConfig) -> Role| {
             let (site, peer) = (site.clone(), numbered(kind, index));
             let name = format!("the pipe's {peer}");
-            let role = role(PipeConfig { site, peer, bytes: setting.bytes, senders, receivers });
+            let role = role(PipeConfig { site, peer, bytes: setting.bytes, senders, receivers, qos });
             Actor::start(&setting.stage, &name, role)
         };
         let mut pipe = Self {
             senders: (0..senders).map(|i| start("sender", i, Role::PipeSender)).collect::<Result<_, _>>()?,
             receivers: (0..receivers).map(|i| start("receiver", i, Role::PipeReceiver)).collect::<Result<_, _>>()?,
+            seconds: Vec::new(),
         };
         for actor in pipe.senders.iter_mut().chain(&mut pipe.receivers) {
             actor.report().await?;
@@ -298,7 +368,7 @@ impl Pipe {
         Ok(pipe)
     }
 
-    async fn go(&mut self, options: &TransferOptions, round: Round) -> Result<f64, BenchError> {
+    async fn go(&mut self, options: &TransferOptions, round: Round) -> Result<(), BenchError> {
         for receiver in &mut self.receivers {
             receiver.order(Order::Go { round, pulls: Vec::new() });
             receiver.report().await?;
@@ -307,7 +377,8 @@ impl Pipe {
             sender.order(Order::Go { round, pulls: Vec::new() });
         }
         let (seconds, _) = ended(options, "the bare pipe", &mut self.receivers).await?;
-        Ok(seconds)
+        self.seconds.push(seconds);
+        Ok(())
     }
 }
 

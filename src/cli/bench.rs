@@ -11,7 +11,7 @@ use crate::bench::machine::Machine;
 use crate::bench::role::{self, Stage};
 use crate::bench::round::{self, RoundOptions, RoundResult};
 use crate::bench::train::{self, TrainOptions, TrainResult};
-use crate::bench::transfer::{self, TransferOptions, TransferResult};
+use crate::bench::transfer::{self, Speed, TransferOptions, TransferResult};
 use crate::bench::{BenchError, Growth, Heartbeat, RoleUsage, Setting, Wire};
 use crate::cli::args::{BenchArgs, Measure, MeasureArgs, RoundArgs, TrainArgs, TransferArgs};
 use crate::cli::{Exit, Failure, Shell, Stream, interrupt, log, runtime};
@@ -163,17 +163,15 @@ fn transfer_table(result: &TransferResult) -> Vec<[String; 2]> {
             ),
         ),
         row("speed", format!("{:.0} MB/s", result.mb_per_s)),
-        row(
-            "bare pipe",
-            format!(
-                "{:.0} MB/s in {:.3} s: the transfer has {} of its speed, {} until the last chunk",
-                result.pipe.mb_per_s,
-                result.pipe.seconds,
-                percent(ratio.to_pipe),
-                percent(ratio.pull_to_pipe)
-            ),
-        ),
     ];
+    let mut bare = pipe_row("bare pipe", result.pipe, ratio.to_pipe);
+    bare[1] += &format!(", {} until the last chunk", percent(ratio.pull_to_pipe));
+    rows.push(bare);
+    let pipes = [
+        ("pipe at QoS 1", result.pipe_qos1, ratio.to_pipe_qos1),
+        ("pipe of rumqttd", result.pipe_rumqttd, ratio.to_pipe_rumqttd),
+    ];
+    rows.extend(pipes.into_iter().filter_map(|(name, pipe, ratio)| Some(pipe_row(name, pipe?, ratio?))));
     rows.extend(machine_rows(&result.machine, ratio.to_tcp, ratio.to_memory_copy));
     rows.push(wire_row(&result.wire));
     rows.push(heartbeat_row(&result.heartbeat));
@@ -259,6 +257,11 @@ fn train_table(result: &TrainResult) -> Vec<[String; 2]> {
 
 fn row(name: &str, value: String) -> [String; 2] {
     [name.to_owned(), value]
+}
+
+fn pipe_row(name: &str, pipe: Speed, ratio: f64) -> [String; 2] {
+    let Speed { mb_per_s, seconds } = pipe;
+    row(name, format!("{mb_per_s:.0} MB/s in {seconds:.3} s: the transfer has {} of its speed", percent(ratio)))
 }
 
 fn machine_rows(machine: &Machine, to_tcp: f64, to_memory_copy: f64) -> [[String; 2]; 2] {
