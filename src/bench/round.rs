@@ -117,6 +117,7 @@ pub(super) async fn take_part(
     tell: &(dyn Fn(Report) + Sync),
 ) -> Result<(), Failure> {
     let PeerConfig { site, peer, values, number, config, codecs, state_dir } = config;
+    let last = Round(config.rounds);
     let (storage, durable) = match &state_dir {
         Some(dir) => (Storage::Disk(Journal::open(dir, &config.federation, Some(&peer)).map_err(Failure::of)?.0), None),
         None => (Storage::Memory, None),
@@ -139,7 +140,7 @@ pub(super) async fn take_part(
         durable,
     };
     // Not from commit to commit: a quorum commits without the others, who take the model of that round in the next one.
-    let (last, mut to_commit, mut genesis) = (Round(config.rounds), Traffic::default(), Traffic::default());
+    let (mut to_commit, mut genesis) = (Traffic::default(), Traffic::default());
     let mut observe = |observation: Observation<'_>| {
         let Observation::Notice(notice, traffic) = observation else { return };
         let so_far = to_commit.plus(traffic);
