@@ -31,7 +31,7 @@
 //! that pass when somebody makes room from those that need a person: after an input/output error, or when the
 //! directory has vanished (another process may hold the one that comes back), nothing here is to be relied on.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, TryLockError};
 use std::io::{self, ErrorKind, Write};
 use std::ops::Range;
@@ -40,8 +40,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 
+use crate::buffers::Buffers;
 use crate::transfer::{Keep, Source};
 use crate::types::{Digest, PeerId};
 
@@ -69,9 +70,6 @@ const DRAFT: &str = "draft.blob";
 
 /// After so many bytes a file that is being written is flushed, in the background.
 const FLUSH_BYTES: usize = 8 << 20;
-
-/// What [`Buffers`] hold at most: what one receiver has asked for at a time, twice.
-const BUFFERS_BYTES_MAX: usize = 8 << 20;
 
 /// How the last line of an identity file starts.
 const CHECKSUM: &str = "checksum ";
@@ -116,11 +114,6 @@ struct Known {
     blob: Blob,
     keep: Keep,
 }
-
-/// Memory for messages, used again once they are sent: new memory would have to be given by the system and filled with
-/// zeros, chunk by chunk.
-#[derive(Debug, Default)]
-pub struct Buffers(VecDeque<Bytes>);
 
 #[derive(Debug)]
 enum Content {
@@ -455,9 +448,12 @@ impl Blobs {
         let dropped: Vec<(Digest, Known)> = self.known().extract_if(.., |digest, _| !keep.contains(digest)).collect();
         let Some(disk) = &self.disk else {
             let parts = dropped.into_iter().filter_map(|(_, known)| known.blob.into_parts()).flat_map(|parts| parts.0);
+            let mut spare = Buffers::new(usize::MAX);
             // Of parts that came in one buffer, one can have it.
-            let unshared = parts.filter_map(|(_, part)| part.try_into_mut().ok().map(BytesMut::freeze));
-            *self.spare() = Buffers(unshared.collect());
+            for (_, part) in parts {
+                part.try_into_mut().into_iter().for_each(|part| drop(spare.lend(part)));
+            }
+            *self.spare() = spare;
             return Ok(());
         };
         for (name, path) in list(&disk.blobs_dir())? {
@@ -496,14 +492,24 @@ impl Blob {
         }
     }
 
-    /// A message in one of `buffers`: `header`, and behind it the bytes of `range`, all of which must be there. No copy has
-    /// to join them.
-    pub fn behind(&self, header: &[u8], range: Range<usize>, buffers: &mut Buffers) -> Result<Bytes, JournalError> {
+    /// A message, in two parts: `header`, and behind it the bytes of `range`, all of which must be there. What lies in memory
+    /// is not copied, and what lies on disk is read behind the header, in one of `buffers`: no copy has to join them.
+    pub fn behind(
+        &self,
+        header: Bytes,
+        range: Range<usize>,
+        buffers: &mut Buffers,
+    ) -> Result<(Bytes, Bytes), JournalError> {
+        if let Content::Memory(parts) = &*self.0
+            && let Some(part) = parts.slice(&range)
+        {
+            return Ok((header, part));
+        }
         let mut message = buffers.take(header.len() + range.len());
         let (head, tail) = message.split_at_mut(header.len());
-        head.copy_from_slice(header);
+        head.copy_from_slice(&header);
         self.read(range.start as u64, tail)?;
-        Ok(buffers.lend(message))
+        Ok((buffers.lend(message), Bytes::new()))
     }
 
     /// Its memory, if it lies in memory and nobody else reads it.
@@ -523,35 +529,6 @@ impl Blob {
         let mut bytes = vec![0; usize::try_from(self.bytes()).unwrap_or(usize::MAX)];
         self.read(0, &mut bytes)?;
         Ok(bytes.into())
-    }
-}
-
-impl Buffers {
-    /// So many bytes, of any value.
-    fn take(&mut self, length: usize) -> BytesMut {
-        self.spare(length).unwrap_or_else(|| BytesMut::zeroed(length))
-    }
-
-    /// So many bytes, of any value, that were used before.
-    fn spare(&mut self, length: usize) -> Option<BytesMut> {
-        // What was lent first is back first.
-        match self.0.pop_front()?.try_into_mut() {
-            Ok(mut buffer) if buffer.capacity() >= length => {
-                buffer.resize(length, 0);
-                return Some(buffer);
-            }
-            Ok(_too_short) => {}
-            Err(lent) => self.0.push_front(lent),
-        }
-        None
-    }
-
-    fn lend(&mut self, buffer: BytesMut) -> Bytes {
-        let lent = buffer.freeze();
-        if lent.len().saturating_mul(self.0.len() + 1) <= BUFFERS_BYTES_MAX {
-            self.0.push_back(lent.clone());
-        }
-        lent
     }
 }
 
@@ -667,6 +644,14 @@ impl Parts {
             return Some(Bytes::new());
         }
         self.0.first_key_value().filter(|(start, _)| self.0.len() == 1 && **start == 0).map(|(_, part)| part.clone())
+    }
+
+    /// The bytes of `range`, if they lie in one part.
+    fn slice(&self, range: &Range<usize>) -> Option<Bytes> {
+        let (begin, part) = self.0.range(..=range.start as u64).next_back()?;
+        let skipped = range.start - usize::try_from(*begin).ok()?;
+        let length = range.len();
+        (length <= part.len().checked_sub(skipped)?).then(|| part.slice(skipped..skipped + length))
     }
 
     fn read(&self, start: u64, out: &mut [u8]) -> io::Result<()> {
@@ -957,6 +942,8 @@ fn io_error(action: &'static str, path: &Path) -> impl Fn(io::Error) -> JournalE
 
 #[cfg(test)]
 mod tests {
+    use bytes::BytesMut;
+
     use super::*;
 
     fn open(dir: &Path) -> Result<(Journal, Loaded), JournalError> {
@@ -1397,19 +1384,30 @@ mod tests {
     }
 
     #[test]
-    fn a_buffer_is_used_again_once_nobody_reads_it_and_never_before() {
-        let (blobs, mut buffers) = (Blobs::memory(), Buffers::default());
+    fn a_message_is_a_part_of_a_blob_behind_a_header_and_copied_only_where_it_must_be() {
+        let dir = tempfile::tempdir().unwrap();
+        let (journal, _) = open(dir.path()).unwrap();
         let bytes = Bytes::from_static(b"weights of a model");
-        blobs.put(Digest::of(&bytes), &bytes).unwrap();
-        let blob = blobs.open(Digest::of(&bytes)).unwrap().unwrap();
-        let first = blob.behind(b"head:", 0..7, &mut buffers).unwrap();
-        let second = blob.behind(b"head:", 11..18, &mut buffers).unwrap();
-        assert_eq!((&first[..], &second[..]), (&b"head:weights"[..], &b"head:a model"[..]));
-        let place = first.as_ptr();
-        drop(first);
-        let third = blob.behind(b"h", 8..10, &mut buffers).unwrap();
-        assert_eq!((&third[..], third.as_ptr()), (&b"hof"[..], place));
-        assert_eq!(second, &b"head:a model"[..]);
+        let digest = Digest::of(&bytes);
+        for blobs in [journal.blobs(), Blobs::memory()] {
+            let mut draft = blobs.draft().unwrap();
+            draft.write(0, &bytes.slice(..8)).unwrap();
+            draft.write(8, &bytes.slice(8..)).unwrap();
+            draft.keep(digest).unwrap();
+            let blob = blobs.open(digest).unwrap().unwrap();
+            let mut buffers = Buffers::default();
+            for range in [0..7, 11..18, 4..10, 0..18, 8..8] {
+                let header = Bytes::from_static(b"head:");
+                let (head, tail) = blob.behind(header, range.clone(), &mut buffers).unwrap();
+                assert_eq!([head, tail].concat(), [b"head:", &bytes[range]].concat());
+            }
+            assert!(blob.behind(Bytes::new(), 11..19, &mut buffers).is_err());
+        }
+        let blobs = Blobs::memory();
+        blobs.put(digest, &bytes).unwrap();
+        let blob = blobs.open(digest).unwrap().unwrap();
+        let (_, tail) = blob.behind(Bytes::new(), 11..18, &mut Buffers::default()).unwrap();
+        assert_eq!(tail.as_ptr(), bytes[11..].as_ptr());
     }
 
     #[test]

@@ -12,7 +12,7 @@
 //! |---|---|---|
 //! | 5 people | one peer from its settings, the local cluster, measurements, what people and scripts see | [`peer`], [`cluster`], [`bench`](mod@bench), [`events`], [`rundir`], [`config`], [`cli`] |
 //! | 4 meeting | the one loop, with a real clock or in virtual time | [`node`], [`sim`], [`jobs`], [`intake`] |
-//! | 3 effects | models and data (burn), messages (rumqttc), the broker (rumqttd), durable state | [`training`], [`transport`], [`broker`], [`journal`] |
+//! | 3 effects | models and data (burn), messages (rumqttc), the broker (rumqttd), durable state, memory used again | [`training`], [`transport`], [`broker`], [`journal`], [`packets`], [`buffers`] |
 //! | 2 decisions | the protocol: pure, (event, now) → actions | [`protocol`] |
 //! | 1 arithmetic | updates → model; blobs ↔ chunks | [`aggregation`], [`transfer`] |
 //! | 0 words | names, numbers, weights | [`types`], [`weights`] |
@@ -76,6 +76,7 @@
 pub mod aggregation;
 pub mod bench;
 pub mod broker;
+pub mod buffers;
 pub mod cli;
 pub mod cluster;
 pub mod config;
@@ -84,6 +85,7 @@ pub mod intake;
 pub mod jobs;
 pub mod journal;
 pub mod node;
+pub mod packets;
 pub mod peer;
 pub mod protocol;
 pub mod rundir;

@@ -16,9 +16,10 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval};
 
+use crate::buffers::Buffers;
 use crate::intake::{Host, Intakes};
 use crate::jobs::Workshop;
-use crate::journal::{Blobs, Buffers, Journal, JournalError};
+use crate::journal::{Blobs, Journal, JournalError};
 use crate::protocol::message::{Body, Envelope, VERSION};
 use crate::protocol::{
     Action, Config, Difference, Done, Durable, Event, Identity, Job, Notice, Peer, Reason, Roaming, Topic, Topics,
@@ -699,8 +700,7 @@ async fn serve(blobs: Blobs, mut chunks: mpsc::UnboundedReceiver<Served>, jobs: 
             for Served { topic, header, manifest, index } in batch {
                 // One that was dropped meanwhile is of a round that is over.
                 let Some(blob) = blobs.open(manifest.digest)? else { continue };
-                let head = blob.behind(&header, manifest.chunk_range(index), &mut buffers)?;
-                let tail = bytes::Bytes::new();
+                let (head, tail) = blob.behind(header, manifest.chunk_range(index), &mut buffers)?;
                 let _ = report.send(JobEvent::Send(Outgoing { topic, retain: false, class: Class::Bulk, head, tail }));
             }
             Ok(buffers)

@@ -15,6 +15,8 @@ const FLOORS: &[(&str, u32)] = &[
     ("transport", 3),
     ("broker", 3),
     ("journal", 3),
+    ("packets", 3),
+    ("buffers", 3),
     ("jobs", 4),
     ("intake", 4),
     ("node", 4),

@@ -19,9 +19,10 @@ use super::trainer::{initial_weights, layout};
 use super::usage::Usage;
 use super::{Failure, Site};
 use crate::aggregation::Strategy;
+use crate::buffers::Buffers;
 use crate::intake::{Host, Intakes};
 use crate::jobs::Workshop;
-use crate::journal::{Blobs, Buffers, JournalError};
+use crate::journal::{Blobs, JournalError};
 use crate::node::Traffic;
 use crate::protocol::message::{Body, Envelope, Hello, Leading, VERSION};
 use crate::protocol::{Config, Done, Topic, Topics};
@@ -263,7 +264,7 @@ impl Party<'_> {
             Route::One(receiver) => Topic::Weights(self.round, receiver),
         };
         let header = self.envelope(Body::Chunk { blob: manifest.digest, index });
-        let message = blob.behind(&header, manifest.chunk_range(index), &mut self.buffers).map_err(Failure::of)?;
+        let message = blob.behind(header, manifest.chunk_range(index), &mut self.buffers).map_err(Failure::of)?;
         self.send(&topic, Class::Bulk, message);
         Ok(())
     }
@@ -310,12 +311,12 @@ impl Party<'_> {
         let leading = Leading { ballots: Vec::new(), has: Vec::new(), parent_metrics: None };
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let message = [&self.envelope(Body::Leader(leading))[..], &now.as_nanos().to_le_bytes()].concat();
-        self.send(&Topic::Leader(Round::GENESIS), Class::Control, message.into());
+        self.send(&Topic::Leader(Round::GENESIS), Class::Control, (message.into(), Bytes::new()));
     }
 
     fn publish(&mut self, topic: &Topic, body: Body) {
         let message = self.envelope(body);
-        self.send(topic, Class::Control, message);
+        self.send(topic, Class::Control, (message, Bytes::new()));
     }
 
     fn envelope(&self, body: Body) -> Bytes {
@@ -323,9 +324,9 @@ impl Party<'_> {
         Envelope { version: VERSION, sender, signature, round, term: Term(0), body }.encode()
     }
 
-    fn send(&mut self, topic: &Topic, class: Class, head: Bytes) {
-        self.traffic.sent += head.len() as u64;
-        let (topic, tail) = (self.topics.name(topic), Bytes::new());
+    fn send(&mut self, topic: &Topic, class: Class, (head, tail): (Bytes, Bytes)) {
+        self.traffic.sent += (head.len() + tail.len()) as u64;
+        let topic = self.topics.name(topic);
         self.transport.send(Outgoing { topic, retain: false, class, head, tail });
     }
 }

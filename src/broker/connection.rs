@@ -17,15 +17,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::task::Poll;
 use std::time::Duration;
 
-use bytes::{Buf, BufMut, Bytes, BytesMut};
+use bytes::{Buf, Bytes, BytesMut};
 use rumqttd::Notification;
 use rumqttd::local::{LinkError, LinkRx, LinkTx};
-use rumqttd::protocol::v4::{self, V4};
+use rumqttd::protocol::v4::V4;
 use rumqttd::protocol::{
     ConnAck, ConnectReturnCode, Disconnect, DisconnectReasonCode, Error as Malformed, LastWill, Packet, Protocol,
     Publish, QoS, valid_filter, valid_topic,
 };
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{ReadHalf, WriteHalf};
 use tokio::sync::mpsc;
@@ -34,6 +34,8 @@ use tokio::time::timeout;
 
 use super::shelf::{ConnectionNumber, Shelf, Taken};
 use super::{BrokerConfig, Links};
+use crate::buffers::Buffers;
+use crate::packets::{PublishHead, Received};
 
 /// The first byte of a CONNECT packet.
 const CONNECT: u8 = 0x10;
@@ -47,8 +49,9 @@ pub(super) const FILTERS_PER_CONNECTION: usize = 16;
 /// The longest id.
 const ID_BYTES_MAX: usize = 256;
 
-/// Room made for a read when no length is known yet.
-const READ_BYTES: usize = 8 << 10;
+/// What all connections together read weights into again, in bytes: what one receiver has asked for at a time, twice, and
+/// as much that is being read.
+const BUFFERS_BYTES_MAX: usize = 16 << 20;
 
 /// Payloads from this size on are written from where they lie, and those at QoS 0 go round the router; smaller ones are
 /// gathered into one write.
@@ -104,6 +107,7 @@ pub(super) struct Front {
     /// How many connections there were.
     connections: AtomicU64,
     shelf: Arc<Shelf>,
+    buffers: Mutex<Buffers>,
 }
 
 impl Front {
@@ -118,6 +122,7 @@ impl Front {
             anonymous: AtomicU64::new(0),
             connections: AtomicU64::new(0),
             shelf,
+            buffers: Mutex::new(Buffers::new(BUFFERS_BYTES_MAX)),
         }
     }
 
@@ -129,7 +134,7 @@ impl Front {
 
     async fn converse(&self, socket: &mut TcpStream) -> Result<Infallible, Closed> {
         socket.set_nodelay(true)?;
-        let mut received = BytesMut::new();
+        let mut received = Received::default();
         let greeting = timeout(self.connect_timeout, self.greet(socket, &mut received)).await;
         let greeting = greeting.map_err(|_| Closed::Silent)??;
 
@@ -163,14 +168,14 @@ impl Front {
     }
 
     /// Reads the first packet and answers it when it is refused.
-    async fn greet(&self, socket: &mut TcpStream, received: &mut BytesMut) -> Result<Greeting, Closed> {
+    async fn greet(&self, socket: &mut TcpStream, received: &mut Received) -> Result<Greeting, Closed> {
         let first = loop {
-            if received.first().is_some_and(|&byte| byte != CONNECT) {
+            if received.bytes.first().is_some_and(|&byte| byte != CONNECT) {
                 return Err(Closed::Refused("its first packet is not CONNECT"));
             }
-            match V4.read_mut(received, CONNECT_BYTES_MAX.min(self.packet_bytes_max)) {
+            match V4.read_mut(&mut received.bytes, CONNECT_BYTES_MAX.min(self.packet_bytes_max)) {
                 Ok(packet) => break packet,
-                Err(Malformed::InsufficientBytes(missing)) => read_some(socket, received, missing).await?,
+                Err(Malformed::InsufficientBytes(missing)) => self.read(socket, received, missing).await?,
                 Err(error @ Malformed::InvalidProtocolLevel(_)) => {
                     write_ack(socket, ConnectReturnCode::RefusedProtocolVersion).await?;
                     return Err(error.into());
@@ -196,6 +201,19 @@ impl Front {
         // MQTT 3.1.1, 3.1.2.10: one and a half times the interval that was agreed.
         let silence = Duration::from_secs(connect.keep_alive.into()) * 3 / 2;
         Ok(Greeting { id, will, silence })
+    }
+
+    /// Reads what is there of a packet that lacks `missing` bytes at least.
+    async fn read(
+        &self,
+        socket: &mut (impl AsyncRead + Unpin),
+        received: &mut Received,
+        missing: usize,
+    ) -> Result<(), Closed> {
+        match received.read(socket, missing, &self.buffers).await? {
+            0 => Err(Closed::Eof),
+            _ => Ok(()),
+        }
     }
 
     /// Makes room for a subscription to `filter`.
@@ -328,12 +346,12 @@ impl Reader<'_> {
     async fn run(
         mut self,
         mut socket: ReadHalf<'_>,
-        mut received: BytesMut,
+        mut received: Received,
         silence: Duration,
     ) -> Result<Infallible, Closed> {
         loop {
-            let missing = self.hand_on(&mut received).await?;
-            let read = read_some(&mut socket, &mut received, missing);
+            let missing = self.hand_on(&mut received.bytes).await?;
+            let read = self.front.read(&mut socket, &mut received, missing);
             timeout(silence, read).await.map_err(|_| Closed::Silent)??;
         }
     }
@@ -410,23 +428,7 @@ fn publish_qos(received: &[u8]) -> Option<u8> {
     received.first().filter(|byte| **byte >> 4 == 3).map(|byte| (byte & 0b0110) >> 1)
 }
 
-/// Reads what is there, with room for at least `missing` bytes.
-async fn read_some(
-    socket: &mut (impl AsyncReadExt + Unpin),
-    received: &mut BytesMut,
-    missing: usize,
-) -> Result<(), Closed> {
-    if received.capacity() - received.len() < missing {
-        // With a long packet's length known the buffer ends where it ends, and the next one gets its own.
-        received.reserve(missing.max(READ_BYTES));
-    }
-    match socket.read_buf(received).await? {
-        0 => Err(Closed::Eof),
-        _ => Ok(()),
-    }
-}
-
-async fn write_ack(socket: &mut (impl AsyncWriteExt + Unpin), code: ConnectReturnCode) -> Result<(), Closed> {
+async fn write_ack(socket: &mut (impl AsyncWrite + Unpin), code: ConnectReturnCode) -> Result<(), Closed> {
     let mut bytes = BytesMut::new();
     V4.write(Packet::ConnAck(ConnAck { session_present: false, code }, None), &mut bytes)?;
     Ok(socket.write_all(&bytes).await?)
@@ -473,18 +475,20 @@ impl Writer<'_> {
             Some(Packet::Publish(mut publish, _)) => {
                 let payload = mem::take(&mut publish.payload);
                 let taken = self.reads.shelf.take(&payload, self.reads.number);
-                let head = PublishHead::of(publish)?;
+                let mut bare = BytesMut::with_capacity(publish.topic.len() + 16);
+                V4.write(Packet::Publish(publish, None), &mut bare)?;
+                let head = PublishHead::of(bare);
                 let payload = match taken {
                     Taken::Itself => payload,
                     Taken::Payload(payload) => payload,
-                    Taken::Gone if head.id.is_none() => return Ok(()),
+                    Taken::Gone if head.id().is_none() => return Ok(()),
                     // The router would wait for ever for its acknowledgement.
                     Taken::Gone => {
                         return Err(Closed::Refused("it subscribed at QoS 1 to weights that were on their way"));
                     }
                 };
-                head.write(payload.len(), &mut self.gathered)?;
-                head.id.into_iter().for_each(|id| self.unacked.sent(id));
+                head.write(payload.len(), &mut self.gathered);
+                head.id().into_iter().for_each(|id| self.unacked.sent(id));
                 payload
             }
             Some(packet) => {
@@ -501,34 +505,6 @@ impl Writer<'_> {
         } else {
             self.socket.write_all_buf(&mut (&mut self.gathered).chain(payload)).await?;
         }
-        Ok(())
-    }
-}
-
-/// All of a PUBLISH but its payload.
-struct PublishHead {
-    flags: u8,
-    /// The topic, and above QoS 0 the packet's id.
-    variable: BytesMut,
-    id: Option<u16>,
-}
-
-impl PublishHead {
-    /// Of a packet without its payload.
-    fn of(publish: Publish) -> Result<Self, Closed> {
-        let mut bare = BytesMut::with_capacity(publish.topic.len() + 16);
-        V4.write(Packet::Publish(publish, None), &mut bare)?;
-        let (length_bytes, _) = v4::length(bare[1..].iter())?;
-        let flags = bare[0];
-        bare.advance(1 + length_bytes);
-        let id = (flags & 0b0110 != 0).then(|| (&bare[bare.len() - 2..]).get_u16());
-        Ok(Self { flags, variable: bare, id })
-    }
-
-    fn write(&self, payload_bytes: usize, bytes: &mut BytesMut) -> Result<(), Closed> {
-        bytes.put_u8(self.flags);
-        v4::write_remaining_length(bytes, self.variable.len() + payload_bytes)?;
-        bytes.extend_from_slice(&self.variable);
         Ok(())
     }
 }

@@ -2,14 +2,14 @@
 //!
 //! A peer has two connections to one broker: *control*, which carries its last will, and *bulk* for weights, so that
 //! keepalive and ballots get through while gigabytes move. They live and die together, as a `Pair`. A task drives
-//! the pairs one after another; each connection has a task of its own inside it, in which rumqttc's event loop is
-//! polled and never interrupted (it loses packets when it is) beside the loop that feeds it. What a broker can do is
-//! tried before the first pair ([`probe`]).
-
-mod pieces;
-pub mod probe;
+//! the pairs one after another; each connection has a task of its own inside it. In that of control rumqttc's event loop
+//! is polled and never interrupted (it loses packets when it is) beside the loop that feeds it; bulk is driven without it
+//! ([`bulk`]). What a broker can do is tried before the first pair ([`probe`]).
 
 mod answers;
+mod bulk;
+mod pieces;
+pub mod probe;
 mod pulse;
 
 use std::convert::Infallible;
@@ -33,6 +33,7 @@ use tokio::time::{Instant, sleep, timeout};
 use tracing::{debug, error};
 
 use answers::{Answers, Patience};
+use bulk::Bulk;
 use pieces::Joiner;
 use probe::{Failed, Lack, Probe, Probed};
 use pulse::{Pulse, Stopped};
@@ -120,18 +121,18 @@ pub struct MqttConfig {
 }
 
 impl MqttConfig {
-    fn options(&self, lane: Lane, broker: &Broker, limits: Limits) -> MqttOptions {
-        let mut options = match lane {
-            Lane::Control => self.named_options("", broker),
-            Lane::Bulk => self.named_options("bulk", broker),
-        };
-        if lane == Lane::Bulk {
-            allow_bulk(&mut options);
-        }
-        if let (Lane::Control, Some(will)) = (lane, &self.will) {
+    fn control_options(&self, broker: &Broker, limits: Limits) -> MqttOptions {
+        let mut options = self.named_options("", broker);
+        if let Some(will) = &self.will {
             let retain = will.retain && limits.retain;
             options.set_last_will(LastWill::new(&will.topic, will.payload.to_vec(), QoS::AtLeastOnce, retain));
         }
+        options
+    }
+
+    fn bulk_options(&self, broker: &Broker) -> MqttOptions {
+        let mut options = self.named_options("bulk", broker);
+        allow_bulk(&mut options);
         options
     }
 
@@ -484,7 +485,7 @@ struct Pair {
     /// What the broker can do, if it was tried.
     found: Option<Found>,
     control: Connection,
-    bulk: Connection,
+    bulk: Bulk,
 }
 
 impl Pair {
@@ -542,9 +543,9 @@ impl Pair {
         found: Option<Found>,
     ) -> Result<Self, Rejected> {
         let limits = Limits::of(found.as_ref());
-        let mut bulk = in_time(step, Connection::open(config, Lane::Bulk, broker, limits)).await?;
+        let mut bulk = in_time(step, Bulk::open(&config.bulk_options(broker), broker, limits)).await?;
         in_time(step, bulk.subscribe(&config.bulk_filters)).await?;
-        let control = in_time(step, Connection::open(config, Lane::Control, broker, limits)).await?;
+        let control = in_time(step, Connection::open(config.control_options(broker, limits), limits)).await?;
         Ok(Self { broker: broker.to_string(), found, control, bulk })
     }
 
@@ -561,7 +562,7 @@ impl Pair {
         let opening = Opening { filters: config.control_filters.clone(), hello_first: config.hello_first };
         let mut tasks = JoinSet::new();
         tasks.spawn(self.control.run(control_orders, inbox.clone(), opening));
-        tasks.spawn(self.bulk.run(bulk_orders, inbox, Opening::default()));
+        tasks.spawn(self.bulk.run(bulk_orders, inbox));
         while let Some(ended) = tasks.join_next().await {
             let ended = ended.unwrap_or_else(|error| Ended::Lost(error.to_string()));
             if let Ended::Lost(reason) = ended {
@@ -600,7 +601,6 @@ enum Ended {
 }
 
 /// What a connection subscribes to once it runs.
-#[derive(Default)]
 struct Opening {
     filters: Vec<String>,
     hello_first: bool,
@@ -622,53 +622,33 @@ impl Limits {
     }
 }
 
-/// A connection that the broker has let in.
+/// A control connection that the broker has let in.
 struct Connection {
-    lane: Lane,
     limits: Limits,
     requests: AsyncClient,
     events: EventLoop,
 }
 
 impl Connection {
-    async fn open(config: &MqttConfig, lane: Lane, broker: &Broker, limits: Limits) -> Result<Self, ConnectionError> {
-        let (requests, mut events) = AsyncClient::new(config.options(lane, broker, limits), REQUESTS);
+    async fn open(options: MqttOptions, limits: Limits) -> Result<Self, ConnectionError> {
+        let (requests, mut events) = AsyncClient::new(options, REQUESTS);
         events.network_options.set_tcp_nodelay(true);
-        events.network_options.set_connection_timeout(WRITE_MAX[lane as usize].as_secs());
+        events.network_options.set_connection_timeout(WRITE_MAX[Lane::Control as usize].as_secs());
         // The first event is the broker's consent.
         events.poll().await?;
-        Ok(Self { lane, limits, requests, events })
-    }
-
-    /// Subscribes, and waits until that is done. For a connection that does not run yet.
-    async fn subscribe(&mut self, filters: &[String]) -> Result<(), Rejected> {
-        if filters.is_empty() {
-            return Ok(());
-        }
-        let request = self.requests.try_subscribe_many(subscriptions(filters, self.lane));
-        request.map_err(|_| ConnectionError::RequestsDone)?;
-        loop {
-            match self.events.poll().await? {
-                Event::Incoming(Packet::SubAck(ack)) if is_consent(&ack) => return Ok(()),
-                Event::Incoming(Packet::SubAck(_)) => return Err(Rejected::Subscription),
-                _ => {}
-            }
-        }
+        Ok(Self { limits, requests, events })
     }
 
     /// Moves messages until the connection ends.
     async fn run(self, orders: UnboundedReceiver<Order>, inbox: Inbox, opening: Opening) -> Ended {
         let (acked, acks) = watch::channel(Acks::default());
         let pulse = Pulse::default();
-        // Bulk is silent for as long as nobody needs weights, and its answers wait behind chunks.
-        let watches = self.lane == Lane::Control;
         let acknowledged = {
             let acks = acks.clone();
             move || acks.borrow().published
         };
-        let stopping = async { if watches { pulse.stops(acknowledged).await } else { pending().await } };
-        let Self { lane, limits, requests, events } = self;
-        let feeder = Feeder { lane, limits, requests, acks, published: 0, pulse: &pulse };
+        let Self { limits, requests, events } = self;
+        let feeder = Feeder { limits, requests, acks, published: 0, pulse: &pulse };
         let feeding = async {
             // It ends with the requests' other end, which tells the reason.
             let _ = feeder.run(orders, opening).await;
@@ -676,7 +656,7 @@ impl Connection {
         };
         tokio::select! {
             ended = poll(events, inbox, acked, &pulse) => ended,
-            stopped = stopping => Ended::Lost(match stopped {
+            stopped = pulse.stops(acknowledged) => Ended::Lost(match stopped {
                 Stopped::Silent(lasted) => format!("nothing heard for {:.1} s", lasted.as_secs_f64()),
                 Stopped::Deaf => "the broker takes messages and delivers none".to_owned(),
             }),
@@ -741,11 +721,10 @@ struct Acks {
 
 /// Gives rumqttc what to send. Waits here, not in the transport, when the broker is slower than the node.
 struct Feeder<'a> {
-    lane: Lane,
     limits: Limits,
     requests: AsyncClient,
     acks: watch::Receiver<Acks>,
-    /// How many messages have been given away that will be acknowledged.
+    /// How many messages have been given away.
     published: u64,
     pulse: &'a Pulse,
 }
@@ -784,16 +763,14 @@ impl Feeder<'_> {
     }
 
     async fn publish(&mut self, message: Outgoing) -> Result<(), ClientError> {
-        let (topic, qos) = (message.topic.clone(), self.lane.qos());
+        let (topic, qos) = (message.topic.clone(), Lane::Control.qos());
         let retain = message.retain && self.limits.retain;
         let pieces = pieces::cut(message.payload(), rand::random(), self.limits.message_bytes);
         // The broker would keep nothing but the last piece.
         let retain = retain && pieces.len() == 1;
         for piece in pieces {
-            if qos != QoS::AtMostOnce {
-                self.published += 1;
-                self.pulse.says(&topic, self.published);
-            }
+            self.published += 1;
+            self.pulse.says(&topic, self.published);
             self.requests.publish_bytes(topic.clone(), qos, retain, piece).await?;
         }
         Ok(())
@@ -804,7 +781,7 @@ impl Feeder<'_> {
         let mut asked = 0;
         for consented in 1..=filters.len() {
             while self.acks.borrow().consented < consented {
-                self.requests.subscribe(&filters[consented - 1], self.lane.qos()).await?;
+                self.requests.subscribe(&filters[consented - 1], Lane::Control.qos()).await?;
                 asked += 1;
                 // An error says that the connection has ended, and this task with it.
                 let _ = self.acks.wait_for(|acks| acks.answered == asked).await;
@@ -1143,17 +1120,17 @@ mod tests {
     }
 
     /// A broker by hand: answers what it is told to.
-    struct Wire {
+    pub(super) struct Wire {
         socket: TcpStream,
         received: BytesMut,
     }
 
     impl Wire {
-        async fn accept(listener: &TcpListener) -> Self {
+        pub(super) async fn accept(listener: &TcpListener) -> Self {
             Self { socket: listener.accept().await.unwrap().0, received: BytesMut::new() }
         }
 
-        async fn receive(&mut self) -> Packet {
+        pub(super) async fn receive(&mut self) -> Packet {
             loop {
                 if let Ok(packet) = V4.read_mut(&mut self.received, usize::MAX) {
                     return packet;
@@ -1162,18 +1139,18 @@ mod tests {
             }
         }
 
-        async fn send(&mut self, packet: Packet) {
+        pub(super) async fn send(&mut self, packet: Packet) {
             let mut bytes = BytesMut::new();
             V4.write(packet, &mut bytes).unwrap();
             self.socket.write_all(&bytes).await.unwrap();
         }
 
-        async fn let_in(&mut self, code: rumqttd::protocol::ConnectReturnCode) {
+        pub(super) async fn let_in(&mut self, code: rumqttd::protocol::ConnectReturnCode) {
             assert!(matches!(self.receive().await, Packet::Connect(..)));
             self.send(Packet::ConnAck(ConnAck { session_present: false, code }, None)).await;
         }
 
-        async fn confirm_subscription(&mut self) -> Vec<String> {
+        pub(super) async fn confirm_subscription(&mut self) -> Vec<String> {
             let Packet::Subscribe(subscribe, _) = self.receive().await else { panic!("not SUBSCRIBE") };
             let return_codes = vec![SubscribeReasonCode::Success(QoS::AtLeastOnce); subscribe.filters.len()];
             self.send(Packet::SubAck(SubAck { pkid: subscribe.pkid, return_codes }, None)).await;
