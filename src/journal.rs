@@ -1390,10 +1390,10 @@ mod tests {
         let bytes = Bytes::from_static(b"weights of a model");
         let digest = Digest::of(&bytes);
         for blobs in [journal.blobs(), Blobs::memory()] {
-            let mut draft = blobs.draft().unwrap();
+            let mut draft = blobs.draft(Keep::Durable).unwrap();
             draft.write(0, &bytes.slice(..8)).unwrap();
             draft.write(8, &bytes.slice(8..)).unwrap();
-            draft.keep(digest).unwrap();
+            draft.finish(digest).unwrap();
             let blob = blobs.open(digest).unwrap().unwrap();
             let mut buffers = Buffers::default();
             for range in [0..7, 11..18, 4..10, 0..18, 8..8] {

@@ -156,12 +156,6 @@ impl Traffic {
     pub fn plus(self, other: Traffic) -> Traffic {
         Traffic { sent: self.sent + other.sent, received: self.received + other.received }
     }
-
-    /// What has come to `earlier` since.
-    #[must_use]
-    pub fn minus(self, earlier: Traffic) -> Traffic {
-        Traffic { sent: self.sent - earlier.sent, received: self.received - earlier.received }
-    }
 }
 
 /// How a node's run ended.

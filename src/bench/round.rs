@@ -146,7 +146,10 @@ pub(super) async fn take_part(
         let so_far = to_commit.plus(traffic);
         match notice {
             Notice::ModelHeld { round: Round::GENESIS, .. } => genesis = so_far,
-            Notice::ModelHeld { round, .. } if *round == last => tell(Report::Held(so_far.minus(genesis))),
+            Notice::ModelHeld { round, .. } if *round == last => {
+                let (sent, received) = (so_far.sent - genesis.sent, so_far.received - genesis.received);
+                tell(Report::Held(Traffic { sent, received }));
+            }
             Notice::Committed(committed) => {
                 to_commit = so_far;
                 tell(Report::Committed(Committed {

@@ -55,7 +55,7 @@ const BUFFERS_BYTES_MAX: usize = 16 << 20;
 
 /// Payloads from this size on are written from where they lie, and those at QoS 0 go round the router; smaller ones are
 /// gathered into one write.
-const COPY_BYTES_MAX: usize = 4 << 10;
+pub(super) const COPY_BYTES_MAX: usize = 4 << 10;
 
 /// How the id of a peer's connection for weights ends.
 ///
@@ -388,9 +388,7 @@ impl Reader<'_> {
             Packet::Publish(mut publish, _) => {
                 let topic = check_topic(&publish.topic)?;
                 if publish.payload.len() > COPY_BYTES_MAX && qos == Some(0) && !publish.retain {
-                    if let Some(ticket) = self.front.shelf.put(topic, &publish.payload, self.without) {
-                        publish.payload = ticket;
-                    }
+                    publish.payload = self.front.shelf.put(topic, &publish.payload, self.without);
                 } else if publish.payload.len() <= COPY_BYTES_MAX || publish.retain {
                     // It may be kept for ever, the buffer it was read into must not.
                     publish.payload = Bytes::copy_from_slice(&publish.payload);
@@ -404,7 +402,7 @@ impl Reader<'_> {
                     if filter.qos == QoS::ExactlyOnce {
                         filter.qos = QoS::AtLeastOnce;
                     }
-                    self.front.shelf.subscribed(self.number, &filter.path, filter.qos);
+                    self.front.shelf.subscribed(self.number, &filter.path);
                 }
                 Ok(Packet::Subscribe(subscribe, None))
             }
@@ -484,7 +482,7 @@ impl Writer<'_> {
                     Taken::Gone if head.id().is_none() => return Ok(()),
                     // The router would wait for ever for its acknowledgement.
                     Taken::Gone => {
-                        return Err(Closed::Refused("it subscribed at QoS 1 to weights that were on their way"));
+                        return Err(Closed::Refused("it subscribed at QoS 1 to weights and missed some"));
                     }
                 };
                 head.write(payload.len(), &mut self.gathered);

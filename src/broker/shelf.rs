@@ -8,11 +8,11 @@
 //! What lies here is bounded. Of more, the oldest is dropped, which is what a connection has left lying that does not
 //! keep up; its receiver asks for it again.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
-use rumqttd::protocol::{QoS, matches};
+use rumqttd::protocol::matches;
 use tracing::debug;
 
 /// Half of it says that this is a ticket of this broker, half of it which.
@@ -33,7 +33,7 @@ pub(super) struct Shelf {
 #[derive(Debug, Default)]
 struct State {
     /// What each connection has subscribed to.
-    filters: BTreeMap<ConnectionNumber, Vec<(String, QoS)>>,
+    filters: BTreeMap<ConnectionNumber, BTreeSet<String>>,
     /// By their number, the oldest first.
     payloads: BTreeMap<u64, Waiting>,
     /// The number of the next payload.
@@ -68,18 +68,13 @@ impl Shelf {
     }
 
     /// A connection subscribes. To be noted before the router knows: what it passes on must be here.
-    pub(super) fn subscribed(&self, connection: ConnectionNumber, filter: &str, qos: QoS) {
-        let mut state = self.state();
-        let filters = state.filters.entry(connection).or_default();
-        match filters.iter_mut().find(|(known, _)| known == filter) {
-            Some(known) => known.1 = qos,
-            None => filters.push((filter.to_owned(), qos)),
-        }
+    pub(super) fn subscribed(&self, connection: ConnectionNumber, filter: &str) {
+        self.state().filters.entry(connection).or_default().insert(filter.to_owned());
     }
 
     pub(super) fn unsubscribed(&self, connection: ConnectionNumber, filter: &str) {
         if let Some(filters) = self.state().filters.get_mut(&connection) {
-            filters.retain(|(known, _)| known != filter);
+            filters.remove(filter);
         }
     }
 
@@ -97,20 +92,15 @@ impl Shelf {
     }
 
     /// Puts a payload here for all connections that subscribe to `topic`, but for `without`. Returns the ticket for the
-    /// router; `None`: somebody is to have it at a QoS that promises more than this, and the router itself must pass it.
-    pub(super) fn put(&self, topic: &str, payload: &Bytes, without: Option<ConnectionNumber>) -> Option<Bytes> {
+    /// router. Nobody is promised more, whatever QoS it subscribed at: it was published at QoS 0.
+    pub(super) fn put(&self, topic: &str, payload: &Bytes, without: Option<ConnectionNumber>) -> Bytes {
         let mut state = self.state();
-        let mut by = Vec::new();
-        for (connection, filters) in &state.filters {
-            for (_, qos) in filters.iter().filter(|(filter, _)| matches(topic, filter)) {
-                if *qos != QoS::AtMostOnce {
-                    return None;
-                }
-                if without != Some(*connection) {
-                    by.push(*connection);
-                }
-            }
-        }
+        let others = state.filters.iter().filter(|(connection, _)| without != Some(**connection));
+        let by: Vec<_> = others
+            .flat_map(|(connection, filters)| {
+                filters.iter().filter(|filter| matches(topic, filter)).map(|_| *connection)
+            })
+            .collect();
         let number = state.next;
         state.next += 1;
         if !by.is_empty() {
@@ -123,7 +113,7 @@ impl Shelf {
             debug!(topic, bytes = oldest.payload.len(), waiting = ?oldest.by, "dropped what was not taken");
             state.bytes -= oldest.payload.len();
         }
-        Some([self.mark, number.to_be_bytes()].concat().into())
+        [self.mark, number.to_be_bytes()].concat().into()
     }
 
     /// What a connection is to have in place of `payload`, which the router gave it.
@@ -163,14 +153,14 @@ mod tests {
 
     fn shelf(bytes_max: usize, subscribers: &[(ConnectionNumber, &str)]) -> Shelf {
         let shelf = Shelf::new(bytes_max);
-        subscribers.iter().for_each(|(connection, filter)| shelf.subscribed(*connection, filter, QoS::AtMostOnce));
+        subscribers.iter().for_each(|(connection, filter)| shelf.subscribed(*connection, filter));
         shelf
     }
 
     #[test]
     fn a_payload_lies_here_until_the_last_one_has_taken_it() {
         let shelf = shelf(100, &[(1, "weights/+"), (2, "weights/a"), (3, "other")]);
-        let ticket = shelf.put("weights/a", &TEN, None).unwrap();
+        let ticket = shelf.put("weights/a", &TEN, None);
         assert_eq!((ticket.len(), shelf.bytes()), (TICKET_BYTES, 10));
         assert_eq!(shelf.take(&ticket, 3), Taken::Gone, "it is not for this one");
         assert_eq!(shelf.take(&ticket, 1), Taken::Payload(TEN));
@@ -182,21 +172,21 @@ mod tests {
     #[test]
     fn what_nobody_waits_for_is_not_kept() {
         let shelf = shelf(100, &[(1, "weights/a"), (2, "weights/a")]);
-        shelf.put("weights/b", &TEN, None).unwrap();
+        shelf.put("weights/b", &TEN, None);
         shelf.unsubscribed(2, "weights/a");
-        shelf.put("weights/a", &TEN, Some(1)).unwrap();
+        shelf.put("weights/a", &TEN, Some(1));
         assert_eq!(shelf.bytes(), 0);
-        shelf.put("weights/a", &TEN, None).unwrap();
+        shelf.put("weights/a", &TEN, None);
         shelf.left(1);
         assert_eq!(shelf.bytes(), 0);
-        shelf.put("weights/a", &TEN, None).unwrap();
+        shelf.put("weights/a", &TEN, None);
         assert_eq!(shelf.bytes(), 0);
     }
 
     #[test]
     fn filters_that_overlap_each_get_one() {
         let shelf = shelf(100, &[(1, "weights/+"), (1, "weights/#")]);
-        let ticket = shelf.put("weights/a", &TEN, None).unwrap();
+        let ticket = shelf.put("weights/a", &TEN, None);
         assert_eq!(shelf.take(&ticket, 1), Taken::Payload(TEN));
         assert_eq!((shelf.take(&ticket, 1), shelf.bytes()), (Taken::Payload(TEN), 0));
     }
@@ -204,7 +194,7 @@ mod tests {
     #[test]
     fn of_too_much_the_oldest_is_dropped() {
         let shelf = shelf(35, &[(1, "weights/all"), (2, "weights/all")]);
-        let tickets: Vec<_> = (0..5).map(|_| shelf.put("weights/all", &TEN, None).unwrap()).collect();
+        let tickets: Vec<_> = (0..5).map(|_| shelf.put("weights/all", &TEN, None)).collect();
         assert_eq!(shelf.bytes(), 30);
         for (index, ticket) in tickets.iter().enumerate() {
             let expected = if index < 2 { Taken::Gone } else { Taken::Payload(TEN) };
@@ -214,18 +204,9 @@ mod tests {
     }
 
     #[test]
-    fn what_is_promised_to_arrive_is_left_to_the_router() {
-        let shelf = shelf(100, &[(1, "weights/a")]);
-        shelf.subscribed(2, "#", QoS::AtLeastOnce);
-        assert_eq!(shelf.put("weights/a", &TEN, None), None);
-        shelf.subscribed(2, "#", QoS::AtMostOnce);
-        assert!(shelf.put("weights/a", &TEN, None).is_some());
-    }
-
-    #[test]
     fn messages_of_others_are_no_tickets() {
         let shelf = shelf(100, &[(1, "weights/a")]);
-        let ticket = shelf.put("weights/a", &TEN, None).unwrap();
+        let ticket = shelf.put("weights/a", &TEN, None);
         let longer = [&ticket[..], b"x"].concat();
         for other in [&b""[..], &[0; TICKET_BYTES], &ticket[1..], &longer] {
             assert_eq!(shelf.take(other, 1), Taken::Itself);
