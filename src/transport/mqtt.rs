@@ -4,7 +4,7 @@
 //! keepalive and ballots get through while gigabytes move. They live and die together, as a `Pair`. A task drives
 //! the pairs one after another; each connection has a task of its own inside it. In that of control rumqttc's event loop
 //! is polled and never interrupted (it loses packets when it is) beside the loop that feeds it; bulk is driven without it
-//! ([`bulk`]). What a broker can do is tried before the first pair ([`probe`]).
+//! (`bulk.rs`). What a broker can do is tried before the first pair ([`probe`]).
 
 mod answers;
 mod bulk;

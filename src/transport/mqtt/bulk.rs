@@ -181,19 +181,20 @@ impl Writer<'_> {
 
     async fn write(&mut self, topic: String, retain: bool, payload: impl Buf) -> Result<(), ConnectionError> {
         let publish = Publish { retain, ..Publish::new(topic, QoS::AtMostOnce, []) };
+        let bare = encoded(&Packet::Publish(publish)).map_err(StateError::Deserialization)?;
         let mut head = BytesMut::new();
-        PublishHead::of(encoded(&Packet::Publish(publish))?).write(payload.remaining(), &mut head);
+        PublishHead::of(bare).write(payload.remaining(), &mut head);
         write(&mut self.socket, head.chain(payload)).await
     }
 }
 
 async fn write_packet(socket: &mut (impl AsyncWrite + Unpin), packet: &Packet) -> Result<(), ConnectionError> {
-    write(socket, encoded(packet)?).await
+    write(socket, encoded(packet).map_err(StateError::Deserialization)?).await
 }
 
-fn encoded(packet: &Packet) -> Result<BytesMut, ConnectionError> {
+fn encoded(packet: &Packet) -> Result<BytesMut, CodecError> {
     let mut bytes = BytesMut::new();
-    packet.write(&mut bytes, usize::MAX).map_err(StateError::Deserialization)?;
+    packet.write(&mut bytes, usize::MAX)?;
     Ok(bytes)
 }
 
