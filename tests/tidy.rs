@@ -51,7 +51,7 @@ const EFFECTS: &[(&str, &str)] = &[
 
 /// Crates that one module wraps for all others; `bench` measures that module against the bare crate.
 const WRAPPED: &[(&str, &[&str])] =
-    &[("burn::", &["training"]), ("rumqttd::", &["broker"]), ("rumqttc::", &["transport", "bench"])];
+    &[("burn::", &["training"]), ("rumqttd::", &["broker", "bench"]), ("rumqttc::", &["transport", "bench"])];
 
 fn floor(module: &str) -> Option<u32> {
     FLOORS.iter().find(|(name, _)| *name == module).map(|(_, floor)| *floor)
