@@ -361,7 +361,7 @@ impl Federation {
         assert_eq!(finishes.len(), 1, "seed {seed}: the finish was decided more than once");
     }
 
-    /// An update is durable before it is told of: not even a peer that was killed trains twice.
+    /// An update survives its owner's process before it is told of: not even a peer that was killed trains twice.
     fn check_trained_once(&self) {
         let mut trained = BTreeSet::new();
         for entry in &self.entries {
