@@ -41,6 +41,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
 
 use bytes::Bytes;
+use tracing::warn;
 
 use crate::buffers::Buffers;
 use crate::transfer::{Keep, Source};
@@ -391,7 +392,10 @@ impl Blobs {
             match keep {
                 Keep::Durable => return Err(JournalError::DamagedBlob { path }),
                 // The power was lost, as it may be.
-                Keep::Unflushed => remove(&path)?,
+                Keep::Unflushed => {
+                    warn!(path = %path.display(), "deleted what a loss of power has damaged; it is pulled or made again");
+                    remove(&path)?;
+                }
             }
         }
         Ok(None)
