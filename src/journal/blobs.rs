@@ -1,0 +1,905 @@
+//! Blobs by digest: on disk, or in memory alone.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File};
+use std::io::{self, ErrorKind};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread::{self, JoinHandle};
+
+use bytes::Bytes;
+use tracing::warn;
+
+use super::{BLOBS, Disk, JournalError, flush_dir, io_error, list, read_if_there, remove};
+use crate::buffers::Buffers;
+use crate::transfer::{Keep, Source};
+use crate::types::Digest;
+
+/// How the name of a blob's file ends.
+pub(super) const BLOB_END: &str = ".blob";
+const UNFLUSHED_END: &str = ".unflushed";
+
+/// What stands for a blob's name while it has none.
+const DRAFT: &str = "draft.blob";
+
+/// After so many bytes a file that is being written is flushed, in the background.
+const FLUSH_BYTES: usize = 8 << 20;
+
+/// Blobs by digest, on disk or in memory alone. A clone is another handle of the same blobs, for another thread.
+///
+/// On disk, memory holds none of a blob: it is written and read by ranges, and what it takes in memory is the system's
+/// to give and to take back.
+#[derive(Debug, Clone)]
+pub struct Blobs {
+    disk: Option<Arc<Disk>>,
+    /// Those that are known to be whole: put by this process, or verified by it.
+    known: Arc<Mutex<BTreeMap<Digest, Known>>>,
+    /// Held while a file that was flushed gets its name.
+    naming: Arc<Mutex<()>>,
+    /// Without a disk: the memory of blobs that were dropped last, for what is written next.
+    spare: Arc<Mutex<Buffers>>,
+}
+
+/// A blob that is there, whole. It stays readable when it is dropped from its [`Blobs`].
+#[derive(Debug, Clone)]
+pub struct Blob(Arc<Content>);
+
+#[derive(Debug)]
+struct Known {
+    blob: Blob,
+    keep: Keep,
+}
+
+#[derive(Debug)]
+enum Content {
+    File { file: Arc<File>, path: PathBuf, bytes: u64 },
+    Memory(Parts),
+}
+
+/// A blob that is being written, at any place and in any order. Dropped before it is [finished](Self::finish), it leaves
+/// nothing behind.
+#[derive(Debug)]
+pub struct Draft {
+    blobs: Blobs,
+    keep: Keep,
+    /// Where what was written ends.
+    bytes: u64,
+    content: DraftContent,
+}
+
+#[derive(Debug)]
+enum DraftContent {
+    /// The file has its temporary name until it is finished.
+    File {
+        file: Arc<File>,
+        temporary: Temporary,
+        /// How long the file is that it is written over.
+        length_before: u64,
+        /// Of one that is to be durable.
+        flusher: Option<Flusher>,
+    },
+    Memory(Parts),
+}
+
+/// Parts of a blob by where they begin. None reaches into another.
+#[derive(Debug, Default)]
+struct Parts(BTreeMap<u64, Bytes>);
+
+/// A temporary file, which is removed when this is dropped.
+#[derive(Debug)]
+struct Temporary(PathBuf);
+
+/// The file of a durable blob that was dropped: the next is written over it. That is quicker than into a new file, which has
+/// the system look for room on disk, give memory, and write down both before the flush ends.
+#[derive(Debug)]
+pub(super) struct SpareFile {
+    file: Temporary,
+    bytes: u64,
+    /// Makes the renaming durable. Before that nothing is written: after a loss of power it could be under the old name.
+    renaming: JoinHandle<Result<(), JournalError>>,
+}
+
+/// Reads a blob of the state directory `dir`, which another process or task may be using: `None` when it is not, or no
+/// longer, there.
+pub fn read_blob(dir: &Path, digest: Digest) -> Result<Option<Bytes>, JournalError> {
+    let path = dir.join(BLOBS).join(blob_name(digest, Keep::Durable));
+    let Some(bytes) = read_if_there(&path)? else { return Ok(None) };
+    if Digest::of(&bytes) == digest {
+        return Ok(Some(bytes.into()));
+    }
+    // One that was dropped meanwhile may be written over.
+    if path.exists() { Err(JournalError::DamagedBlob { path }) } else { Ok(None) }
+}
+
+impl Blobs {
+    /// Blobs in memory alone, for tests and simulation.
+    pub fn memory() -> Self {
+        Self { disk: None, known: Arc::default(), naming: Arc::default(), spare: Arc::default() }
+    }
+
+    pub(super) fn on(disk: Arc<Disk>) -> Self {
+        Self { disk: Some(disk), ..Self::memory() }
+    }
+
+    /// Begins a blob.
+    pub fn draft(&self, keep: Keep) -> Result<Draft, JournalError> {
+        let content = match &self.disk {
+            None => DraftContent::Memory(Parts::default()),
+            Some(disk) => {
+                let durable = keep == Keep::Durable;
+                let spare = if durable { disk.spare().take() } else { None };
+                let (temporary, length_before) = match spare.and_then(SpareFile::renamed) {
+                    Some(spare) => spare,
+                    None => (Temporary(disk.draft_path()), 0),
+                };
+                let file = File::options().create(true).truncate(false).read(true).write(true).open(&temporary.0);
+                let file = Arc::new(file.map_err(io_error("create", &temporary.0))?);
+                DraftContent::File { file, temporary, length_before, flusher: durable.then(Flusher::default) }
+            }
+        };
+        Ok(Draft { blobs: self.clone(), keep, bytes: 0, content })
+    }
+
+    /// Keeps `bytes`, whose digest the caller has verified. When this returns `Ok`, they survive a loss of power.
+    /// Putting a blob twice does nothing.
+    pub fn put(&self, digest: Digest, bytes: &Bytes) -> Result<(), JournalError> {
+        debug_assert_eq!(Digest::of(bytes), digest, "a blob is named by its digest");
+        let mut draft = self.draft(Keep::Durable)?;
+        draft.write(0, bytes)?;
+        draft.finish(digest)
+    }
+
+    /// The blob of that digest, if there is one, whole. What this process has not put is read once, and verified.
+    pub fn open(&self, digest: Digest) -> Result<Option<Blob>, JournalError> {
+        if let Some(known) = self.known().get(&digest) {
+            return Ok(Some(known.blob.clone()));
+        }
+        let Some(disk) = &self.disk else { return Ok(None) };
+        for keep in [Keep::Durable, Keep::Unflushed] {
+            let path = disk.blob_path(digest, keep);
+            let file = match File::open(&path) {
+                Ok(file) => file,
+                Err(error) if error.kind() == ErrorKind::NotFound => continue,
+                Err(source) => return Err(JournalError::Io { action: "read", path, source }),
+            };
+            let mut hasher = blake3::Hasher::new();
+            hasher.update_reader(&file).map_err(io_error("read", &path))?;
+            let whole = Digest(*hasher.finalize().as_bytes()) == digest;
+            if whole {
+                let blob = Blob(Arc::new(Content::File { bytes: hasher.count(), file: Arc::new(file), path }));
+                self.known().insert(digest, Known { blob: blob.clone(), keep });
+                return Ok(Some(blob));
+            }
+            match keep {
+                // Dropped meanwhile, and written over.
+                Keep::Durable if !path.exists() => {}
+                Keep::Durable => return Err(JournalError::DamagedBlob { path }),
+                // The power was lost, as it may be.
+                Keep::Unflushed => {
+                    warn!(path = %path.display(), "deleted what a loss of power has damaged; it is pulled or made again");
+                    remove(&path)?;
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    /// Makes a blob durable: when this returns `true`, it survives a loss of power. `false`: it is not here.
+    pub fn flush(&self, digest: Digest) -> Result<bool, JournalError> {
+        let blob = match self.known().get(&digest) {
+            None => return Ok(false),
+            Some(Known { keep: Keep::Durable, .. }) => return Ok(true),
+            Some(known) => known.blob.clone(),
+        };
+        let (Content::File { file, path, .. }, Some(disk)) = (&*blob.0, &self.disk) else {
+            return Ok(self.known().get_mut(&digest).map(|known| known.keep = Keep::Durable).is_some());
+        };
+        file.sync_data().map_err(io_error("write", path))?;
+        let _naming = self.naming.lock().expect("nothing panics while it holds the lock");
+        match self.known().get(&digest) {
+            None => return Ok(false),
+            Some(Known { keep: Keep::Durable, .. }) => return Ok(true),
+            Some(_) => {}
+        }
+        let named = disk.blob_path(digest, Keep::Durable);
+        match fs::rename(path, &named) {
+            // It is being dropped.
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(false),
+            renamed => renamed.map_err(io_error("write", &named))?,
+        }
+        flush_dir(&disk.blobs_dir())?;
+        let blob = Blob(Arc::new(Content::File { file: file.clone(), path: named, bytes: blob.bytes() }));
+        // Last, so that whoever finds it here may rely on the disk too.
+        self.known().insert(digest, Known { blob, keep: Keep::Durable });
+        Ok(true)
+    }
+
+    /// Whether a blob is here and would survive a loss of power.
+    pub fn is_durable(&self, digest: &Digest) -> bool {
+        matches!(self.known().get(digest), Some(Known { keep: Keep::Durable, .. }))
+    }
+
+    /// Drops what would not survive a loss of power, and tells what that was: for those who simulate one.
+    pub fn lose_power(&self) -> Vec<Digest> {
+        self.known().extract_if(.., |_, known| known.keep == Keep::Unflushed).map(|(digest, _)| digest).collect()
+    }
+
+    /// All bytes of the blob of that digest, if there is one. For blobs that are small, and for tests.
+    pub fn get(&self, digest: Digest) -> Result<Option<Bytes>, JournalError> {
+        self.open(digest)?.map(|blob| blob.read_all()).transpose()
+    }
+
+    /// Drops every blob that is not in `keep`, from memory and from disk. A blob that another thread is putting must be in
+    /// `keep` already, or it may be dropped.
+    pub fn retain(&self, keep: &BTreeSet<Digest>) -> Result<(), JournalError> {
+        let dropped: Vec<(Digest, Known)> = self.known().extract_if(.., |digest, _| !keep.contains(digest)).collect();
+        let Some(disk) = &self.disk else {
+            let parts = dropped.into_iter().filter_map(|(_, known)| known.blob.into_parts()).flat_map(|parts| parts.0);
+            let mut spare = Buffers::new(usize::MAX);
+            // Of parts that came in one buffer, one can have it.
+            for (_, part) in parts {
+                part.try_into_mut().into_iter().for_each(|part| drop(spare.lend(part)));
+            }
+            *self.spare() = spare;
+            return Ok(());
+        };
+        let durable = dropped.into_iter().filter(|(_, known)| known.keep == Keep::Durable);
+        if let Some((path, bytes)) = durable.filter_map(|(_, known)| known.blob.into_file()).last() {
+            disk.set_aside(&path, bytes);
+        }
+        for (name, path) in list(&disk.blobs_dir())? {
+            let digest = name.strip_suffix(BLOB_END).or(name.strip_suffix(UNFLUSHED_END));
+            let digest = digest.and_then(|hex| hex.parse().ok());
+            if digest.is_some_and(|digest: Digest| !keep.contains(&digest)) {
+                remove(&path)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn spare(&self) -> MutexGuard<'_, Buffers> {
+        self.spare.lock().expect("nothing panics while it holds the lock")
+    }
+
+    fn known(&self) -> MutexGuard<'_, BTreeMap<Digest, Known>> {
+        self.known.lock().expect("nothing panics while it holds the lock")
+    }
+}
+
+impl Blob {
+    /// How long it is, in bytes.
+    pub fn bytes(&self) -> u64 {
+        match &*self.0 {
+            Content::File { bytes, .. } => *bytes,
+            Content::Memory(parts) => parts.bytes(),
+        }
+    }
+
+    /// Fills `out` with the bytes from `start` on, all of which must be there.
+    pub fn read(&self, start: u64, out: &mut [u8]) -> Result<(), JournalError> {
+        match &*self.0 {
+            Content::File { file, path, .. } => read_exact_at(file, start, out).map_err(io_error("read", path)),
+            Content::Memory(parts) => parts.read(start, out).map_err(io_error("read", Path::new("a blob in memory"))),
+        }
+    }
+
+    /// A message, in two parts: `header`, and behind it the bytes of `range`, all of which must be there. What lies in memory
+    /// is not copied, and what lies on disk is read behind the header, in one of `buffers`: no copy has to join them.
+    pub fn behind(
+        &self,
+        header: Bytes,
+        range: Range<usize>,
+        buffers: &mut Buffers,
+    ) -> Result<(Bytes, Bytes), JournalError> {
+        if let Content::Memory(parts) = &*self.0
+            && let Some(part) = parts.slice(&range)
+        {
+            return Ok((header, part));
+        }
+        let mut message = buffers.take(header.len() + range.len());
+        let (head, tail) = message.split_at_mut(header.len());
+        head.copy_from_slice(&header);
+        self.read(range.start as u64, tail)?;
+        Ok((buffers.lend(message), Bytes::new()))
+    }
+
+    /// Its memory, if it lies in memory and nobody else reads it.
+    fn into_parts(self) -> Option<Parts> {
+        match Arc::into_inner(self.0)? {
+            Content::Memory(parts) => Some(parts),
+            Content::File { .. } => None,
+        }
+    }
+
+    /// Where its file is and how long, if it is one that nobody reads or writes.
+    fn into_file(self) -> Option<(PathBuf, u64)> {
+        match Arc::into_inner(self.0)? {
+            Content::File { file, path, bytes } => Arc::into_inner(file).map(|_| (path, bytes)),
+            Content::Memory(_) => None,
+        }
+    }
+
+    fn read_all(&self) -> Result<Bytes, JournalError> {
+        if let Content::Memory(parts) = &*self.0
+            && let Some(bytes) = parts.single()
+        {
+            return Ok(bytes);
+        }
+        let mut bytes = vec![0; usize::try_from(self.bytes()).unwrap_or(usize::MAX)];
+        self.read(0, &mut bytes)?;
+        Ok(bytes.into())
+    }
+}
+
+impl Source for Blob {
+    fn bytes(&self) -> u64 {
+        self.bytes()
+    }
+
+    fn read_at(&self, start: u64, out: &mut [u8]) -> Result<(), String> {
+        self.read(start, out).map_err(|error| error.to_string())
+    }
+}
+
+impl Draft {
+    /// Writes bytes from `start` on. After an error the same may be written again.
+    pub fn write(&mut self, start: u64, bytes: &Bytes) -> Result<(), JournalError> {
+        self.bytes = self.bytes.max(start + bytes.len() as u64);
+        match &mut self.content {
+            DraftContent::File { file, temporary, flusher, .. } => {
+                let written = write_all_at(file, start, bytes);
+                let flushed = written.and_then(|()| flusher.as_mut().map_or(Ok(()), |f| f.wrote(file, bytes.len())));
+                flushed.map_err(|error| {
+                    // It may be room that is lacking.
+                    self.blobs.disk.iter().for_each(|disk| drop(disk.spare().take()));
+                    io_error("write", &temporary.0)(error)
+                })
+            }
+            DraftContent::Memory(parts) => {
+                let spare = self.blobs.spare().spare(bytes.len());
+                let part = spare.map_or_else(
+                    || bytes.clone(),
+                    |mut part| {
+                        part.copy_from_slice(bytes);
+                        part.freeze()
+                    },
+                );
+                parts.0.insert(start, part);
+                Ok(())
+            }
+        }
+    }
+
+    /// Fills `out` with the bytes from `start` on, which were written.
+    pub fn read(&self, start: u64, out: &mut [u8]) -> Result<(), JournalError> {
+        match &self.content {
+            DraftContent::File { file, temporary, .. } => {
+                read_exact_at(file, start, out).map_err(io_error("read", &temporary.0))
+            }
+            DraftContent::Memory(parts) => {
+                parts.read(start, out).map_err(io_error("read", Path::new("a blob in memory")))
+            }
+        }
+    }
+
+    /// Makes what was written the blob `digest`, which the caller has verified. When this returns `Ok`, it is kept as it was
+    /// to be kept. After an error it may be tried again. To finish the same blob twice does nothing.
+    pub fn finish(&mut self, digest: Digest) -> Result<(), JournalError> {
+        if !self.blobs.known().contains_key(&digest) {
+            let content = match (&mut self.content, &self.blobs.disk) {
+                (DraftContent::File { file, temporary, length_before, flusher }, Some(disk)) => {
+                    let path = disk.blob_path(digest, Keep::Unflushed);
+                    let mut write = || {
+                        flusher.as_mut().map_or(Ok(()), Flusher::wait)?;
+                        if *length_before > self.bytes {
+                            file.set_len(self.bytes)?;
+                        }
+                        fs::rename(&temporary.0, &path)
+                    };
+                    write().map_err(io_error("write", &path))?;
+                    Content::File { file: file.clone(), path, bytes: self.bytes }
+                }
+                (DraftContent::Memory(parts), _) => Content::Memory(std::mem::take(parts)),
+                (DraftContent::File { .. }, None) => return Ok(()),
+            };
+            let known = Known { blob: Blob(Arc::new(content)), keep: Keep::Unflushed };
+            self.blobs.known().insert(digest, known);
+        }
+        match self.keep {
+            Keep::Durable => self.blobs.flush(digest).map(drop),
+            Keep::Unflushed => Ok(()),
+        }
+    }
+}
+
+/// Has a file that is being written flushed in the background, so that little is left to be flushed after the last byte.
+#[derive(Debug, Default)]
+struct Flusher {
+    /// What was written since the flush began that began last, in bytes.
+    unflushed: usize,
+    running: Option<JoinHandle<io::Result<()>>>,
+}
+
+impl Flusher {
+    /// So many bytes more are in the file.
+    fn wrote(&mut self, file: &Arc<File>, bytes: usize) -> io::Result<()> {
+        self.unflushed += bytes;
+        if self.unflushed < FLUSH_BYTES || self.running.as_ref().is_some_and(|running| !running.is_finished()) {
+            return Ok(());
+        }
+        self.wait()?;
+        self.unflushed = 0;
+        let file = file.clone();
+        // Without another thread there is more to flush at the end.
+        self.running = thread::Builder::new().name("flush".into()).spawn(move || file.sync_data()).ok();
+        Ok(())
+    }
+
+    /// Waits for what runs. An error is told once, and not again by the flush at the end.
+    fn wait(&mut self) -> io::Result<()> {
+        let ended = self.running.take().map(JoinHandle::join);
+        ended.map_or(Ok(()), |ended| ended.unwrap_or_else(|_| Err(io::Error::other("the flush panicked"))))
+    }
+}
+
+impl Parts {
+    fn bytes(&self) -> u64 {
+        self.0.last_key_value().map_or(0, |(start, part)| start + part.len() as u64)
+    }
+
+    /// The whole, if it was written at once.
+    fn single(&self) -> Option<Bytes> {
+        if self.0.is_empty() {
+            return Some(Bytes::new());
+        }
+        self.0.first_key_value().filter(|(start, _)| self.0.len() == 1 && **start == 0).map(|(_, part)| part.clone())
+    }
+
+    /// The bytes of `range`, if they lie in one part.
+    fn slice(&self, range: &Range<usize>) -> Option<Bytes> {
+        let (begin, part) = self.0.range(..=range.start as u64).next_back()?;
+        let skipped = range.start - usize::try_from(*begin).ok()?;
+        let length = range.len();
+        (length <= part.len().checked_sub(skipped)?).then(|| part.slice(skipped..skipped + length))
+    }
+
+    fn read(&self, start: u64, out: &mut [u8]) -> io::Result<()> {
+        let first = self.0.range(..=start).next_back().map_or(start, |(first, _)| *first);
+        let (mut at, mut filled) = (start, 0);
+        for (begin, part) in self.0.range(first..) {
+            if filled == out.len() {
+                break;
+            }
+            let skipped = at.checked_sub(*begin).and_then(|skipped| usize::try_from(skipped).ok());
+            let Some(rest) = skipped.and_then(|skipped| part.get(skipped..)) else { break };
+            let length = rest.len().min(out.len() - filled);
+            out[filled..filled + length].copy_from_slice(&rest[..length]);
+            filled += length;
+            at += length as u64;
+        }
+        if filled == out.len() { Ok(()) } else { Err(ErrorKind::UnexpectedEof.into()) }
+    }
+}
+
+impl SpareFile {
+    /// The file and how long it is, when it can be written over.
+    fn renamed(self) -> Option<(Temporary, u64)> {
+        match self.renaming.join() {
+            Ok(Ok(())) => Some((self.file, self.bytes)),
+            _ => None,
+        }
+    }
+}
+
+impl Disk {
+    fn blob_path(&self, digest: Digest, keep: Keep) -> PathBuf {
+        self.blobs_dir().join(blob_name(digest, keep))
+    }
+
+    fn draft_path(&self) -> PathBuf {
+        self.blobs_dir().join(self.temporary_name(DRAFT))
+    }
+
+    pub(super) fn spare(&self) -> MutexGuard<'_, Option<SpareFile>> {
+        self.spare.lock().expect("nothing panics while it holds the lock")
+    }
+
+    /// Sets a file aside that is no blob any more, to be written over. One that cannot be is left there, to be deleted.
+    fn set_aside(&self, path: &Path, bytes: u64) {
+        let file = self.draft_path();
+        if fs::rename(path, &file).is_err() {
+            return;
+        }
+        let file = Temporary(file);
+        let dir = self.blobs_dir();
+        let renaming = thread::Builder::new().name("flush".into()).spawn(move || flush_dir(&dir));
+        *self.spare() = renaming.ok().map(|renaming| SpareFile { file, bytes, renaming });
+    }
+}
+
+impl Drop for Temporary {
+    fn drop(&mut self) {
+        // It is gone under this name when the draft is finished. One that cannot be removed is at the next opening.
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+#[cfg(unix)]
+fn read_exact_at(file: &File, start: u64, out: &mut [u8]) -> io::Result<()> {
+    std::os::unix::fs::FileExt::read_exact_at(file, out, start)
+}
+
+#[cfg(unix)]
+fn write_all_at(file: &File, start: u64, bytes: &[u8]) -> io::Result<()> {
+    std::os::unix::fs::FileExt::write_all_at(file, bytes, start)
+}
+
+#[cfg(windows)]
+fn read_exact_at(file: &File, mut start: u64, mut out: &mut [u8]) -> io::Result<()> {
+    while !out.is_empty() {
+        let length = std::os::windows::fs::FileExt::seek_read(file, out, start)?;
+        if length == 0 {
+            return Err(ErrorKind::UnexpectedEof.into());
+        }
+        out = &mut out[length..];
+        start += length as u64;
+    }
+    Ok(())
+}
+
+#[cfg(windows)]
+fn write_all_at(file: &File, mut start: u64, mut bytes: &[u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        let length = std::os::windows::fs::FileExt::seek_write(file, bytes, start)?;
+        bytes = &bytes[length..];
+        start += length as u64;
+    }
+    Ok(())
+}
+
+pub(super) fn blob_name(digest: Digest, keep: Keep) -> String {
+    let end = match keep {
+        Keep::Durable => BLOB_END,
+        Keep::Unflushed => UNFLUSHED_END,
+    };
+    format!("{digest}{end}")
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::BytesMut;
+
+    use super::super::{Journal, Loaded, is_temporary};
+    use super::*;
+
+    fn open(dir: &Path) -> Result<(Journal, Loaded), JournalError> {
+        Journal::open(dir, "ward", None)
+    }
+
+    #[test]
+    fn a_blob_survives_the_process_and_is_verified_when_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let bytes = Bytes::from(vec![3; 10_000]);
+        let digest = Digest::of(&bytes);
+        let (mut journal, _) = open(dir.path()).unwrap();
+        assert_eq!(journal.blob(digest).unwrap(), None);
+        journal.put_blob(digest, &bytes).unwrap();
+        journal.put_blob(digest, &bytes).unwrap();
+        journal.save_state(b"promise").unwrap();
+        drop(journal);
+        let (journal, _) = open(dir.path()).unwrap();
+        assert_eq!(journal.blob(digest).unwrap(), Some(bytes.clone()));
+        drop(journal);
+        let path = dir.path().join(BLOBS).join(blob_name(digest, Keep::Durable));
+        fs::write(&path, &bytes[1..]).unwrap();
+        let (journal, _) = open(dir.path()).unwrap();
+        let damaged = journal.blob(digest).unwrap_err();
+        assert!(matches!(&damaged, JournalError::DamagedBlob { path: found } if *found == path), "{damaged}");
+        assert!(damaged.hint().contains("remove that file"));
+        journal.put_blob(digest, &bytes).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), bytes, "putting a blob again mends its file");
+    }
+
+    #[test]
+    fn a_blob_is_written_and_read_by_ranges_in_any_order() {
+        let dir = tempfile::tempdir().unwrap();
+        let (journal, _) = open(dir.path()).unwrap();
+        let bytes: Bytes = (0..2_500u32).map(|i| (i / 7) as u8).collect::<Vec<_>>().into();
+        let digest = Digest::of(&bytes);
+        for blobs in [journal.blobs(), Blobs::memory()] {
+            let mut draft = blobs.draft(Keep::Durable).unwrap();
+            for range in [2_048..2_500, 0..1_024, 1_024..2_048] {
+                draft.write(range.start as u64, &bytes.slice(range)).unwrap();
+            }
+            let mut found = vec![0; 700];
+            draft.read(900, &mut found).unwrap();
+            assert_eq!(found, bytes[900..1_600]);
+            assert!(blobs.open(digest).unwrap().is_none());
+            draft.finish(digest).unwrap();
+            drop(draft);
+            let blob = blobs.open(digest).unwrap().unwrap();
+            assert_eq!(blob.bytes(), 2_500);
+            blob.read(1_800, &mut found).unwrap();
+            assert_eq!(found, bytes[1_800..2_500]);
+            assert!(blob.read(1_801, &mut found).is_err(), "it ends there");
+            assert_eq!(blobs.get(digest).unwrap().unwrap(), bytes);
+        }
+    }
+
+    #[test]
+    fn a_draft_that_is_not_finished_leaves_nothing_behind_nor_does_a_crash() {
+        let dir = tempfile::tempdir().unwrap();
+        let (journal, _) = open(dir.path()).unwrap();
+        let count = || fs::read_dir(dir.path().join(BLOBS)).unwrap().count();
+        let draft = || {
+            let mut draft = journal.blobs().draft(Keep::Durable).unwrap();
+            draft.write(3, &Bytes::from_static(b"part")).unwrap();
+            draft
+        };
+        let dropped = draft();
+        assert_eq!(count(), 1);
+        drop(dropped);
+        assert_eq!(count(), 0);
+        std::mem::forget((draft(), draft()));
+        assert_eq!(count(), 2);
+        // The process has died: nobody holds the directory any more.
+        let disk = &journal.disk;
+        disk._lock.unlock().unwrap();
+        assert!(open(dir.path()).is_ok());
+        assert_eq!(count(), 0);
+    }
+
+    #[test]
+    fn a_blob_that_was_not_flushed_survives_the_process_and_is_dropped_if_it_does_not_survive_the_power() {
+        let bytes = Bytes::from_static(b"an update");
+        let digest = Digest::of(&bytes);
+        let unflushed = |dir: &Path| {
+            let (journal, _) = open(dir).unwrap();
+            let mut draft = journal.blobs().draft(Keep::Unflushed).unwrap();
+            draft.write(0, &bytes).unwrap();
+            draft.finish(digest).unwrap();
+            dir.join(BLOBS).join(blob_name(digest, Keep::Unflushed))
+        };
+        let dir = tempfile::tempdir().unwrap();
+        let path = unflushed(dir.path());
+        let (journal, _) = open(dir.path()).unwrap();
+        assert_eq!(journal.blob(digest).unwrap().as_ref(), Some(&bytes));
+        assert!(!journal.blobs().is_durable(&digest));
+        journal.retain_blobs(&BTreeSet::new()).unwrap();
+        assert!(!path.exists());
+        drop(journal);
+
+        // The length is on disk, and what was written is not.
+        fs::write(unflushed(dir.path()), [0; 9]).unwrap();
+        let (journal, _) = open(dir.path()).unwrap();
+        assert_eq!(journal.blob(digest).unwrap(), None);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_blob_is_flushed_once_and_one_that_is_gone_is_not() {
+        let bytes = Bytes::from_static(b"an update");
+        let digest = Digest::of(&bytes);
+        let dir = tempfile::tempdir().unwrap();
+        let (journal, _) = open(dir.path()).unwrap();
+        for blobs in [journal.blobs(), Blobs::memory()] {
+            let put = |keep: Keep| {
+                let mut draft = blobs.draft(keep).unwrap();
+                draft.write(0, &bytes).unwrap();
+                draft.finish(digest).unwrap();
+            };
+            assert!(!blobs.flush(digest).unwrap());
+            put(Keep::Unflushed);
+            assert!(!blobs.is_durable(&digest));
+            let before = blobs.open(digest).unwrap().unwrap();
+            for _ in 0..2 {
+                assert!(blobs.flush(digest).unwrap());
+                assert!(blobs.is_durable(&digest));
+            }
+            assert_eq!(before.read_all().unwrap(), bytes);
+            put(Keep::Unflushed);
+            assert!(blobs.is_durable(&digest), "it stays what it was");
+            blobs.retain(&BTreeSet::new()).unwrap();
+            put(Keep::Unflushed);
+            put(Keep::Durable);
+            assert!(blobs.is_durable(&digest), "it was made again, to be kept");
+            assert!(blobs.lose_power().is_empty());
+        }
+        drop(journal);
+        assert_eq!(read_blob(dir.path(), digest).unwrap(), Some(bytes));
+    }
+
+    #[test]
+    fn a_long_blob_is_flushed_while_it_is_written() {
+        let bytes = Bytes::from((0..2 * FLUSH_BYTES + 1).map(|i| (i % 251) as u8).collect::<Vec<_>>());
+        let digest = Digest::of(&bytes);
+        let dir = tempfile::tempdir().unwrap();
+        let (journal, _) = open(dir.path()).unwrap();
+        let mut draft = journal.blobs().draft(Keep::Durable).unwrap();
+        for start in (0..bytes.len()).step_by(FLUSH_BYTES / 4) {
+            let end = bytes.len().min(start + FLUSH_BYTES / 4);
+            draft.write(start as u64, &bytes.slice(start..end)).unwrap();
+        }
+        let DraftContent::File { flusher: Some(flusher), .. } = &draft.content else { panic!("it is no file") };
+        assert!(flusher.running.is_some());
+        draft.finish(digest).unwrap();
+        drop((draft, journal));
+        assert_eq!(read_blob(dir.path(), digest).unwrap(), Some(bytes));
+    }
+
+    #[test]
+    fn a_blob_that_is_no_longer_kept_can_be_read_by_who_has_it_open() {
+        let dir = tempfile::tempdir().unwrap();
+        let (journal, _) = open(dir.path()).unwrap();
+        let bytes = Bytes::from_static(b"weights");
+        let digest = Digest::of(&bytes);
+        for blobs in [journal.blobs(), Blobs::memory()] {
+            blobs.put(digest, &bytes).unwrap();
+            let blob = blobs.open(digest).unwrap().unwrap();
+            blobs.retain(&BTreeSet::new()).unwrap();
+            assert!(blobs.open(digest).unwrap().is_none());
+            let mut found = vec![0; bytes.len()];
+            blob.read(0, &mut found).unwrap();
+            assert_eq!(found, bytes);
+        }
+    }
+
+    #[test]
+    fn a_message_is_a_part_of_a_blob_behind_a_header_and_copied_only_where_it_must_be() {
+        let dir = tempfile::tempdir().unwrap();
+        let (journal, _) = open(dir.path()).unwrap();
+        let bytes = Bytes::from_static(b"weights of a model");
+        let digest = Digest::of(&bytes);
+        for blobs in [journal.blobs(), Blobs::memory()] {
+            let mut draft = blobs.draft(Keep::Durable).unwrap();
+            draft.write(0, &bytes.slice(..8)).unwrap();
+            draft.write(8, &bytes.slice(8..)).unwrap();
+            draft.finish(digest).unwrap();
+            let blob = blobs.open(digest).unwrap().unwrap();
+            let mut buffers = Buffers::default();
+            for range in [0..7, 11..18, 4..10, 0..18, 8..8] {
+                let header = Bytes::from_static(b"head:");
+                let (head, tail) = blob.behind(header, range.clone(), &mut buffers).unwrap();
+                assert_eq!([head, tail].concat(), [b"head:", &bytes[range]].concat());
+            }
+            assert!(blob.behind(Bytes::new(), 11..19, &mut buffers).is_err());
+        }
+        let blobs = Blobs::memory();
+        blobs.put(digest, &bytes).unwrap();
+        let blob = blobs.open(digest).unwrap().unwrap();
+        let (_, tail) = blob.behind(Bytes::new(), 11..18, &mut Buffers::default()).unwrap();
+        assert_eq!(tail.as_ptr(), bytes[11..].as_ptr());
+    }
+
+    #[test]
+    fn without_a_disk_the_memory_of_a_dropped_blob_is_used_again_unless_somebody_reads_it() {
+        let blobs = Blobs::memory();
+        let write = |bytes: &'static [u8]| {
+            let mut draft = blobs.draft(Keep::Durable).unwrap();
+            // As a chunk comes: memory that can be written to.
+            draft.write(0, &BytesMut::from(bytes).freeze()).unwrap();
+            draft.finish(Digest::of(bytes)).unwrap();
+            blobs.open(Digest::of(bytes)).unwrap().unwrap()
+        };
+        let place = |blob: &Blob| blob.read_all().unwrap().as_ptr();
+        let (first, second) = (write(b"first"), write(b"second"));
+        let place_of_second = place(&second);
+        drop(second);
+        blobs.retain(&BTreeSet::new()).unwrap();
+        let third = write(b"third");
+        assert_eq!((place(&third), third.read_all().unwrap()), (place_of_second, Bytes::from_static(b"third")));
+        assert_eq!(first.read_all().unwrap(), &b"first"[..]);
+    }
+
+    #[test]
+    fn only_blobs_worth_keeping_are_retained() {
+        let dir = tempfile::tempdir().unwrap();
+        let (journal, _) = open(dir.path()).unwrap();
+        for blobs in [journal.blobs(), Blobs::memory()] {
+            let digests = [b"a", b"b", b"c"].map(|text| {
+                let bytes = Bytes::from_static(text);
+                blobs.put(Digest::of(&bytes), &bytes).unwrap();
+                Digest::of(&bytes)
+            });
+            blobs.retain(&BTreeSet::from([digests[1]])).unwrap();
+            let kept = digests.map(|digest| blobs.get(digest).unwrap().is_some());
+            assert_eq!(kept, [false, true, false]);
+        }
+        let names = list(&dir.path().join(BLOBS)).unwrap();
+        assert_eq!(names.iter().filter(|(name, _)| !is_temporary(name)).count(), 1);
+    }
+
+    /// The one file among the blobs.
+    fn only_file(dir: &Path) -> PathBuf {
+        match &list(&dir.join(BLOBS)).unwrap()[..] {
+            [(_, path)] => path.clone(),
+            others => panic!("{others:?} instead of one file"),
+        }
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_durable_blob_is_written_over_the_one_that_was_dropped_last_whatever_their_lengths() {
+        use std::os::unix::fs::MetadataExt;
+
+        let dir = tempfile::tempdir().unwrap();
+        let (journal, _) = open(dir.path()).unwrap();
+        let mut files = BTreeSet::new();
+        for length in [1_000_usize, 1_000, 10, 2_500, 0, 700] {
+            let bytes = Bytes::from(vec![length.to_le_bytes()[0]; length]);
+            let digest = Digest::of(&bytes);
+            journal.put_blob(digest, &bytes).unwrap();
+            assert_eq!(fs::read(only_file(dir.path())).unwrap(), bytes);
+            assert_eq!(journal.blob(digest).unwrap(), Some(bytes));
+            files.insert(fs::metadata(only_file(dir.path())).unwrap().ino());
+            journal.retain_blobs(&BTreeSet::new()).unwrap();
+            assert!(is_temporary(only_file(dir.path()).file_name().unwrap().to_str().unwrap()));
+            // It is not for what may never be written to the disk.
+            drop(journal.blobs().draft(Keep::Unflushed).unwrap());
+        }
+        assert_eq!(files.len(), 1);
+        drop(journal);
+        assert_eq!(list(&dir.path().join(BLOBS)).unwrap(), []);
+    }
+
+    #[test]
+    fn a_blob_that_somebody_reads_is_not_written_over() {
+        let dir = tempfile::tempdir().unwrap();
+        let (journal, _) = open(dir.path()).unwrap();
+        let bytes = Bytes::from_static(b"weights");
+        journal.put_blob(Digest::of(&bytes), &bytes).unwrap();
+        let blob = journal.blobs().open(Digest::of(&bytes)).unwrap().unwrap();
+        journal.retain_blobs(&BTreeSet::new()).unwrap();
+        let next = Bytes::from_static(b"other weights");
+        journal.put_blob(Digest::of(&next), &next).unwrap();
+        assert_eq!(blob.read_all().unwrap(), bytes);
+        assert_eq!(fs::read(only_file(dir.path())).unwrap(), next);
+    }
+
+    #[test]
+    fn the_room_of_a_dropped_blob_is_given_back_when_room_is_lacking_and_after_a_crash() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut journal, _) = open(dir.path()).unwrap();
+        let bytes = Bytes::from_static(b"weights");
+        let drop_one = |journal: &Journal| {
+            journal.put_blob(Digest::of(&bytes), &bytes).unwrap();
+            journal.retain_blobs(&BTreeSet::new()).unwrap();
+            assert!(only_file(dir.path()).exists());
+        };
+        drop_one(&journal);
+        // No file can take this name.
+        fs::create_dir_all(dir.path().join("state/in the way")).unwrap();
+        assert!(journal.save_state(b"promise").is_err());
+        assert_eq!(list(&dir.path().join(BLOBS)).unwrap(), []);
+        fs::remove_dir_all(dir.path().join("state")).unwrap();
+
+        drop_one(&journal);
+        std::mem::forget(journal.blobs().disk.as_ref().unwrap().spare().take());
+        drop(journal);
+        assert!(only_file(dir.path()).exists());
+        assert!(open(dir.path()).is_ok());
+        assert_eq!(list(&dir.path().join(BLOBS)).unwrap(), []);
+    }
+
+    #[test]
+    fn many_threads_put_and_read_the_same_blobs() {
+        let dir = tempfile::tempdir().unwrap();
+        let (journal, _) = open(dir.path()).unwrap();
+        let contents: Vec<_> = (0..8u8).map(|n| Bytes::from(vec![n; 1000])).collect();
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                let (blobs, contents) = (journal.blobs(), &contents);
+                scope.spawn(move || {
+                    for bytes in contents {
+                        blobs.put(Digest::of(bytes), bytes).unwrap();
+                        assert_eq!(blobs.get(Digest::of(bytes)).unwrap().as_ref(), Some(bytes));
+                    }
+                });
+            }
+        });
+        let names = list(&dir.path().join(BLOBS)).unwrap();
+        assert_eq!(names.len(), contents.len());
+        assert!(names.iter().all(|(name, _)| !is_temporary(name)));
+    }
+}
