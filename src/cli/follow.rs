@@ -115,13 +115,14 @@ impl Audience<'_, '_> {
         let result = loop {
             tokio::select! {
                 biased;
-                Some(entry) = entries.recv() => self.hear(&entry),
-                result = &mut ended => break result,
+                // Before the entries, some of which come of it: peers that leave then are no news.
                 () = &mut stopping, if !is_stopping => {
                     is_stopping = true;
                     let notice = self.narrator.stopping();
                     self.show(&notice);
                 }
+                Some(entry) = entries.recv() => self.hear(&entry),
+                result = &mut ended => break result,
                 _ = tick.tick() => {
                     self.catch_up();
                     if let Some(notice) = self.narrator.tick(Instant::now()) {
