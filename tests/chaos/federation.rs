@@ -89,6 +89,16 @@ pub(crate) struct Federation {
     _machine: MutexGuard<'static, ()>,
 }
 
+/// Where a peer keeps its blobs.
+pub(crate) struct BlobFiles(PathBuf);
+
+impl BlobFiles {
+    /// Whether this one is there, be it flushed or not.
+    pub(crate) fn has(&self, blob: Digest) -> bool {
+        ["blob", "unflushed"].iter().any(|end| self.0.join(format!("{blob}.{end}")).exists())
+    }
+}
+
 impl Federation {
     /// A federation without any process yet.
     pub(crate) fn new(seed: u64, rounds: u64, settings: &[&str]) -> Self {
@@ -261,9 +271,9 @@ impl Federation {
         Ok(Durable::decode(&state).unwrap_or_else(|| panic!("seed {}: the promises of {peer}", self.seed)))
     }
 
-    /// Whether the state directory of `peer` holds this blob.
-    pub(crate) fn has_blob(&self, peer: &PeerId, blob: Digest) -> bool {
-        self.state_dir(peer).join("blobs").join(format!("{blob}.blob")).exists()
+    /// The blobs in the state directory of `peer`.
+    pub(crate) fn blobs(&self, peer: &PeerId) -> BlobFiles {
+        BlobFiles(self.state_dir(peer).join("blobs"))
     }
 
     fn state_dir(&self, peer: &PeerId) -> PathBuf {
@@ -354,7 +364,7 @@ impl Federation {
                 let decree = decree.unwrap_or_else(|| panic!("seed {seed}: {peer} has no head"));
                 assert!(decree.reason().is_some(), "seed {seed}: {peer} has kept round {} as its last", decree.round);
                 assert_eq!(decree.model().digest, last, "seed {seed}: the journal of {peer}");
-                assert!(self.has_blob(peer, last), "seed {seed}: {peer} has not kept the last model");
+                assert!(self.blobs(peer).has(last), "seed {seed}: {peer} has not kept the last model");
                 finishes.insert(decree.digest());
             }
         }

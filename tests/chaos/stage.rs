@@ -57,10 +57,9 @@ impl Stage {
         // On a busy machine a trainer may be done before a quorum of ballots is in.
         let leader = federation.until_all("a leader", leader);
         if self == Stage::Aggregating {
-            let updates = federation.until_all("all updates", |entries| all_updates(entries, &leader));
-            while !updates.values().all(|update| federation.has_blob(&leader, *update)) {
-                federation.until_all("the next look", |_| Some(()));
-            }
+            let held = federation.blobs(&leader);
+            let all_held = |updates: &BTreeMap<PeerId, Digest>| updates.values().all(|update| held.has(*update));
+            federation.until_all("all updates at the leader", |entries| all_updates(entries, &leader).filter(all_held));
         }
         let begins =
             |entry: &Entry| entry.peer != leader && (self.begins_with(&entry.event) || self == Stage::Aggregating);
