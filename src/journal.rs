@@ -483,7 +483,7 @@ mod tests {
     use super::*;
     use crate::transfer::Keep;
 
-    fn open(dir: &Path) -> Result<(Journal, Loaded), JournalError> {
+    pub(super) fn open(dir: &Path) -> Result<(Journal, Loaded), JournalError> {
         Journal::open(dir, "ward", None)
     }
 

@@ -74,8 +74,6 @@ enum DraftContent {
     File {
         file: Arc<File>,
         temporary: Temporary,
-        /// How long the file is that it is written over.
-        length_before: u64,
         /// Of one that is to be durable.
         flusher: Option<Flusher>,
     },
@@ -95,7 +93,6 @@ struct Temporary(PathBuf);
 #[derive(Debug)]
 pub(super) struct SpareFile {
     file: Temporary,
-    bytes: u64,
     /// Makes the renaming durable. Before that nothing is written: after a loss of power it could be under the old name.
     renaming: JoinHandle<Result<(), JournalError>>,
 }
@@ -108,8 +105,12 @@ pub fn read_blob(dir: &Path, digest: Digest) -> Result<Option<Bytes>, JournalErr
     if Digest::of(&bytes) == digest {
         return Ok(Some(bytes.into()));
     }
-    // One that was dropped meanwhile may be written over.
-    if path.exists() { Err(JournalError::DamagedBlob { path }) } else { Ok(None) }
+    refuse_damaged(path).map(|()| None)
+}
+
+/// Refuses a blob whose content is not what its name says, unless it was dropped meanwhile: then it may be written over.
+fn refuse_damaged(path: PathBuf) -> Result<(), JournalError> {
+    if path.exists() { Err(JournalError::DamagedBlob { path }) } else { Ok(()) }
 }
 
 impl Blobs {
@@ -129,13 +130,11 @@ impl Blobs {
             Some(disk) => {
                 let durable = keep == Keep::Durable;
                 let spare = if durable { disk.spare().take() } else { None };
-                let (temporary, length_before) = match spare.and_then(SpareFile::renamed) {
-                    Some(spare) => spare,
-                    None => (Temporary(disk.draft_path()), 0),
+                let (file, temporary) = match spare.and_then(SpareFile::open) {
+                    Some(opened) => opened,
+                    None => disk.create_draft()?,
                 };
-                let file = File::options().create(true).truncate(false).read(true).write(true).open(&temporary.0);
-                let file = Arc::new(file.map_err(io_error("create", &temporary.0))?);
-                DraftContent::File { file, temporary, length_before, flusher: durable.then(Flusher::default) }
+                DraftContent::File { file: Arc::new(file), temporary, flusher: durable.then(Flusher::default) }
             }
         };
         Ok(Draft { blobs: self.clone(), keep, bytes: 0, content })
@@ -172,9 +171,7 @@ impl Blobs {
                 return Ok(Some(blob));
             }
             match keep {
-                // Dropped meanwhile, and written over.
-                Keep::Durable if !path.exists() => {}
-                Keep::Durable => return Err(JournalError::DamagedBlob { path }),
+                Keep::Durable => refuse_damaged(path)?,
                 // The power was lost, as it may be.
                 Keep::Unflushed => {
                     warn!(path = %path.display(), "deleted what a loss of power has damaged; it is pulled or made again");
@@ -245,8 +242,8 @@ impl Blobs {
             return Ok(());
         };
         let durable = dropped.into_iter().filter(|(_, known)| known.keep == Keep::Durable);
-        if let Some((path, bytes)) = durable.filter_map(|(_, known)| known.blob.into_file()).last() {
-            disk.set_aside(&path, bytes);
+        if let Some(path) = durable.filter_map(|(_, known)| known.blob.into_path()).last() {
+            disk.set_aside(&path);
         }
         for (name, path) in list(&disk.blobs_dir())? {
             let digest = name.strip_suffix(BLOB_END).or(name.strip_suffix(UNFLUSHED_END));
@@ -312,10 +309,10 @@ impl Blob {
         }
     }
 
-    /// Where its file is and how long, if it is one that nobody reads or writes.
-    fn into_file(self) -> Option<(PathBuf, u64)> {
+    /// Where its file is, if it is one that nobody reads or writes.
+    fn into_path(self) -> Option<PathBuf> {
         match Arc::into_inner(self.0)? {
-            Content::File { file, path, bytes } => Arc::into_inner(file).map(|_| (path, bytes)),
+            Content::File { file, path, .. } => Arc::into_inner(file).map(|_| path),
             Content::Memory(_) => None,
         }
     }
@@ -347,7 +344,7 @@ impl Draft {
     pub fn write(&mut self, start: u64, bytes: &Bytes) -> Result<(), JournalError> {
         self.bytes = self.bytes.max(start + bytes.len() as u64);
         match &mut self.content {
-            DraftContent::File { file, temporary, flusher, .. } => {
+            DraftContent::File { file, temporary, flusher } => {
                 let written = write_all_at(file, start, bytes);
                 let flushed = written.and_then(|()| flusher.as_mut().map_or(Ok(()), |f| f.wrote(file, bytes.len())));
                 flushed.map_err(|error| {
@@ -388,11 +385,12 @@ impl Draft {
     pub fn finish(&mut self, digest: Digest) -> Result<(), JournalError> {
         if !self.blobs.known().contains_key(&digest) {
             let content = match (&mut self.content, &self.blobs.disk) {
-                (DraftContent::File { file, temporary, length_before, flusher }, Some(disk)) => {
+                (DraftContent::File { file, temporary, flusher }, Some(disk)) => {
                     let path = disk.blob_path(digest, Keep::Unflushed);
                     let mut write = || {
                         flusher.as_mut().map_or(Ok(()), Flusher::wait)?;
-                        if *length_before > self.bytes {
+                        // It may be written over a longer one.
+                        if file.metadata()?.len() != self.bytes {
                             file.set_len(self.bytes)?;
                         }
                         fs::rename(&temporary.0, &path)
@@ -483,12 +481,11 @@ impl Parts {
 }
 
 impl SpareFile {
-    /// The file and how long it is, when it can be written over.
-    fn renamed(self) -> Option<(Temporary, u64)> {
-        match self.renaming.join() {
-            Ok(Ok(())) => Some((self.file, self.bytes)),
-            _ => None,
-        }
+    /// The file, if it can be written over.
+    fn open(self) -> Option<(File, Temporary)> {
+        self.renaming.join().ok()?.ok()?;
+        let file = File::options().read(true).write(true).open(&self.file.0).ok()?;
+        Some((file, self.file))
     }
 }
 
@@ -497,8 +494,15 @@ impl Disk {
         self.blobs_dir().join(blob_name(digest, keep))
     }
 
+    /// A name for what has no digest: that is known when all is written.
     fn draft_path(&self) -> PathBuf {
         self.blobs_dir().join(self.temporary_name(DRAFT))
+    }
+
+    fn create_draft(&self) -> Result<(File, Temporary), JournalError> {
+        let temporary = Temporary(self.draft_path());
+        let file = File::options().create_new(true).read(true).write(true).open(&temporary.0);
+        Ok((file.map_err(io_error("create", &temporary.0))?, temporary))
     }
 
     pub(super) fn spare(&self) -> MutexGuard<'_, Option<SpareFile>> {
@@ -506,7 +510,7 @@ impl Disk {
     }
 
     /// Sets a file aside that is no blob any more, to be written over. One that cannot be is left there, to be deleted.
-    fn set_aside(&self, path: &Path, bytes: u64) {
+    fn set_aside(&self, path: &Path) {
         let file = self.draft_path();
         if fs::rename(path, &file).is_err() {
             return;
@@ -514,7 +518,7 @@ impl Disk {
         let file = Temporary(file);
         let dir = self.blobs_dir();
         let renaming = thread::Builder::new().name("flush".into()).spawn(move || flush_dir(&dir));
-        *self.spare() = renaming.ok().map(|renaming| SpareFile { file, bytes, renaming });
+        *self.spare() = renaming.ok().map(|renaming| SpareFile { file, renaming });
     }
 }
 
@@ -570,12 +574,9 @@ pub(super) fn blob_name(digest: Digest, keep: Keep) -> String {
 mod tests {
     use bytes::BytesMut;
 
-    use super::super::{Journal, Loaded, is_temporary};
+    use super::super::tests::open;
+    use super::super::{Journal, is_temporary};
     use super::*;
-
-    fn open(dir: &Path) -> Result<(Journal, Loaded), JournalError> {
-        Journal::open(dir, "ward", None)
-    }
 
     #[test]
     fn a_blob_survives_the_process_and_is_verified_when_read() {
