@@ -95,7 +95,12 @@ pub(crate) struct BlobFiles(PathBuf);
 impl BlobFiles {
     /// Whether this one is there, be it flushed or not.
     pub(crate) fn has(&self, blob: Digest) -> bool {
-        ["blob", "unflushed"].iter().any(|end| self.0.join(format!("{blob}.{end}")).exists())
+        self.has_durable(blob) || self.0.join(format!("{blob}.unflushed")).exists()
+    }
+
+    /// Whether this one is there, and would survive a loss of power.
+    fn has_durable(&self, blob: Digest) -> bool {
+        self.0.join(format!("{blob}.blob")).exists()
     }
 }
 
@@ -364,7 +369,7 @@ impl Federation {
                 let decree = decree.unwrap_or_else(|| panic!("seed {seed}: {peer} has no head"));
                 assert!(decree.reason().is_some(), "seed {seed}: {peer} has kept round {} as its last", decree.round);
                 assert_eq!(decree.model().digest, last, "seed {seed}: the journal of {peer}");
-                assert!(self.blobs(peer).has(last), "seed {seed}: {peer} has not kept the last model");
+                assert!(self.blobs(peer).has_durable(last), "seed {seed}: {peer} has not kept the last model");
                 finishes.insert(decree.digest());
             }
         }
