@@ -136,7 +136,7 @@ impl Reader {
 
     fn decode(&mut self, range: Range<usize>, out: &mut [f32]) -> Result<(), ReadError> {
         let place = self.codec.byte_range(range, self.values).ok_or(CodecError::Malformed(self.codec))?;
-        if let Some(bytes) = self.codec.as_bytes(out) {
+        if let Some(bytes) = self.codec.bytes_of_mut(out) {
             self.source.read_at(place.start, bytes).map_err(ReadError::Source)?;
             return Ok(());
         }

@@ -3,9 +3,9 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::codec::CodecError;
 use super::codec::topk::Entries;
-use super::{Manifest, RANGE_VALUES, ReadError, Reader, ranges};
+use super::codec::{CodecError, f32};
+use super::{Codec, Manifest, RANGE_VALUES, ReadError, Reader, ranges};
 use crate::types::Digest;
 use crate::weights::{Layout, first_non_finite};
 
@@ -116,6 +116,9 @@ impl Verifier {
         let (all, codec) = (self.layout.len(), self.manifest.codec);
         if codec.block().is_some() {
             let range = self.checked..all.min(self.checked + RANGE_VALUES);
+            if codec == Codec::F32 && self.base.is_none() {
+                return self.looked_at(&range, f32::first_non_finite(bytes));
+            }
             self.values.resize(range.len(), 0.0);
             codec.decode_into(bytes, &mut self.values)?;
             return self.check_values(range);
@@ -135,7 +138,12 @@ impl Verifier {
             base.combine(range.clone(), room, &mut self.values, |value, base| *value += base)
                 .map_err(VerifyError::Base)?;
         }
-        if let Some(place) = first_non_finite(&self.values) {
+        self.looked_at(&range, first_non_finite(&self.values))
+    }
+
+    /// All values of a range were looked at, and the one at this place in it is not finite.
+    fn looked_at(&mut self, range: &Range<usize>, non_finite: Option<usize>) -> Result<(), VerifyError> {
+        if let Some(place) = non_finite {
             let tensor = self.layout.tensor_of(range.start + place).unwrap_or_default();
             return Err(VerifyError::NotFinite(tensor.to_owned()));
         }
@@ -149,7 +157,7 @@ mod tests {
     use bytes::Bytes;
 
     use super::*;
-    use crate::transfer::{Codec, Tuning};
+    use crate::transfer::Tuning;
     use crate::weights::{TensorSpec, Weights};
 
     const TUNING: Tuning = Tuning { seed: 1, topk_ratio: 0.1 };

@@ -32,6 +32,15 @@ pub(super) fn decode_into(bytes: &[u8], values: &mut [f32]) {
     }
 }
 
+/// The place of the first NaN or infinity in `bytes`, four a value, if there is any: nothing need be decoded to see it.
+pub(in crate::transfer) fn first_non_finite(bytes: &[u8]) -> Option<usize> {
+    let (words, _) = bytes.as_chunks();
+    let is_finite = |word: &[u8; 4]| f32::from_le_bytes(*word).is_finite();
+    // No early exit, so that many are looked at at a time.
+    let finite = words.iter().fold(true, |finite, word| finite & is_finite(word));
+    if finite { None } else { words.iter().position(|word| !is_finite(word)) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -52,6 +61,15 @@ mod tests {
             let mut decoded = [0.0; VALUES.len()];
             decode_into(&moved[shift..], &mut decoded);
             assert_eq!(bits(&decoded), bits(&VALUES));
+        }
+    }
+
+    #[test]
+    fn what_is_not_finite_is_found_at_any_alignment() {
+        for shift in 0..4 {
+            let moved = [&vec![0xff; shift][..], &encode(&VALUES)].concat();
+            assert_eq!(first_non_finite(&moved[shift..]), Some(5));
+            assert_eq!(first_non_finite(&moved[shift..moved.len() - 8]), None);
         }
     }
 

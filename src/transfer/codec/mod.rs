@@ -20,7 +20,7 @@
 
 mod bf16;
 mod f16;
-mod f32;
+pub(super) mod f32;
 mod int8;
 pub(super) mod topk;
 
@@ -201,9 +201,18 @@ impl Codec {
         })
     }
 
-    /// The place of `values` in memory, where they stand there as they do in a blob: what is read into it is decoded.
-    pub(super) fn as_bytes(self, values: &mut [f32]) -> Option<&mut [u8]> {
-        (self == Codec::F32 && cfg!(target_endian = "little")).then(|| bytemuck::cast_slice_mut(values))
+    /// `values` as they stand in memory, if that is how they stand in a blob: they need not be encoded.
+    pub fn bytes_of(self, values: &[f32]) -> Option<&[u8]> {
+        self.writes_memory().then(|| bytemuck::cast_slice(values))
+    }
+
+    /// The same, to be read into: then they are decoded.
+    pub(super) fn bytes_of_mut(self, values: &mut [f32]) -> Option<&mut [u8]> {
+        self.writes_memory().then(|| bytemuck::cast_slice_mut(values))
+    }
+
+    fn writes_memory(self) -> bool {
+        self == Codec::F32 && cfg!(target_endian = "little")
     }
 
     /// The weights of `layout` that `blob` holds. Values that are not finite pass: ask
