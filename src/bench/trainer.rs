@@ -36,8 +36,9 @@ pub fn initial_weights(values: usize, number: u64) -> Weights {
     Weights::new(layout(values), row).expect("as many values as the layout has")
 }
 
+/// Squares, whose mean is none of them: a model that is somebody's update would be there without being sent or written.
 fn step(number: u64) -> f32 {
-    1.0 + number as f32
+    1.0 + (number * number) as f32
 }
 
 impl Trainer for ConstantTrainer {
@@ -85,6 +86,15 @@ mod tests {
     use std::ops::ControlFlow;
 
     use super::*;
+
+    #[test]
+    fn the_mean_of_several_trainers_is_none_of_their_updates() {
+        for trainers in 2..=32u16 {
+            let steps: Vec<f32> = (1..=trainers).map(|number| step(number.into())).collect();
+            let mean = steps.iter().sum::<f32>() / f32::from(trainers);
+            assert!(steps.iter().all(|step| (step - mean).abs() > 0.01), "{trainers}");
+        }
+    }
 
     #[test]
     fn a_round_adds_the_constant_to_every_value() {
