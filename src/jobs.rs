@@ -380,11 +380,18 @@ impl Writer {
     /// # Errors
     /// When the codec cannot write a value. While the disk has no room, `on_full` is called.
     pub fn write(&mut self, values: &[f32], on_full: OnFull<'_>) -> Result<(), String> {
-        let bytes = self.codec.encode_range(values, self.values, &self.layout, &self.tuning).map_err(sentence)?;
+        let encoded;
+        let bytes = match self.codec.bytes_of(values) {
+            Some(bytes) => bytes,
+            None => {
+                encoded = self.codec.encode_range(values, self.values, &self.layout, &self.tuning).map_err(sentence)?;
+                &encoded
+            }
+        };
         let start = self.hasher.count();
-        self.hasher.update(&bytes);
+        self.hasher.update(bytes);
         self.values += values.len();
-        with_room(on_full, || self.draft.write(start, &bytes))
+        with_room(on_full, || self.draft.write(start, bytes))
     }
 
     /// Names the blob, and keeps it as it is to be kept.

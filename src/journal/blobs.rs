@@ -26,6 +26,13 @@ const DRAFT: &str = "draft.blob";
 /// After so many bytes a file that is being written is flushed, in the background.
 const FLUSH_BYTES: usize = 8 << 20;
 
+/// The same for a file that need not be flushed: most are shorter. Of gigabytes the system writes most before they are dropped,
+/// and all at once when it does; whoever keeps a promise meanwhile waits for seconds.
+const EASE_BYTES: usize = 128 << 20;
+
+/// So many bytes of a file are given back at a time.
+const GIVE_BACK_BYTES: u64 = 16 << 20;
+
 /// Blobs by digest, on disk or in memory alone. A clone is another handle of the same blobs, for another thread.
 ///
 /// On disk, memory holds none of a blob: it is written and read by ranges, and what it takes in memory is the system's
@@ -74,8 +81,7 @@ enum DraftContent {
     File {
         file: Arc<File>,
         temporary: Temporary,
-        /// Of one that is to be durable.
-        flusher: Option<Flusher>,
+        flusher: Flusher,
     },
     Memory(Parts),
 }
@@ -134,7 +140,7 @@ impl Blobs {
                     Some(opened) => opened,
                     None => disk.create_draft()?,
                 };
-                DraftContent::File { file: Arc::new(file), temporary, flusher: durable.then(Flusher::default) }
+                DraftContent::File { file: Arc::new(file), temporary, flusher: Flusher::new(keep) }
             }
         };
         Ok(Draft { blobs: self.clone(), keep, bytes: 0, content })
@@ -230,7 +236,8 @@ impl Blobs {
     /// Drops every blob that is not in `keep`, from memory and from disk. A blob that another thread is putting must be in
     /// `keep` already, or it may be dropped.
     pub fn retain(&self, keep: &BTreeSet<Digest>) -> Result<(), JournalError> {
-        let dropped: Vec<(Digest, Known)> = self.known().extract_if(.., |digest, _| !keep.contains(digest)).collect();
+        let mut dropped: Vec<(Digest, Known)> =
+            self.known().extract_if(.., |digest, _| !keep.contains(digest)).collect();
         let Some(disk) = &self.disk else {
             let parts = dropped.into_iter().filter_map(|(_, known)| known.blob.into_parts()).flat_map(|parts| parts.0);
             let mut spare = Buffers::new(usize::MAX);
@@ -241,8 +248,8 @@ impl Blobs {
             *self.spare() = spare;
             return Ok(());
         };
-        let durable = dropped.into_iter().filter(|(_, known)| known.keep == Keep::Durable);
-        if let Some(path) = durable.filter_map(|(_, known)| known.blob.into_path()).last() {
+        let spare = dropped.iter().rposition(|(_, known)| known.keep == Keep::Durable && known.blob.is_unread());
+        if let Some((_, path)) = spare.and_then(|at| dropped.swap_remove(at).1.blob.into_file()) {
             disk.set_aside(&path);
         }
         for (name, path) in list(&disk.blobs_dir())? {
@@ -252,6 +259,7 @@ impl Blobs {
                 remove(&path)?;
             }
         }
+        give_back(dropped.into_iter().filter_map(|(_, known)| known.blob.into_file()).map(|(file, _)| file).collect());
         Ok(())
     }
 
@@ -309,12 +317,18 @@ impl Blob {
         }
     }
 
-    /// Where its file is, if it is one that nobody reads or writes.
-    fn into_path(self) -> Option<PathBuf> {
+    /// Its file and where that is, if it has one and nobody else reads or writes it.
+    fn into_file(self) -> Option<(File, PathBuf)> {
         match Arc::into_inner(self.0)? {
-            Content::File { file, path, .. } => Arc::into_inner(file).map(|_| path),
+            Content::File { file, path, .. } => Arc::into_inner(file).map(|file| (file, path)),
             Content::Memory(_) => None,
         }
+    }
+
+    /// Whether nobody else reads or writes it.
+    fn is_unread(&self) -> bool {
+        let alone = Arc::strong_count(&self.0) == 1;
+        alone && !matches!(&*self.0, Content::File { file, .. } if Arc::strong_count(file) > 1)
     }
 
     fn read_all(&self) -> Result<Bytes, JournalError> {
@@ -341,12 +355,12 @@ impl Source for Blob {
 
 impl Draft {
     /// Writes bytes from `start` on. After an error the same may be written again.
-    pub fn write(&mut self, start: u64, bytes: &Bytes) -> Result<(), JournalError> {
+    pub fn write(&mut self, start: u64, bytes: &[u8]) -> Result<(), JournalError> {
         self.bytes = self.bytes.max(start + bytes.len() as u64);
         match &mut self.content {
             DraftContent::File { file, temporary, flusher } => {
                 let written = write_all_at(file, start, bytes);
-                let flushed = written.and_then(|()| flusher.as_mut().map_or(Ok(()), |f| f.wrote(file, bytes.len())));
+                let flushed = written.and_then(|()| flusher.wrote(file, bytes.len()));
                 flushed.map_err(|error| {
                     // It may be room that is lacking.
                     self.blobs.disk.iter().for_each(|disk| drop(disk.spare().take()));
@@ -356,7 +370,7 @@ impl Draft {
             DraftContent::Memory(parts) => {
                 let spare = self.blobs.spare().spare(bytes.len());
                 let part = spare.map_or_else(
-                    || bytes.clone(),
+                    || Bytes::copy_from_slice(bytes),
                     |mut part| {
                         part.copy_from_slice(bytes);
                         part.freeze()
@@ -388,7 +402,7 @@ impl Draft {
                 (DraftContent::File { file, temporary, flusher }, Some(disk)) => {
                     let path = disk.blob_path(digest, Keep::Unflushed);
                     let mut write = || {
-                        flusher.as_mut().map_or(Ok(()), Flusher::wait)?;
+                        flusher.wait()?;
                         // It may be written over a longer one.
                         if file.metadata()?.len() != self.bytes {
                             file.set_len(self.bytes)?;
@@ -412,18 +426,28 @@ impl Draft {
 }
 
 /// Has a file that is being written flushed in the background, so that little is left to be flushed after the last byte.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Flusher {
+    /// It begins after so many bytes.
+    step: usize,
     /// What was written since the flush began that began last, in bytes.
     unflushed: usize,
     running: Option<JoinHandle<io::Result<()>>>,
 }
 
 impl Flusher {
+    fn new(keep: Keep) -> Self {
+        let step = match keep {
+            Keep::Durable => FLUSH_BYTES,
+            Keep::Unflushed => EASE_BYTES,
+        };
+        Self { step, unflushed: 0, running: None }
+    }
+
     /// So many bytes more are in the file.
     fn wrote(&mut self, file: &Arc<File>, bytes: usize) -> io::Result<()> {
         self.unflushed += bytes;
-        if self.unflushed < FLUSH_BYTES || self.running.as_ref().is_some_and(|running| !running.is_finished()) {
+        if self.unflushed < self.step || self.running.as_ref().is_some_and(|running| !running.is_finished()) {
             return Ok(());
         }
         self.wait()?;
@@ -522,6 +546,24 @@ impl Disk {
     }
 }
 
+/// Gives back, on another thread, the room of files that have no name any more. A part at a time: what a file system does at
+/// once for a gigabyte keeps all others from writing meanwhile, promises too.
+fn give_back(files: Vec<File>) {
+    let shorten = |file: File| -> io::Result<()> {
+        let mut bytes = file.metadata()?.len();
+        while bytes > 0 {
+            bytes = bytes.saturating_sub(GIVE_BACK_BYTES);
+            file.set_len(bytes)?;
+        }
+        Ok(())
+    };
+    if !files.is_empty() {
+        // All that is left is given back when the file is closed, and without another thread that is here.
+        let work = move || files.into_iter().for_each(|file| _ = shorten(file));
+        let _ = thread::Builder::new().name("give-back".into()).spawn(work);
+    }
+}
+
 impl Drop for Temporary {
     fn drop(&mut self) {
         // It is gone under this name when the draft is finished. One that cannot be removed is at the next opening.
@@ -572,8 +614,6 @@ pub(super) fn blob_name(digest: Digest, keep: Keep) -> String {
 
 #[cfg(test)]
 mod tests {
-    use bytes::BytesMut;
-
     use super::super::tests::open;
     use super::super::{Journal, is_temporary};
     use super::*;
@@ -635,7 +675,7 @@ mod tests {
         let count = || fs::read_dir(dir.path().join(BLOBS)).unwrap().count();
         let draft = || {
             let mut draft = journal.blobs().draft(Keep::Durable).unwrap();
-            draft.write(3, &Bytes::from_static(b"part")).unwrap();
+            draft.write(3, b"part").unwrap();
             draft
         };
         let dropped = draft();
@@ -718,15 +758,49 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (journal, _) = open(dir.path()).unwrap();
         let mut draft = journal.blobs().draft(Keep::Durable).unwrap();
-        for start in (0..bytes.len()).step_by(FLUSH_BYTES / 4) {
-            let end = bytes.len().min(start + FLUSH_BYTES / 4);
-            draft.write(start as u64, &bytes.slice(start..end)).unwrap();
+        let mut eased = journal.blobs().draft(Keep::Unflushed).unwrap();
+        for draft in [&mut draft, &mut eased] {
+            for start in (0..bytes.len()).step_by(FLUSH_BYTES / 4) {
+                let end = bytes.len().min(start + FLUSH_BYTES / 4);
+                draft.write(start as u64, &bytes[start..end]).unwrap();
+            }
         }
-        let DraftContent::File { flusher: Some(flusher), .. } = &draft.content else { panic!("it is no file") };
-        assert!(flusher.running.is_some());
+        let is_flushed = |draft: &Draft| match &draft.content {
+            DraftContent::File { flusher, .. } => flusher.running.is_some(),
+            DraftContent::Memory(_) => panic!("it is no file"),
+        };
+        assert!(is_flushed(&draft));
+        assert!(!is_flushed(&eased), "so short it will be gone before the system writes it");
+        // As if it were a long one.
+        let DraftContent::File { flusher, .. } = &mut eased.content else { panic!("it is no file") };
+        flusher.unflushed = EASE_BYTES - 1;
+        eased.write(0, &bytes[..1]).unwrap();
+        assert!(is_flushed(&eased));
         draft.finish(digest).unwrap();
         drop((draft, journal));
         assert_eq!(read_blob(dir.path(), digest).unwrap(), Some(bytes));
+    }
+
+    #[test]
+    fn the_room_of_dropped_blobs_is_given_back_whoever_else_has_the_files_open() {
+        let dir = tempfile::tempdir().unwrap();
+        let (journal, _) = open(dir.path()).unwrap();
+        let files = [(b"update", Keep::Unflushed), (b"stayed", Keep::Durable), (b"newest", Keep::Durable)];
+        let files = files.map(|(bytes, keep)| {
+            let mut draft = journal.blobs().draft(keep).unwrap();
+            draft.write(0, bytes).unwrap();
+            draft.finish(Digest::of(bytes)).unwrap();
+            File::open(dir.path().join(BLOBS).join(blob_name(Digest::of(bytes), keep))).unwrap()
+        });
+        let bytes = || files.each_ref().map(|file| file.metadata().unwrap().len());
+        journal.blobs().retain(&BTreeSet::new()).unwrap();
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+        // One is set aside, to be written over.
+        while bytes().iter().sum::<u64>() > 6 {
+            assert!(std::time::Instant::now() < deadline, "{:?}", bytes());
+            thread::yield_now();
+        }
+        assert_eq!(bytes()[0], 0);
     }
 
     #[test]
@@ -770,7 +844,7 @@ mod tests {
         blobs.put(digest, &bytes).unwrap();
         let blob = blobs.open(digest).unwrap().unwrap();
         let (_, tail) = blob.behind(Bytes::new(), 11..18, &mut Buffers::default()).unwrap();
-        assert_eq!(tail.as_ptr(), bytes[11..].as_ptr());
+        assert_eq!(tail.as_ptr(), blob.read_all().unwrap()[11..].as_ptr());
     }
 
     #[test]
@@ -778,8 +852,7 @@ mod tests {
         let blobs = Blobs::memory();
         let write = |bytes: &'static [u8]| {
             let mut draft = blobs.draft(Keep::Durable).unwrap();
-            // As a chunk comes: memory that can be written to.
-            draft.write(0, &BytesMut::from(bytes).freeze()).unwrap();
+            draft.write(0, bytes).unwrap();
             draft.finish(Digest::of(bytes)).unwrap();
             blobs.open(Digest::of(bytes)).unwrap().unwrap()
         };
