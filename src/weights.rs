@@ -164,15 +164,15 @@ impl Weights {
 
     /// The first tensor that holds a NaN or an infinity, if any does.
     pub fn first_non_finite(&self) -> Option<&str> {
-        first_non_finite(&self.values).and_then(|place| self.layout.tensor_of(place))
+        first_non_finite(self.values.iter().copied()).and_then(|place| self.layout.tensor_of(place))
     }
 }
 
 /// The place of the first NaN or infinity, if there is any.
-pub fn first_non_finite(values: &[f32]) -> Option<usize> {
+pub fn first_non_finite(mut values: impl Iterator<Item = f32> + Clone) -> Option<usize> {
     // No early exit, so that many are looked at at a time.
-    let finite = values.iter().fold(true, |finite, value| finite & value.is_finite());
-    if finite { None } else { values.iter().position(|value| !value.is_finite()) }
+    let finite = values.clone().fold(true, |finite, value| finite & value.is_finite());
+    if finite { None } else { values.position(|value| !value.is_finite()) }
 }
 
 #[cfg(test)]

@@ -41,7 +41,7 @@ impl Workshop {
             let all = sections.flat_map(|section| ranges(self.layout.len()).map(move |range| (section, range)));
             for ((index, section), range) in all {
                 let values = inputs.compute(&aggregation, section, &range).and_then(|values| {
-                    let Some(place) = first_non_finite(&values) else { return Ok(values) };
+                    let Some(place) = first_non_finite(values.iter().copied()) else { return Ok(values) };
                     let tensor = layout.tensor_of(index * self.layout.len() + range.start + place).unwrap_or_default();
                     Err(sentence(AggregateError::NotFinite(tensor.to_owned())))
                 });

@@ -236,8 +236,7 @@ impl Blobs {
     /// Drops every blob that is not in `keep`, from memory and from disk. A blob that another thread is putting must be in
     /// `keep` already, or it may be dropped.
     pub fn retain(&self, keep: &BTreeSet<Digest>) -> Result<(), JournalError> {
-        let mut dropped: Vec<(Digest, Known)> =
-            self.known().extract_if(.., |digest, _| !keep.contains(digest)).collect();
+        let dropped: Vec<(Digest, Known)> = self.known().extract_if(.., |digest, _| !keep.contains(digest)).collect();
         let Some(disk) = &self.disk else {
             let parts = dropped.into_iter().filter_map(|(_, known)| known.blob.into_parts()).flat_map(|parts| parts.0);
             let mut spare = Buffers::new(usize::MAX);
@@ -248,8 +247,10 @@ impl Blobs {
             *self.spare() = spare;
             return Ok(());
         };
-        let spare = dropped.iter().rposition(|(_, known)| known.keep == Keep::Durable && known.blob.is_unread());
-        if let Some((_, path)) = spare.and_then(|at| dropped.swap_remove(at).1.blob.into_file()) {
+        let with_keep = |(_, Known { blob, keep }): (Digest, Known)| Some((blob.into_file()?, keep));
+        let mut files: Vec<_> = dropped.into_iter().filter_map(with_keep).collect();
+        if let Some(at) = files.iter().rposition(|(_, keep)| *keep == Keep::Durable) {
+            let ((_, path), _) = files.swap_remove(at);
             disk.set_aside(&path);
         }
         for (name, path) in list(&disk.blobs_dir())? {
@@ -259,7 +260,7 @@ impl Blobs {
                 remove(&path)?;
             }
         }
-        give_back(dropped.into_iter().filter_map(|(_, known)| known.blob.into_file()).map(|(file, _)| file).collect());
+        give_back(files.into_iter().map(|((file, _), _)| file));
         Ok(())
     }
 
@@ -323,12 +324,6 @@ impl Blob {
             Content::File { file, path, .. } => Arc::into_inner(file).map(|file| (file, path)),
             Content::Memory(_) => None,
         }
-    }
-
-    /// Whether nobody else reads or writes it.
-    fn is_unread(&self) -> bool {
-        let alone = Arc::strong_count(&self.0) == 1;
-        alone && !matches!(&*self.0, Content::File { file, .. } if Arc::strong_count(file) > 1)
     }
 
     fn read_all(&self) -> Result<Bytes, JournalError> {
@@ -548,22 +543,25 @@ impl Disk {
 
 /// Gives back, on another thread, the room of files that have no name any more. A part at a time: what a file system does at
 /// once for a gigabyte keeps all others from writing meanwhile, promises too.
-fn give_back(files: Vec<File>) {
-    let shorten = |file: File| -> io::Result<()> {
-        let mut bytes = file.metadata()?.len();
-        while bytes > 0 {
-            bytes = bytes.saturating_sub(GIVE_BACK_BYTES);
-            file.set_len(bytes)?;
-        }
-        Ok(())
-    };
-    let is_long = |file: &File| file.metadata().is_ok_and(|found| found.len() > GIVE_BACK_BYTES);
-    let files: Vec<File> = files.into_iter().filter(is_long).collect();
-    if !files.is_empty() {
-        // All that is left is given back when the file is closed, and without another thread that is here.
-        let work = move || files.into_iter().for_each(|file| _ = shorten(file));
-        let _ = thread::Builder::new().name("give-back".into()).spawn(work);
+fn give_back(files: impl Iterator<Item = File>) {
+    let with_bytes = |file: File| file.metadata().map(|found| (found.len(), file));
+    let long: Vec<_> = files.flat_map(with_bytes).filter(|(bytes, _)| *bytes > GIVE_BACK_BYTES).collect();
+    if long.is_empty() {
+        return;
     }
+    let work = move || {
+        for (mut bytes, file) in long {
+            while bytes > 0 {
+                bytes = bytes.saturating_sub(GIVE_BACK_BYTES);
+                if file.set_len(bytes).is_err() {
+                    // What is left is given back when the file is closed.
+                    break;
+                }
+            }
+        }
+    };
+    // Without another thread all are closed here.
+    let _ = thread::Builder::new().name("give-back".into()).spawn(work);
 }
 
 impl Drop for Temporary {

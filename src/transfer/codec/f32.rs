@@ -32,18 +32,15 @@ pub(super) fn decode_into(bytes: &[u8], values: &mut [f32]) {
     }
 }
 
-/// The place of the first NaN or infinity in `bytes`, four a value, if there is any: nothing need be decoded to see it.
-pub(in crate::transfer) fn first_non_finite(bytes: &[u8]) -> Option<usize> {
-    let (words, _) = bytes.as_chunks();
-    let is_finite = |word: &[u8; 4]| f32::from_le_bytes(*word).is_finite();
-    // No early exit, so that many are looked at at a time.
-    let finite = words.iter().fold(true, |finite, word| finite & is_finite(word));
-    if finite { None } else { words.iter().position(|word| !is_finite(word)) }
+/// The values of `bytes`, four a value, one by one, wherever they lie.
+pub(in crate::transfer) fn values(bytes: &[u8]) -> impl Iterator<Item = f32> + Clone {
+    bytes.as_chunks().0.iter().map(|word| f32::from_le_bytes(*word))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::weights::first_non_finite;
 
     const VALUES: [f32; 7] = [0.0, -0.0, 1.5, f32::MIN_POSITIVE / 2.0, f32::MAX, f32::INFINITY, f32::NAN];
 
@@ -68,8 +65,8 @@ mod tests {
     fn what_is_not_finite_is_found_at_any_alignment() {
         for shift in 0..4 {
             let moved = [&vec![0xff; shift][..], &encode(&VALUES)].concat();
-            assert_eq!(first_non_finite(&moved[shift..]), Some(5));
-            assert_eq!(first_non_finite(&moved[shift..moved.len() - 8]), None);
+            assert_eq!(first_non_finite(values(&moved[shift..])), Some(5));
+            assert_eq!(first_non_finite(values(&moved[shift..moved.len() - 8])), None);
         }
     }
 
