@@ -135,7 +135,7 @@ impl Workshop {
         let metrics = trainer.train(round, on_batch).map_err(sentence)?;
         let step_sum = trainer.step_sum().clamp(*STEP_SUMS.start(), *STEP_SUMS.end());
         let mut weights = self.room();
-        trainer.copy_weights(&mut weights);
+        trainer.take_weights(&mut weights);
         let (weights, control) = match drift {
             Some(drift) => self.with_control(drift, weights, step_sum),
             None => (weights, None),
@@ -156,7 +156,7 @@ impl Workshop {
         let mut weights = self.room();
         let reader = self.read_as(&self.strategy.model_layout(&self.layout), model)?;
         fill(&mut weights, reader, 0)?;
-        trainer.set_weights(&weights).map_err(sentence)?;
+        trainer.swap_weights(&mut weights).map_err(sentence)?;
         self.leave_room(weights);
         self.leftovers().loaded = Some(*model);
         Ok(())

@@ -54,25 +54,25 @@ impl Trainer for ConstantTrainer {
         self.weights.clone()
     }
 
-    fn copy_weights(&self, weights: &mut Weights) {
-        weights.copy_from(&self.weights);
+    fn set_weights(&mut self, weights: &Weights) -> Result<(), TrainError> {
+        self.swap_weights(&mut weights.clone())
     }
 
-    fn set_weights(&mut self, weights: &Weights) -> Result<(), TrainError> {
+    fn take_weights(&mut self, weights: &mut Weights) {
+        std::mem::swap(&mut self.weights, weights);
+    }
+
+    fn swap_weights(&mut self, weights: &mut Weights) -> Result<(), TrainError> {
         let (expected, found) = (self.weights.values().len(), weights.values().len());
         if expected != found {
             return Err(LayoutMismatch { expected, found }.into());
         }
-        self.weights.copy_from(weights);
+        std::mem::swap(&mut self.weights, weights);
         Ok(())
     }
 
     fn train(&mut self, _: Round, _: &mut OnProgress<'_>) -> Result<Metrics, TrainError> {
-        let layout = self.weights.layout().clone();
-        let empty = Weights::new(Arc::default(), Vec::new())?;
-        let mut values = std::mem::replace(&mut self.weights, empty).into_values();
-        values.iter_mut().for_each(|value| *value += self.step);
-        self.weights = Weights::new(layout, values)?;
+        self.weights.values_mut().iter_mut().for_each(|value| *value += self.step);
         Ok(Self::metrics())
     }
 

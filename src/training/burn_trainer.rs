@@ -207,13 +207,19 @@ impl Trainer for BurnTrainer {
         self.weights.clone()
     }
 
-    fn copy_weights(&self, weights: &mut Weights) {
-        weights.copy_from(&self.weights);
-    }
-
     fn set_weights(&mut self, weights: &Weights) -> Result<(), TrainError> {
         check_layout(self.weights.layout(), weights.layout())?;
         self.weights.copy_from(weights);
+        Ok(())
+    }
+
+    fn take_weights(&mut self, weights: &mut Weights) {
+        std::mem::swap(&mut self.weights, weights);
+    }
+
+    fn swap_weights(&mut self, weights: &mut Weights) -> Result<(), TrainError> {
+        check_layout(self.weights.layout(), weights.layout())?;
+        std::mem::swap(&mut self.weights, weights);
         Ok(())
     }
 

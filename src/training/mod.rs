@@ -143,14 +143,20 @@ pub trait Trainer: Send {
     /// The current weights.
     fn weights(&self) -> Weights;
 
-    /// Makes `weights`, which are of this layout, the current weights. A trainer that can do so without new memory should:
-    /// it is called in every round.
-    fn copy_weights(&self, weights: &mut Weights) {
+    /// Replaces the current weights; refuses those of another layout.
+    fn set_weights(&mut self, weights: &Weights) -> Result<(), TrainError>;
+
+    /// Makes `weights`, which are of this layout, the current weights, after training. A trainer that can do so without new
+    /// memory should, or without a copy: its own may be anything then, until they are set again.
+    fn take_weights(&mut self, weights: &mut Weights) {
         *weights = self.weights();
     }
 
-    /// Replaces the current weights; refuses those of another layout.
-    fn set_weights(&mut self, weights: &Weights) -> Result<(), TrainError>;
+    /// As [`set_weights`](Self::set_weights), where `weights` may be anything afterwards: those that the trainer had, so that
+    /// nothing is copied.
+    fn swap_weights(&mut self, weights: &mut Weights) -> Result<(), TrainError> {
+        self.set_weights(weights)
+    }
 
     /// Trains the current weights on local data for one round; returns the metrics over the training examples.
     ///
