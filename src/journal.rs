@@ -39,6 +39,8 @@ use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
@@ -57,6 +59,13 @@ const STATE_HEADER_BYTES: usize = 8 + 4 + 8 + 32;
 
 /// Random bytes in a generated name: two of a million peers share one with a chance of 1 in 37 million.
 const GENERATED_NAME_BYTES: usize = 8;
+
+/// How long a directory may be held by somebody else: a program that is being started has for a moment all that its parent had
+/// open, and who was killed may not have ended yet.
+const LOCK_PATIENCE: Duration = Duration::from_millis(500);
+
+/// How often it is tried: there is no waiting for a lock with a limit.
+const LOCK_POLL: Duration = Duration::from_millis(5);
 
 const LOCK: &str = "lock";
 const IDENTITY: &str = "peer";
@@ -357,10 +366,14 @@ fn lock(dir: &Path) -> Result<File, JournalError> {
     let path = dir.join(LOCK);
     let file = File::options().create(true).truncate(false).write(true).open(&path);
     let file = file.map_err(io_error("open", &path))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => Err(JournalError::InUse { dir: dir.to_owned() }),
-        Err(TryLockError::Error(source)) => Err(JournalError::Io { action: "lock", path, source }),
+    let until = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            Err(TryLockError::WouldBlock) if Instant::now() < until => thread::sleep(LOCK_POLL),
+            Err(TryLockError::WouldBlock) => return Err(JournalError::InUse { dir: dir.to_owned() }),
+            Err(TryLockError::Error(source)) => return Err(JournalError::Io { action: "lock", path, source }),
+        }
     }
 }
 
