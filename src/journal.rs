@@ -21,9 +21,10 @@
 //! commit every blob is deleted that the state does not name any more, so that a few are left, whatever the number of
 //! rounds. One file of a model is kept under a temporary name, for the next model to be written over it.
 //!
-//! A blob that no promise rests on is not flushed: the updates that a leader has pulled and, for as long as others need not wait
-//! for it, the own update. It is whole after a crash of the process; one that is damaged after a loss of power is deleted, and
-//! pulled or made again. Files of an interrupted write are deleted at the next opening.
+//! A blob that no promise of this peer rests on is not flushed: the updates that a leader has pulled, and for some seconds the own
+//! update and a model that a quorum has without this peer; until that is flushed, the model of before is kept as well. Such a
+//! blob is whole after a crash of the process; one that is damaged after a loss of power is deleted, and pulled or made again.
+//! Files of an interrupted write are deleted at the next opening.
 //!
 //! # A disk without room
 //!

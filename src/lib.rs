@@ -71,6 +71,9 @@
 //!   promise rests on it, and most rounds are over before a flush pays. It survives a crash of the process; after a loss of
 //!   power it is made again, with the same bits. What a leader has pulled is not flushed at all: who leads next pulls it of its
 //!   owners. A model is durable before it is accepted ([`transfer::Keep`]).
+//! - **As many members flush a model while it comes as a quorum needs**; the others accept when the leader's next heartbeat
+//!   asks again. After a commit they work with the model at once and flush it some seconds later: that a quorum has it for good
+//!   is what the commit says, and members of one machine share its disk. After a loss of power they pull it again.
 //! - **A finish names the last model**, so that a peer that was away can still pull it.
 
 pub mod aggregation;

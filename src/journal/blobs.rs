@@ -106,12 +106,18 @@ pub(super) struct SpareFile {
 /// Reads a blob of the state directory `dir`, which another process or task may be using: `None` when it is not, or no
 /// longer, there.
 pub fn read_blob(dir: &Path, digest: Digest) -> Result<Option<Bytes>, JournalError> {
-    let path = dir.join(BLOBS).join(blob_name(digest, Keep::Durable));
-    let Some(bytes) = read_if_there(&path)? else { return Ok(None) };
-    if Digest::of(&bytes) == digest {
-        return Ok(Some(bytes.into()));
+    // It gets its other name when it is flushed.
+    for keep in [Keep::Unflushed, Keep::Durable] {
+        let path = dir.join(BLOBS).join(blob_name(digest, keep));
+        let Some(bytes) = read_if_there(&path)? else { continue };
+        if Digest::of(&bytes) == digest {
+            return Ok(Some(bytes.into()));
+        }
+        if keep == Keep::Durable {
+            refuse_damaged(path)?;
+        }
     }
-    refuse_damaged(path).map(|()| None)
+    Ok(None)
 }
 
 /// Refuses a blob whose content is not what its name says, unless it was dropped meanwhile: then it may be written over.

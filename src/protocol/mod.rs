@@ -334,6 +334,8 @@ pub struct Peer {
     hello_said: Option<Instant>,
     /// The model whose metrics were told last, and the round that made it.
     metrics_told: Option<(Round, Digest)>,
+    /// The newest model that was told to be held.
+    model_told: Option<Digest>,
     /// The finished federation of this name whose retained head was told of.
     earlier_federation: Option<Round>,
     bad_senders: BTreeSet<Option<PeerId>>,
@@ -384,6 +386,7 @@ impl Peer {
             head_told: None,
             hello_said: None,
             metrics_told: None,
+            model_told: None,
             earlier_federation: None,
             bad_senders: BTreeSet::new(),
             bad_messages: 0,

@@ -20,7 +20,7 @@ pub(super) enum Timer {
     Beat,
     /// The round has waited long enough for stragglers.
     Gather,
-    /// The own update is worth a flush.
+    /// The newest model, or the own update, is worth a flush.
     Flush,
     /// The end of lingering after the last round.
     Linger,

@@ -113,17 +113,24 @@ impl Peer {
         }
     }
 
-    /// The head's model, once held, is the one that a restart or the end falls back on.
+    /// The head's model is told of once it is held; once it is durable, it is the one that a restart or the end falls back on.
+    /// `true`: it is now.
     pub(in crate::protocol) fn note_model_held(&mut self) -> bool {
         let Some(head) = &self.durable.head else { return false };
         let model = *head.decree.model();
-        let round = self.last_model_round();
-        if self.durable.model == Some(model) || !self.transfers.is_durable(&model.digest) {
+        if self.durable.model == Some(model) || !self.transfers.holds(&model.digest) {
             return false;
         }
-        self.durable.model = Some(model);
-        self.notify(Notice::ModelHeld { round, model: model.digest });
-        true
+        if self.model_told != Some(model.digest) {
+            self.model_told = Some(model.digest);
+            let round = self.last_model_round();
+            self.notify(Notice::ModelHeld { round, model: model.digest });
+        }
+        let durable = self.transfers.is_durable(&model.digest);
+        if durable {
+            self.durable.model = Some(model);
+        }
+        durable
     }
 
     fn forget_old_blobs(&mut self) {

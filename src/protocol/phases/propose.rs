@@ -50,7 +50,7 @@ impl Peer {
         if let Some(outcome) = self.finish_outcome() {
             let model = self.parent_model().map(|model| model.digest);
             if model.is_some_and(|model| self.transfers.holds(&model) && !self.transfers.is_durable(&model)) {
-                // It is being flushed.
+                self.open.flush = true;
                 return;
             }
             let decree = self.form_decree(outcome, &[], now);
@@ -155,6 +155,8 @@ impl Peer {
             self.open.marks.aggregated = Some(now);
             self.notify(Notice::Proposed { round, leader: sender.clone() });
             self.open.proposal = Some((sender, decree));
+        } else if self.transfers.holds(&decree.model().digest) {
+            self.open.asked_again = true;
         }
     }
 
@@ -188,6 +190,15 @@ impl Peer {
         Some((*decree.model(), leader.clone()))
     }
 
+    /// Whether a leader needs this member's acceptance: all members that seem to be there are asked in their order, and the
+    /// others when a quorum has not accepted by the leader's next heartbeat. Until then they need not flush the model: where
+    /// members share a disk, it writes for the quorum alone.
+    pub(in crate::protocol) fn is_needed_by(&self, leader: &PeerId) -> bool {
+        let (Some(roster), gone) = (self.durable.roster(), self.gone()) else { return false };
+        let others = roster.members().iter().filter(|peer| *peer != leader && !gone.contains(*peer));
+        self.open.asked_again || others.take(roster.quorum() - 1).any(|peer| *peer == self.me)
+    }
+
     pub(in crate::protocol) fn advance_acceptance(&mut self, now: Instant) {
         let Some((_, decree)) = &self.open.proposal else { return };
         if !self.transfers.is_durable(&decree.model().digest) {
@@ -219,5 +230,147 @@ impl Peer {
                 leading.accepts.insert(sender);
             });
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    use bytes::Bytes;
+
+    use super::*;
+    use crate::protocol::decree::Record;
+    use crate::protocol::message::{Envelope, Head, Leading, VERSION};
+    use crate::protocol::{Action, Config, Done, Durable, Event, Identity, Job};
+    use crate::transfer::{Codec, Intake, Keep};
+    use crate::weights::{Layout, TensorSpec};
+
+    fn id(name: &str) -> PeerId {
+        PeerId::new(name).unwrap()
+    }
+
+    fn layout() -> Arc<Layout> {
+        Arc::new(Layout { tensors: vec![TensorSpec { name: "w".into(), shape: vec![4] }] })
+    }
+
+    fn roster() -> Roster {
+        Roster::of(&["a", "b", "c", "d"].map(id).into())
+    }
+
+    /// What `b` proposes as the genesis.
+    fn decree() -> Decree {
+        Decree {
+            round: Round::GENESIS,
+            parent: roster().digest(),
+            leader: id("b"),
+            term: Term(0),
+            outcome: Outcome::Model(Manifest::of(&[0; 16], 1024, Codec::F32).unwrap()),
+            contributors: Vec::new(),
+            parent_metrics: None,
+            record: Record::default(),
+            next_roster: roster(),
+            standbys: BTreeMap::new(),
+            summary: Bytes::new(),
+        }
+    }
+
+    fn says(sender: &str, body: Body) -> Event {
+        let (sender, signature, round, term) = (id(sender), vec![], Round::GENESIS, Term(0));
+        Event::Message(Envelope { version: VERSION, sender, signature, round, term, body }.encode())
+    }
+
+    /// A member that follows `b`.
+    fn follower(name: &str, now: Instant) -> Peer {
+        let mut durable = Durable::default();
+        durable.founding.roster = Some(roster());
+        let identity =
+            Identity { peer: id(name), layout: layout(), num_examples: 1, broker: None, summary: Bytes::new() };
+        let mut peer = Peer::new(Config::default(), identity, Some(durable), &BTreeSet::new(), now);
+        peer.handle(Event::Connected, now);
+        let leading = Leading { ballots: ["a", "b", "c"].map(id).into(), has: Vec::new(), parent_metrics: None };
+        peer.handle(says("b", Body::Leader(leading)), now);
+        peer
+    }
+
+    /// How the proposed model is to be kept that is pulled now.
+    fn keep(actions: &[Action]) -> Option<Keep> {
+        actions.iter().find_map(|action| match action {
+            Action::Take(Intake::Begin(_, keep)) => Some(*keep),
+            _ => None,
+        })
+    }
+
+    /// The model of the proposal is here.
+    fn arrived(keep: Keep) -> Event {
+        Event::Done(Done::Verified { manifest: *decree().model(), keep, result: Ok(()) })
+    }
+
+    fn flushes(actions: &[Action]) -> bool {
+        actions.iter().any(|action| matches!(action, Action::Start(Job::Flush { .. })))
+    }
+
+    fn accepts(actions: &[Action]) -> bool {
+        let is_accept =
+            |message| matches!(Envelope::decode(message), Ok((Envelope { body: Body::Accept { .. }, .. }, _)));
+        actions.iter().any(|action| matches!(action, Action::Publish { message, .. } if is_accept(message)))
+    }
+
+    #[test]
+    fn as_many_flush_a_model_while_it_comes_as_a_quorum_needs_of_those_that_are_there() {
+        let now = Instant::now();
+        for (name, gone, expected) in [
+            ("a", None, Keep::Durable),
+            ("c", None, Keep::Durable),
+            ("d", None, Keep::Unflushed),
+            ("d", Some("a"), Keep::Durable),
+        ] {
+            let mut peer = follower(name, now);
+            if let Some(gone) = gone {
+                peer.handle(says(gone, Body::Status), now);
+                peer.handle(says(gone, Body::Goodbye), now);
+            }
+            let actions = peer.handle(says("b", Body::Proposal(decree())), now);
+            assert_eq!(keep(&actions), Some(expected), "{name}, without {gone:?}");
+        }
+    }
+
+    #[test]
+    fn a_member_that_no_quorum_needs_flushes_the_model_when_the_leader_asks_again_and_accepts_then() {
+        let now = Instant::now();
+        let mut peer = follower("d", now);
+        peer.handle(says("b", Body::Proposal(decree())), now);
+        // The leader's heartbeat, before the model is here.
+        peer.handle(says("b", Body::Proposal(decree())), now);
+        let actions = peer.handle(arrived(Keep::Unflushed), now);
+        assert!(!flushes(&actions) && !accepts(&actions));
+        let actions = peer.handle(says("b", Body::Proposal(decree())), now);
+        assert!(flushes(&actions) && !accepts(&actions));
+        let blob = decree().model().digest;
+        let actions = peer.handle(Event::Done(Done::Flushed { blob, result: Ok(true) }), now);
+        assert!(accepts(&actions));
+    }
+
+    #[test]
+    fn a_member_that_no_quorum_needed_works_with_the_model_and_flushes_it_later() {
+        let now = Instant::now();
+        let mut peer = follower("d", now);
+        peer.handle(says("b", Body::Proposal(decree())), now);
+        peer.handle(arrived(Keep::Unflushed), now);
+        let genesis = decree().digest();
+        let head = Head { decree: decree(), accepts: ["a", "b", "c"].map(id).into(), genesis };
+        let actions = peer.handle(says("b", Body::Head(head)), now);
+        assert!(actions.iter().any(|action| matches!(action, Action::Start(Job::Evaluate { .. }))));
+        assert!(actions.iter().any(|action| matches!(action, Action::Notify(Notice::ModelHeld { .. }))));
+        assert!(!flushes(&actions));
+        assert_eq!(peer.durable.model, None, "a restart must not rely on it");
+        assert!(flushes(&peer.handle(Event::Tick, now + Duration::from_secs(5))));
+        let (blob, result) = (decree().model().digest, Ok(true));
+        let actions = peer.handle(Event::Done(Done::Flushed { blob, result }), now + Duration::from_secs(5));
+        assert_eq!(peer.durable.model, Some(*decree().model()));
+        assert!(actions.iter().any(|action| matches!(action, Action::Persist(_))));
+        assert!(!actions.iter().any(|action| matches!(action, Action::Notify(Notice::ModelHeld { .. }))), "told twice");
     }
 }

@@ -1,13 +1,18 @@
 //! What a peer knows of the open round and would not miss after a restart.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::protocol::decree::Decree;
 use crate::protocol::message::{Head, Update};
+use crate::protocol::timer::Timer;
 use crate::protocol::{Action, Notice, Peer, Seconds};
 use crate::transfer::Manifest;
 use crate::types::{Digest, Metrics, PeerId, Round, Term};
+
+/// How long the newest model, where no quorum needs it, and the own update are not flushed: most rounds are over by then, and
+/// nobody needs them any more. A loss of power costs no more than pulling or training again what is younger.
+pub(in crate::protocol) const FLUSH_AFTER: Duration = Duration::from_secs(5);
 
 /// The open round, apart from what is persisted of it.
 #[derive(Debug)]
@@ -25,11 +30,13 @@ pub(in crate::protocol) struct OpenRound {
     pub leading: Option<Leadership>,
     /// The proposal of the promised term, until it is accepted.
     pub proposal: Option<(PeerId, Decree)>,
+    /// Its leader has proposed it again when its model was here: a quorum lacks acceptances.
+    pub asked_again: bool,
     pub evaluation: Work<Metrics>,
     /// Local training; its result is `durable.open.update`.
     pub training: Work<()>,
-    /// The own update has waited long enough to be flushed.
-    pub flush_update: bool,
+    /// The newest model and the own update have waited long enough to be flushed.
+    pub flush: bool,
     /// Why no update will come from this peer.
     pub declined: Option<String>,
     /// How often its training failed in this round.
@@ -127,9 +134,10 @@ impl OpenRound {
             leader_made_way: false,
             leading: None,
             proposal: None,
+            asked_again: false,
             evaluation: Work::Idle,
             training: Work::Idle,
-            flush_update: false,
+            flush: false,
             declined: None,
             failures: 0,
             evaluations: BTreeMap::new(),
@@ -150,6 +158,7 @@ impl Peer {
         self.open = OpenRound::new(now);
         self.clear_round_timers();
         self.last_waiting = None;
+        self.timers.set(Timer::Flush, now + FLUSH_AFTER);
         self.prepare();
         if self.durable.head.as_ref().is_some_and(|head| head.decree.reason().is_some()) {
             return self.begin_finish(now);
@@ -173,7 +182,6 @@ impl Peer {
     }
 
     fn clear_round_timers(&mut self) {
-        use crate::protocol::timer::Timer;
         let of_round =
             [Timer::Settle, Timer::Call, Timer::Resend, Timer::Election, Timer::Beat, Timer::Gather, Timer::Flush];
         of_round.into_iter().for_each(|timer| self.timers.clear(timer));

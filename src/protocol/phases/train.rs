@@ -1,18 +1,14 @@
 //! Training: every member but the leader trains from the parent model and announces its update.
 
 use std::collections::BTreeSet;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crate::protocol::election::Electorate;
 use crate::protocol::message::{Body, Update, clip, has};
-use crate::protocol::phases::round::Work;
+use crate::protocol::phases::round::{FLUSH_AFTER, Work};
 use crate::protocol::timer::Timer;
 use crate::protocol::{Action, Job, Notice, Peer, Topic, Trained};
 use crate::types::{Digest, PeerId, Round, Term};
-
-/// How long an update is not flushed: most rounds are over by then, and nobody needs it any more. A loss of power costs no more
-/// than the training of an update that is younger.
-const FLUSH_AFTER: Duration = Duration::from_secs(5);
 
 impl Peer {
     pub(in crate::protocol) fn advance_member(&mut self, now: Instant) {
@@ -90,6 +86,7 @@ impl Peer {
             (Ok(trained), Some(parent)) if trained.metrics.is_finite() => {
                 let Trained { update: manifest, keep, unsent, control, step_sum, metrics } = trained;
                 self.transfers.hold(manifest, keep);
+                self.open.flush = false; // it is as young as the model was
                 self.timers.set(Timer::Flush, now + FLUSH_AFTER);
                 let num_examples = self.num_examples;
                 self.durable.open.update = Some(Update { parent, manifest, num_examples, step_sum, metrics });

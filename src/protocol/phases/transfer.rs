@@ -72,13 +72,18 @@ impl Transfers {
 }
 
 impl Peer {
-    /// The models that promises are to rest on, and who has them.
+    /// The newest model and the one that is proposed, who has them, and how they are to be kept by now.
     fn models_to_keep(&self) -> Vec<Wanted> {
+        let keep = |needed| if needed { Keep::Durable } else { Keep::Unflushed };
+        // A quorum has it for good: what is worked with here may be lost, until it has been the newest for a while.
+        let stays = self.open.flush || self.ended.is_some() || !self.is_training_round();
+        let head = self.head_to_pull().map(|(model, holders)| (model, holders, keep(stays)));
         let bound = self.open.leading.as_ref().and_then(|leading| leading.bound.as_ref());
-        let bound = bound.map(|(decree, holders)| (*decree.model(), holders.clone()));
-        let proposal = self.proposal_to_pull().map(|(model, leader)| (model, vec![leader]));
-        let models = self.head_to_pull().into_iter().chain(bound).chain(proposal);
-        models.map(|(manifest, holders)| Wanted { manifest, holders, keep: Keep::Durable }).collect()
+        let bound = bound.map(|(decree, holders)| (*decree.model(), holders.clone(), Keep::Durable));
+        let proposal = self.proposal_to_pull();
+        let proposal = proposal.map(|(model, leader)| (model, vec![leader.clone()], keep(self.is_needed_by(&leader))));
+        let models = head.into_iter().chain(bound).chain(proposal);
+        models.map(|(manifest, holders, keep)| Wanted { manifest, holders, keep }).collect()
     }
 
     /// What the open round needs and is not here.
@@ -93,12 +98,12 @@ impl Peer {
         needed
     }
 
-    /// Has flushed what is held and would not survive a loss of power: the own update after a while, and at once a model that
-    /// is the only update that it was made of.
+    /// Has flushed what is held and is to survive a loss of power from now on.
     fn advance_flushes(&mut self, now: Instant) {
-        self.open.flush_update |= self.timers.fired(Timer::Flush, now);
-        let models = self.models_to_keep().into_iter().map(|wanted| wanted.manifest.digest);
-        let update = self.durable.open.update.iter().filter(|_| self.open.flush_update);
+        self.open.flush |= self.timers.fired(Timer::Flush, now);
+        let models = self.models_to_keep().into_iter().filter(|wanted| wanted.keep == Keep::Durable);
+        let models = models.map(|wanted| wanted.manifest.digest);
+        let update = self.durable.open.update.iter().filter(|_| self.open.flush);
         let update = update.map(|update| update.manifest.digest);
         for blob in models.chain(update).collect::<BTreeSet<_>>() {
             let transient = matches!(self.transfers.held.get(&blob), Some((_, Keep::Unflushed)));
