@@ -114,7 +114,7 @@ impl Durable {
     pub(super) fn kept(&self) -> impl Iterator<Item = (&Manifest, Keep)> {
         let accepted = self.open.accepted.as_ref().map(|(_, decree)| decree.model());
         let update = self.open.update.as_ref().map(|update| &update.manifest);
-        // The model of the head may be here as an update alone.
+        // The model of the head may be here without having been flushed, or as an update alone.
         let head = self.head.as_ref().map(|head| head.decree.model());
         let durable = self.model.iter().chain(accepted).map(|manifest| (manifest, Keep::Durable));
         durable.chain(update.into_iter().chain(head).map(|manifest| (manifest, Keep::Unflushed)))
