@@ -132,11 +132,6 @@ impl Weights {
         &mut self.values
     }
 
-    /// Takes the values of `other`, which must be of the same layout, without new memory.
-    pub fn copy_from(&mut self, other: &Weights) {
-        self.values.copy_from_slice(&other.values);
-    }
-
     /// Adds the values of `other`, which must be of the same layout, each to its own.
     pub fn add(&mut self, other: &Weights) {
         self.values.iter_mut().zip(&other.values).for_each(|(value, other)| *value += other);

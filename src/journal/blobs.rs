@@ -712,6 +712,7 @@ mod tests {
         let path = unflushed(dir.path());
         let (journal, _) = open(dir.path()).unwrap();
         assert_eq!(journal.blob(digest).unwrap().as_ref(), Some(&bytes));
+        assert_eq!(read_blob(dir.path(), digest).unwrap().as_ref(), Some(&bytes));
         assert!(!journal.blobs().is_durable(&digest));
         journal.retain_blobs(&BTreeSet::new()).unwrap();
         assert!(!path.exists());
@@ -719,6 +720,7 @@ mod tests {
 
         // The length is on disk, and what was written is not.
         fs::write(unflushed(dir.path()), [0; 9]).unwrap();
+        assert_eq!(read_blob(dir.path(), digest).unwrap(), None);
         let (journal, _) = open(dir.path()).unwrap();
         assert_eq!(journal.blob(digest).unwrap(), None);
         assert!(!path.exists());

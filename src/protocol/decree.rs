@@ -153,6 +153,28 @@ impl Decree {
     }
 }
 
+#[cfg(test)]
+impl Decree {
+    /// A genesis of `roster`, by its first member: four values, all zero. Tests change what matters to them.
+    pub(super) fn sample(roster: &Roster) -> Self {
+        let model =
+            Manifest::of(&[0; 16], 1024, crate::transfer::Codec::F32).expect("its chunks are of a sound length");
+        Self {
+            round: Round::GENESIS,
+            parent: roster.digest(),
+            leader: roster.members()[0].clone(),
+            term: Term(0),
+            outcome: Outcome::Model(model),
+            contributors: Vec::new(),
+            parent_metrics: None,
+            record: Record::default(),
+            next_roster: roster.clone(),
+            standbys: BTreeMap::new(),
+            summary: Bytes::new(),
+        }
+    }
+}
+
 /// Which stopping rule is met in `round`, if its parent's model (of the round before) measured `metrics`.
 pub(super) fn stop(config: &Config, round: Round, metrics: Option<&Metrics>, record: &Record) -> Option<Reason> {
     // Weights that no round has trained are no result, however well they do.

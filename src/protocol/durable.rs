@@ -167,7 +167,7 @@ impl Durable {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::protocol::{Contributor, Outcome};
+    use crate::protocol::Contributor;
     use crate::transfer::Codec;
     use crate::types::Metrics;
 
@@ -194,9 +194,6 @@ mod tests {
         Decree {
             round: Round(round),
             parent: Digest::of(b"parent"),
-            leader: peer("leader"),
-            term: Term(0),
-            outcome: Outcome::Model(manifest(b"model")),
             contributors: vec![Contributor {
                 peer: peer(contributor),
                 update,
@@ -204,11 +201,7 @@ mod tests {
                 step_sum: 1.0,
                 metrics,
             }],
-            parent_metrics: None,
-            record: Default::default(),
-            next_roster: Roster::of(&[peer("me")].into()),
-            standbys: BTreeMap::new(),
-            summary: Bytes::new(),
+            ..Decree::sample(&Roster::of(&[peer("me")].into()))
         }
     }
 

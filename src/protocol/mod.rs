@@ -621,6 +621,11 @@ impl Peer {
         *peer == self.me || self.neighbours.get(peer).is_some_and(heard)
     }
 
+    /// Whether a peer has said goodbye, or its last will came, and it was not heard of since.
+    fn is_gone(&self, peer: &PeerId) -> bool {
+        self.neighbours.get(peer).is_some_and(|neighbour| neighbour.gone)
+    }
+
     fn gone(&self) -> BTreeSet<PeerId> {
         self.neighbours.iter().filter(|(_, neighbour)| neighbour.gone).map(|(peer, _)| peer.clone()).collect()
     }

@@ -208,9 +208,7 @@ impl Trainer for BurnTrainer {
     }
 
     fn set_weights(&mut self, weights: &Weights) -> Result<(), TrainError> {
-        check_layout(self.weights.layout(), weights.layout())?;
-        self.weights.copy_from(weights);
-        Ok(())
+        self.swap_weights(&mut weights.clone())
     }
 
     fn take_weights(&mut self, weights: &mut Weights) {

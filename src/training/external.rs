@@ -194,9 +194,7 @@ impl Trainer for ExternalTrainer {
     }
 
     fn set_weights(&mut self, weights: &Weights) -> Result<(), TrainError> {
-        check_layout(&self.layout, weights.layout())?;
-        self.weights.copy_from(weights);
-        Ok(())
+        self.swap_weights(&mut weights.clone())
     }
 
     fn take_weights(&mut self, weights: &mut Weights) {

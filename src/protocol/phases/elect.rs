@@ -103,11 +103,12 @@ impl Peer {
             }
             return;
         };
-        let gone = self.neighbours.get(&leader).is_some_and(|neighbour| neighbour.gone);
+        let gone = self.is_gone(&leader);
         // While everyone is gone but this peer, voting again and again elects nobody.
-        let others = self.durable.roster().is_some_and(|roster| {
-            roster.members().iter().any(|peer| *peer == self.me || self.neighbours.get(peer).is_none_or(|n| !n.gone))
-        });
+        let others = self
+            .durable
+            .roster()
+            .is_some_and(|roster| roster.members().iter().any(|peer| *peer == self.me || !self.is_gone(peer)));
         if !self.connected {
             // Who cannot hear cannot judge: the time starts again with the next connection.
             if self.timers.fired(Timer::Election, now) {

@@ -57,9 +57,8 @@ impl Peer {
 
     /// Whether a member lives, as far as the leader has had time to see.
     pub(in crate::protocol) fn is_there(&self, peer: &PeerId, since: Instant, now: Instant) -> bool {
-        let gone = self.neighbours.get(peer).is_some_and(|neighbour| neighbour.gone);
         let early = now.saturating_duration_since(since) < self.silence();
-        !gone && (early || self.is_live(peer, now))
+        !self.is_gone(peer) && (early || self.is_live(peer, now))
     }
 
     /// The members whose verified update is here, in `PeerId` order.

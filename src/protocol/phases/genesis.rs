@@ -292,8 +292,7 @@ impl Peer {
         if self.timers.fired(Timer::Call, now) && self.connected {
             self.timers.set(Timer::Call, now + self.heartbeat());
             let Some(roster) = self.durable.founding.roster.clone() else { return };
-            let is_gone = |peer: &PeerId| self.neighbours.get(peer).is_some_and(|neighbour| neighbour.gone);
-            if roster.members().iter().find(|peer| !is_gone(peer)) == Some(&self.me) {
+            if roster.members().iter().find(|peer| !self.is_gone(peer)) == Some(&self.me) {
                 self.publish(Topic::Leader(Round::GENESIS), self.founded(roster));
             }
         }

@@ -50,6 +50,7 @@ impl Peer {
         if let Some(outcome) = self.finish_outcome() {
             let model = self.parent_model().map(|model| model.digest);
             if model.is_some_and(|model| self.transfers.holds(&model) && !self.transfers.is_durable(&model)) {
+                // The decree is to rest on it.
                 self.open.flush = true;
                 return;
             }
@@ -194,9 +195,10 @@ impl Peer {
     /// others when a quorum has not accepted by the leader's next heartbeat. Until then they need not flush the model: where
     /// members share a disk, it writes for the quorum alone.
     pub(in crate::protocol) fn is_needed_by(&self, leader: &PeerId) -> bool {
-        let (Some(roster), gone) = (self.durable.roster(), self.gone()) else { return false };
-        let others = roster.members().iter().filter(|peer| *peer != leader && !gone.contains(*peer));
-        self.open.asked_again || others.take(roster.quorum() - 1).any(|peer| *peer == self.me)
+        let Some(roster) = self.durable.roster() else { return false };
+        let mut others =
+            roster.members().iter().filter(|peer| *peer != leader && !self.is_gone(peer)).take(roster.quorum() - 1);
+        self.open.asked_again || others.any(|peer| *peer == self.me)
     }
 
     pub(in crate::protocol) fn advance_acceptance(&mut self, now: Instant) {
@@ -235,17 +237,15 @@ impl Peer {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
     use std::sync::Arc;
     use std::time::Duration;
 
     use bytes::Bytes;
 
     use super::*;
-    use crate::protocol::decree::Record;
     use crate::protocol::message::{Envelope, Head, Leading, VERSION};
     use crate::protocol::{Action, Config, Done, Durable, Event, Identity, Job};
-    use crate::transfer::{Codec, Intake, Keep};
+    use crate::transfer::{Intake, Keep};
     use crate::weights::{Layout, TensorSpec};
 
     fn id(name: &str) -> PeerId {
@@ -262,19 +262,7 @@ mod tests {
 
     /// What `b` proposes as the genesis.
     fn decree() -> Decree {
-        Decree {
-            round: Round::GENESIS,
-            parent: roster().digest(),
-            leader: id("b"),
-            term: Term(0),
-            outcome: Outcome::Model(Manifest::of(&[0; 16], 1024, Codec::F32).unwrap()),
-            contributors: Vec::new(),
-            parent_metrics: None,
-            record: Record::default(),
-            next_roster: roster(),
-            standbys: BTreeMap::new(),
-            summary: Bytes::new(),
-        }
+        Decree { leader: id("b"), ..Decree::sample(&roster()) }
     }
 
     fn says(sender: &str, body: Body) -> Event {

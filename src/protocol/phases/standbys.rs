@@ -52,10 +52,8 @@ mod tests {
     use bytes::Bytes;
 
     use super::*;
-    use crate::protocol::decree::{Outcome, Record};
     use crate::protocol::message::{Body, Envelope, Head, Hello, VERSION};
     use crate::protocol::{Config, Decree, Durable, Event, Identity};
-    use crate::transfer::{Codec, Manifest};
     use crate::types::{Digest, Round, Term};
     use crate::weights::Layout;
 
@@ -72,17 +70,9 @@ mod tests {
         let roster = Roster::of(&["a", "b", "c"].map(id).into());
         let head = standbys.map(|standbys| Head {
             decree: Decree {
-                round: Round(0),
-                parent: roster.digest(),
                 leader: id("b"),
-                term: Term(0),
-                outcome: Outcome::Model(Manifest::of(&[0; 16], 1024, Codec::F32).unwrap()),
-                contributors: Vec::new(),
-                parent_metrics: None,
-                record: Record::default(),
-                next_roster: roster.clone(),
                 standbys: standbys.iter().map(|(peer, host)| (id(peer), address(host))).collect(),
-                summary: Bytes::new(),
+                ..Decree::sample(&roster)
             },
             accepts: vec![id("b"), id("c")],
             genesis: Digest::of(b"genesis"),

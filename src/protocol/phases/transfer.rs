@@ -80,8 +80,10 @@ impl Peer {
         let head = self.head_to_pull().map(|(model, holders)| (model, holders, keep(stays)));
         let bound = self.open.leading.as_ref().and_then(|leading| leading.bound.as_ref());
         let bound = bound.map(|(decree, holders)| (*decree.model(), holders.clone(), Keep::Durable));
-        let proposal = self.proposal_to_pull();
-        let proposal = proposal.map(|(model, leader)| (model, vec![leader.clone()], keep(self.is_needed_by(&leader))));
+        let proposal = self.proposal_to_pull().map(|(model, leader)| {
+            let keep = keep(self.is_needed_by(&leader));
+            (model, vec![leader], keep)
+        });
         let models = head.into_iter().chain(bound).chain(proposal);
         models.map(|(manifest, holders, keep)| Wanted { manifest, holders, keep }).collect()
     }
