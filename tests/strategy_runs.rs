@@ -168,10 +168,10 @@ async fn what_a_strategy_remembers_comes_to_who_joins_late_and_leads() {
         peers.ends(running).await;
         let newest = NAMES.iter().map(|name| Kept::read(&peers, &endless, name, &layouts[0], section).round).max();
 
-        // To an end that all reach.
+        // To an end that all reach, and with a turn to train for the newcomer, which may have led ever since it came.
         peers.request.send(false).unwrap();
         let rounds = newest.unwrap().0 + 3;
-        let finite = Settings { rounds, ..endless };
+        let finite = Settings { rounds, policy: "rotate".into(), ..endless };
         running = NAMES.iter().map(|name| start(&peers, &finite, name).0).collect();
         for outcome in peers.ends(running).await {
             assert!(matches!(outcome, Outcome::Finished { .. }), "{strategy}: {outcome:?}");
