@@ -240,10 +240,10 @@ const LONG_TRAINING: [&str; 2] = ["--local-epochs", "60"];
 
 /// A peer of five cannot write: either its promises, or only the large files of its jobs.
 fn one_peer_waits_for_room(left: u64, more: &[&str]) {
-    let rounds = 30;
+    let rounds = 16;
     let mut run = Run::new();
     let Some(disk) = SmallDisk::mount(&run.path("run/peers/peer-3"), 8 << 10) else { return };
-    let own = ["5", "--processes", "--rounds", "30"];
+    let own = ["5", "--processes", "--rounds", "16"];
     run.start(&[&CALM[..], &own, more].concat());
     run.until_committed(Round(1));
     disk.fill_but(left);

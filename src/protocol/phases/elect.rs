@@ -95,7 +95,8 @@ impl Peer {
         }
     }
 
-    /// Gives up a leader or candidate that was silent too long or is gone, and votes in the next term.
+    /// Gives up a leader or candidate that was silent too long or is gone, and votes in the next term. Nobody that is gone
+    /// gets the vote, so while all others are, this ends at a vote for itself.
     fn depose(&mut self, now: Instant) {
         let Some(leader) = self.leader_or_candidate().filter(|leader| **leader != self.me).cloned() else {
             if self.open.leading.is_none() && self.timers.fired(Timer::Election, now) {
@@ -104,17 +105,12 @@ impl Peer {
             return;
         };
         let gone = self.is_gone(&leader);
-        // While everyone is gone but this peer, voting again and again elects nobody.
-        let others = self
-            .durable
-            .roster()
-            .is_some_and(|roster| roster.members().iter().any(|peer| *peer == self.me || !self.is_gone(peer)));
         if !self.connected {
             // Who cannot hear cannot judge: the time starts again with the next connection.
             if self.timers.fired(Timer::Election, now) {
                 self.watch_leader(now);
             }
-        } else if gone && others || self.timers.fired(Timer::Election, now) {
+        } else if gone || self.timers.fired(Timer::Election, now) {
             self.vote_again(leader, gone, now);
         }
     }

@@ -3,7 +3,8 @@
 //! MQTT 3.1.1 has no way to ask, and brokers refuse in different ways: some close the connection, some acknowledge and
 //! drop, some say nothing. So two short connections try it: the *ear* subscribes to a topic that only probes use, and
 //! the *mouth* speaks to it and then dies. Whatever is tried is followed by a small message on the same way, so its
-//! absence shows without a wait; only a broker that says nothing at all is waited for.
+//! absence shows without a wait; only a broker that says nothing at all is waited for. One goes ahead, too: where it is
+//! missing, the connection was lost, and nothing was refused.
 //!
 //! ```text
 //!  ear    retained message ─ subscribe ─ echo at QoS 1 ──── hears ──────────────────── hears ── clears the retained one
@@ -40,7 +41,7 @@ const LINK_BYTES_PER_SECOND: usize = 32 << 10;
 /// How many round trips a broker may take for one answer.
 const ROUND_TRIPS: u32 = 20;
 
-/// Messages that a probe hands to rumqttc at once: every length down to the floor, and the last one.
+/// Messages that a probe hands to rumqttc at once: every length down to the floor, and the first and last one.
 const REQUESTS: usize = 32;
 
 /// How a broker is tried before the first connection to it.
@@ -233,6 +234,7 @@ impl Prober<'_> {
     async fn speak(&self, ear: &mut Side, chunks: &[usize], patience: Duration) -> Result<Spoken, Failed> {
         let tag = Tag::new();
         let mut mouth = self.open_mouth(tag).await?;
+        mouth.publish(&self.probe.topic, QoS::AtMostOnce, false, tag.payload(Mark::Begin, 0));
         for &chunk in chunks {
             let payload = tag.payload(Mark::Chunk, message_bytes(chunk) + MARGIN);
             mouth.publish(&self.probe.topic, QoS::AtMostOnce, false, payload);
@@ -259,6 +261,9 @@ impl Prober<'_> {
                 Lost::Silent => self.lacks(Lack::LastWill),
                 lost => lost.into(),
             })?;
+        }
+        if !ear.has_heard(tag, Mark::Begin) {
+            return Err(Failed::Unreachable("the connection was lost before anything was tried".to_owned()));
         }
         let lengths = ear.heard.iter().filter(|heard| heard.of == tag && heard.mark == Mark::Chunk);
         let longest = lengths.map(|heard| heard.length).max();
@@ -339,9 +344,10 @@ fn halves(chunk_bytes: usize) -> impl Iterator<Item = usize> {
 enum Mark {
     Retained = 1,
     Echo = 2,
-    Chunk = 3,
-    End = 4,
-    Will = 5,
+    Begin = 3,
+    Chunk = 4,
+    End = 5,
+    Will = 6,
 }
 
 /// Tells a probe's messages from those of an earlier one.
@@ -376,7 +382,7 @@ impl Heard {
     /// Messages of an earlier probe are recognised by their tag, and what is no probe's message is not looked at.
     fn read(publish: &Publish) -> Option<Self> {
         let (tag, rest) = publish.payload.split_first_chunk::<{ Tag::BYTES }>()?;
-        let all = [Mark::Retained, Mark::Echo, Mark::Chunk, Mark::End, Mark::Will];
+        let all = [Mark::Retained, Mark::Echo, Mark::Begin, Mark::Chunk, Mark::End, Mark::Will];
         let mark = all.into_iter().find(|&mark| Some(&(mark as u8)) == rest.first())?;
         Some(Self { of: Tag(u64::from_be_bytes(*tag)), mark, length: publish.payload.len() })
     }
@@ -473,6 +479,8 @@ mod tests {
         acknowledges: bool,
         wills: bool,
         refuses_wills: bool,
+        /// Whether it lets who leaves a last will in, and closes it at once.
+        loses_mouths: bool,
         keeps: bool,
         refuses_retain: bool,
         message_bytes_max: usize,
@@ -489,6 +497,7 @@ mod tests {
                 acknowledges: true,
                 wills: true,
                 refuses_wills: false,
+                loses_mouths: false,
                 keeps: true,
                 refuses_retain: false,
                 message_bytes_max: usize::MAX,
@@ -528,6 +537,9 @@ mod tests {
                 return None;
             }
             send(&mut socket, &Packet::ConnAck(ConnAck::new(ConnectReturnCode::Success, false))).await;
+            if self.loses_mouths && connect.last_will.is_some() {
+                return None;
+            }
             let (to_me, mut for_me) = unbounded_channel();
             let refused = loop {
                 let packet = tokio::select! {
@@ -674,6 +686,12 @@ mod tests {
         }
     }
 
+    #[tokio::test]
+    async fn a_connection_that_is_lost_is_not_taken_for_a_refusal() {
+        let error = Fake { loses_mouths: true, ..Fake::default() }.probe().await.unwrap_err();
+        assert_eq!(error, "unreachable: the connection was lost before anything was tried");
+    }
+
     /// Every answer takes longer than the patience for a quick link, and that to a ping longer than its interval.
     #[tokio::test]
     async fn a_slow_link_is_given_its_time() {
@@ -697,7 +715,7 @@ mod tests {
     fn lengths_go_down_to_the_floor() {
         assert_eq!(halves(CHUNK_BYTES_TRIED).collect::<Vec<_>>(), [16 << 10, 32 << 10]);
         assert_eq!(halves(100_000).collect::<Vec<_>>(), [25_000, 50_000]);
-        assert!(halves(64 << 20).count() < REQUESTS);
+        assert!(halves(64 << 20).count() + 2 < REQUESTS);
     }
 
     #[test]
