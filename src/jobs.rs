@@ -212,22 +212,8 @@ impl Workshop {
     }
 
     /// Writes weights of `layout` by ranges, which become a blob. While the disk has no room, `on_full` is called.
-    fn writer(
-        &self,
-        layout: Arc<Layout>,
-        (codec, tuning): (Codec, Tuning),
-        keep: Keep,
-        on_full: OnFull<'_>,
-    ) -> Result<Writer, String> {
-        Ok(Writer {
-            layout,
-            codec,
-            tuning,
-            chunk_bytes: self.chunk_bytes,
-            draft: with_room(on_full, || self.blobs.draft(keep))?,
-            hasher: blake3::Hasher::new(),
-            values: 0,
-        })
+    fn writer(&self, layout: Arc<Layout>, (codec, tuning): (Codec, Tuning), draft: Draft) -> Writer {
+        Writer { layout, codec, tuning, chunk_bytes: self.chunk_bytes, draft, hasher: blake3::Hasher::new(), values: 0 }
     }
 
     /// Begins to receive a blob.
@@ -322,7 +308,8 @@ impl Workshop {
         keep: Keep,
         on_full: OnFull<'_>,
     ) -> Result<Manifest, String> {
-        let mut writer = self.writer(weights.layout().clone(), how, keep, on_full)?;
+        let draft = with_room(on_full, || self.blobs.draft(keep))?;
+        let mut writer = self.writer(weights.layout().clone(), how, draft);
         if how.0.block().is_none() {
             writer.write(weights.values(), on_full)?;
         } else {

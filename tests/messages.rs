@@ -138,9 +138,15 @@ fn summary() -> impl Strategy<Value = Bytes> {
 }
 
 fn body() -> impl Strategy<Value = Body> {
-    let leading =
-        (prop::collection::vec(peer(), 0..5), prop::collection::vec(any::<u8>(), 0..5), prop::option::of(metrics()))
-            .prop_map(|(ballots, has, parent_metrics)| Body::Leader(Leading { ballots, has, parent_metrics }));
+    let leading = (
+        prop::collection::vec(peer(), 0..5),
+        prop::collection::vec(any::<u8>(), 0..5),
+        prop::option::of(metrics()),
+        prop::option::of(manifest()),
+    )
+        .prop_map(|(ballots, has, parent_metrics, upcoming)| {
+            Body::Leader(Leading { ballots, has, parent_metrics, upcoming })
+        });
     let update = (digest(), manifest(), any::<u64>(), step_sum(), metrics()).prop_map(
         |(parent, manifest, num_examples, step_sum, metrics)| {
             Body::Update(Update { parent, manifest, num_examples, step_sum, metrics })

@@ -308,7 +308,7 @@ impl Party<'_> {
 
     /// A leader's heartbeat, with the time behind it. All parties are on one machine, and so have one clock.
     fn beat(&mut self) {
-        let leading = Leading { ballots: Vec::new(), has: Vec::new(), parent_metrics: None };
+        let leading = Leading { ballots: Vec::new(), has: Vec::new(), parent_metrics: None, upcoming: None };
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let message = [&self.envelope(Body::Leader(leading))[..], &now.as_nanos().to_le_bytes()].concat();
         self.send(&Topic::Leader(Round::GENESIS), Class::Control, (message.into(), Bytes::new()));

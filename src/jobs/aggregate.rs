@@ -4,9 +4,9 @@ use std::ops::Range;
 use std::sync::mpsc::sync_channel;
 use std::thread;
 
-use super::{OnFull, Workshop, sentence};
+use super::{OnFull, Workshop, sentence, with_room};
 use crate::aggregation::{AggregateError, Aggregation, Inspection, Parent, Part, Section, Share};
-use crate::transfer::{Keep, Manifest, Reader, ranges};
+use crate::transfer::{Manifest, Reader, ranges};
 use crate::types::Round;
 use crate::weights::first_non_finite;
 
@@ -33,8 +33,8 @@ impl Workshop {
         };
         let aggregation = inputs.inspect(inspection)?.decide();
         let layout = self.strategy.model_layout(&self.layout);
-        let mut writer =
-            self.writer(layout.clone(), (self.codecs.model, self.codecs.for_model(round)), Keep::Durable, on_full)?;
+        let draft = with_room(on_full, || self.blobs.draft_to_flush())?;
+        let mut writer = self.writer(layout.clone(), (self.codecs.model, self.codecs.for_model(round)), draft);
         let (sender, computed) = sync_channel(AHEAD);
         let compute = move || {
             let sections = self.strategy.sections().enumerate();

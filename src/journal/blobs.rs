@@ -56,6 +56,8 @@ pub struct Blob(Arc<Content>);
 struct Known {
     blob: Blob,
     keep: Keep,
+    /// The flush that began while it was written.
+    flusher: Option<Flusher>,
 }
 
 #[derive(Debug)]
@@ -81,7 +83,8 @@ enum DraftContent {
     File {
         file: Arc<File>,
         temporary: Temporary,
-        flusher: Flusher,
+        /// Until it is finished.
+        flusher: Option<Flusher>,
     },
     Memory(Parts),
 }
@@ -137,16 +140,26 @@ impl Blobs {
 
     /// Begins a blob.
     pub fn draft(&self, keep: Keep) -> Result<Draft, JournalError> {
+        self.draft_for(keep, keep)
+    }
+
+    /// Begins a blob that is [flushed](Self::flush) as soon as it is finished: most of it is by then.
+    pub fn draft_to_flush(&self) -> Result<Draft, JournalError> {
+        self.draft_for(Keep::Unflushed, Keep::Durable)
+    }
+
+    /// `keep` is how it is kept when it is finished, `soon` how it will be.
+    fn draft_for(&self, keep: Keep, soon: Keep) -> Result<Draft, JournalError> {
         let content = match &self.disk {
             None => DraftContent::Memory(Parts::default()),
             Some(disk) => {
-                let durable = keep == Keep::Durable;
+                let durable = soon == Keep::Durable;
                 let spare = if durable { disk.spare().take() } else { None };
                 let (file, temporary) = match spare.and_then(SpareFile::open) {
                     Some(opened) => opened,
                     None => disk.create_draft()?,
                 };
-                DraftContent::File { file: Arc::new(file), temporary, flusher: Flusher::new(keep) }
+                DraftContent::File { file: Arc::new(file), temporary, flusher: Some(Flusher::new(soon)) }
             }
         };
         Ok(Draft { blobs: self.clone(), keep, bytes: 0, content })
@@ -179,7 +192,7 @@ impl Blobs {
             let whole = Digest(*hasher.finalize().as_bytes()) == digest;
             if whole {
                 let blob = Blob(Arc::new(Content::File { bytes: hasher.count(), file: Arc::new(file), path }));
-                self.known().insert(digest, Known { blob: blob.clone(), keep });
+                self.known().insert(digest, Known { blob: blob.clone(), keep, flusher: None });
                 return Ok(Some(blob));
             }
             match keep {
@@ -196,15 +209,16 @@ impl Blobs {
 
     /// Makes a blob durable: when this returns `true`, it survives a loss of power. `false`: it is not here.
     pub fn flush(&self, digest: Digest) -> Result<bool, JournalError> {
-        let blob = match self.known().get(&digest) {
+        let (blob, flusher) = match self.known().get_mut(&digest) {
             None => return Ok(false),
             Some(Known { keep: Keep::Durable, .. }) => return Ok(true),
-            Some(known) => known.blob.clone(),
+            Some(known) => (known.blob.clone(), known.flusher.take()),
         };
         let (Content::File { file, path, .. }, Some(disk)) = (&*blob.0, &self.disk) else {
             return Ok(self.known().get_mut(&digest).map(|known| known.keep = Keep::Durable).is_some());
         };
-        file.sync_data().map_err(io_error("write", path))?;
+        let begun = flusher.map_or(Ok(()), |mut flusher| flusher.wait());
+        begun.and_then(|()| file.sync_data()).map_err(io_error("write", path))?;
         let _naming = self.naming.lock().expect("nothing panics while it holds the lock");
         match self.known().get(&digest) {
             None => return Ok(false),
@@ -220,7 +234,7 @@ impl Blobs {
         flush_dir(&disk.blobs_dir())?;
         let blob = Blob(Arc::new(Content::File { file: file.clone(), path: named, bytes: blob.bytes() }));
         // Last, so that whoever finds it here may rely on the disk too.
-        self.known().insert(digest, Known { blob, keep: Keep::Durable });
+        self.known().insert(digest, Known { blob, keep: Keep::Durable, flusher: None });
         Ok(true)
     }
 
@@ -253,7 +267,7 @@ impl Blobs {
             *self.spare() = spare;
             return Ok(());
         };
-        let with_keep = |(_, Known { blob, keep }): (Digest, Known)| Some((blob.into_file()?, keep));
+        let with_keep = |(_, Known { blob, keep, .. }): (Digest, Known)| Some((blob.into_file()?, keep));
         let mut files: Vec<_> = dropped.into_iter().filter_map(with_keep).collect();
         if let Some(at) = files.iter().rposition(|(_, keep)| *keep == Keep::Durable) {
             let ((_, path), _) = files.swap_remove(at);
@@ -361,6 +375,7 @@ impl Draft {
         match &mut self.content {
             DraftContent::File { file, temporary, flusher } => {
                 let written = write_all_at(file, start, bytes);
+                let flusher = flusher.get_or_insert_with(|| Flusher::new(self.keep));
                 let flushed = written.and_then(|()| flusher.wrote(file, bytes.len()));
                 flushed.map_err(|error| {
                     // It may be room that is lacking.
@@ -399,11 +414,10 @@ impl Draft {
     /// to be kept. After an error it may be tried again. To finish the same blob twice does nothing.
     pub fn finish(&mut self, digest: Digest) -> Result<(), JournalError> {
         if !self.blobs.known().contains_key(&digest) {
-            let content = match (&mut self.content, &self.blobs.disk) {
+            let (content, flusher) = match (&mut self.content, &self.blobs.disk) {
                 (DraftContent::File { file, temporary, flusher }, Some(disk)) => {
                     let path = disk.blob_path(digest, Keep::Unflushed);
-                    let mut write = || {
-                        flusher.wait()?;
+                    let write = || {
                         // It may be written over a longer one.
                         if file.metadata()?.len() != self.bytes {
                             file.set_len(self.bytes)?;
@@ -411,12 +425,12 @@ impl Draft {
                         fs::rename(&temporary.0, &path)
                     };
                     write().map_err(io_error("write", &path))?;
-                    Content::File { file: file.clone(), path, bytes: self.bytes }
+                    (Content::File { file: file.clone(), path, bytes: self.bytes }, flusher.take())
                 }
-                (DraftContent::Memory(parts), _) => Content::Memory(std::mem::take(parts)),
+                (DraftContent::Memory(parts), _) => (Content::Memory(std::mem::take(parts)), None),
                 (DraftContent::File { .. }, None) => return Ok(()),
             };
-            let known = Known { blob: Blob(Arc::new(content)), keep: Keep::Unflushed };
+            let known = Known { blob: Blob(Arc::new(content)), keep: Keep::Unflushed, flusher };
             self.blobs.known().insert(digest, known);
         }
         match self.keep {
@@ -774,18 +788,37 @@ mod tests {
             }
         }
         let is_flushed = |draft: &Draft| match &draft.content {
-            DraftContent::File { flusher, .. } => flusher.running.is_some(),
+            DraftContent::File { flusher, .. } => flusher.as_ref().unwrap().running.is_some(),
             DraftContent::Memory(_) => panic!("it is no file"),
         };
         assert!(is_flushed(&draft));
         assert!(!is_flushed(&eased), "so short it will be gone before the system writes it");
         // As if it were a long one.
         let DraftContent::File { flusher, .. } = &mut eased.content else { panic!("it is no file") };
-        flusher.unflushed = EASE_BYTES - 1;
+        flusher.as_mut().unwrap().unflushed = EASE_BYTES - 1;
         eased.write(0, &bytes[..1]).unwrap();
         assert!(is_flushed(&eased));
         draft.finish(digest).unwrap();
         drop((draft, journal));
+        assert_eq!(read_blob(dir.path(), digest).unwrap(), Some(bytes));
+    }
+
+    #[test]
+    fn a_blob_that_is_soon_flushed_is_there_before_and_its_flush_has_begun() {
+        let bytes = Bytes::from(vec![7; FLUSH_BYTES]);
+        let digest = Digest::of(&bytes);
+        let dir = tempfile::tempdir().unwrap();
+        let (journal, _) = open(dir.path()).unwrap();
+        let blobs = journal.blobs();
+        let mut draft = blobs.draft_to_flush().unwrap();
+        draft.write(0, &bytes).unwrap();
+        draft.finish(digest).unwrap();
+        assert!(!blobs.is_durable(&digest));
+        assert_eq!(blobs.get(digest).unwrap().as_ref(), Some(&bytes));
+        let has_begun = |known: &Known| known.flusher.as_ref().is_some_and(|flusher| flusher.running.is_some());
+        assert!(has_begun(&blobs.known()[&digest]));
+        assert!(blobs.flush(digest).unwrap() && blobs.is_durable(&digest));
+        drop(journal);
         assert_eq!(read_blob(dir.path(), digest).unwrap(), Some(bytes));
     }
 

@@ -16,7 +16,7 @@ use crate::transfer::{CHUNK_BYTES_MAX, ChunkSet, Manifest};
 use crate::types::{Address, Digest, Metrics, PeerId, Round, Term};
 
 /// The protocol's version: the first number of every message.
-pub const VERSION: u16 = 4;
+pub const VERSION: u16 = 5;
 
 /// The longest message without a chunk, in bytes: a decree of a full roster fits.
 pub const CONTROL_BYTES_MAX: usize = 4 * 1024 * 1024;
@@ -172,6 +172,8 @@ pub struct Leading {
     pub has: Vec<u8>,
     /// The parent model's metrics, once every live member reported.
     pub parent_metrics: Option<Metrics>,
+    /// The new model, once it is made. While the leader makes it durable, to propose it then, members pull it.
+    pub upcoming: Option<Manifest>,
 }
 
 /// Bits of [`Leading::has`].

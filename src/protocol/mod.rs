@@ -202,7 +202,7 @@ pub enum Done {
         /// Whether it is still there.
         result: Result<bool, String>,
     },
-    /// The aggregate's blob, which is durable.
+    /// The aggregate's blob, which is not flushed yet.
     Aggregated {
         /// The round.
         round: Round,

@@ -42,6 +42,7 @@ impl Peer {
         self.open.leader_made_way = false;
         self.open.leading = None;
         self.open.proposal = None;
+        self.open.upcoming = None;
         self.open.left_out.clear();
         if self.open.training == Work::Failed {
             // What failed may work now, and the next leader needs it as the last one did.
@@ -203,6 +204,7 @@ impl Peer {
         });
         self.open.following = None;
         self.open.proposal = None;
+        self.open.upcoming = None;
         self.open.marks.elected = Some(now);
         self.timers.clear(Timer::Election);
         self.timers.clear(Timer::Resend);
@@ -241,6 +243,7 @@ impl Peer {
             ballots: leading.ballots.iter().cloned().collect(),
             has: roster.members().iter().map(flags).collect(),
             parent_metrics: leading.parent_metrics,
+            upcoming: leading.model().copied(),
         });
         let proposal = leading.proposal.clone();
         self.publish(Topic::Leader(self.round()), body);
@@ -269,6 +272,9 @@ impl Peer {
         self.follow(sender, term, now);
         if let Some(metrics) = leading.parent_metrics {
             self.tell_parent_metrics(metrics);
+        }
+        if let Some(model) = leading.upcoming {
+            self.on_upcoming(sender, model, now);
         }
         let place = self.durable.roster().and_then(|roster| roster.position(&self.me));
         let has = place.and_then(|place| leading.has.get(place)).copied().unwrap_or(0);
@@ -375,7 +381,8 @@ mod tests {
         let identity = Identity { peer: id("a"), layout, num_examples: 1, broker: None, summary };
         let mut peer = Peer::new(Config::default(), identity, Some(durable), &BTreeSet::new(), now);
         peer.handle(Event::Connected, now);
-        let leading = Leading { ballots: vec![id("b"), id("c")], has: Vec::new(), parent_metrics: None };
+        let leading =
+            Leading { ballots: vec![id("b"), id("c")], has: Vec::new(), parent_metrics: None, upcoming: None };
         peer.handle(of_b(1, Body::Leader(leading)), now);
         assert_eq!((peer.promised(), peer.open.following.clone()), (Term(1), Some(id("b"))));
 

@@ -172,8 +172,9 @@ impl Peer {
         match result {
             Ok(manifest) => {
                 leading.aggregate = Aggregate::Done(manifest, peers.clone());
-                self.transfers.hold(manifest, Keep::Durable);
+                self.transfers.hold(manifest, Keep::Unflushed);
                 self.open.marks.aggregated = Some(now);
+                self.beat(now);
             }
             Err(why) => {
                 // Somebody else may be able to: a leader that cannot lead on makes way.

@@ -57,7 +57,9 @@ impl Peer {
             let decree = self.form_decree(outcome, &[], now);
             return self.propose(decree, now);
         }
-        if let Aggregate::Done(manifest, peers) = &leading.aggregate {
+        if let Aggregate::Done(manifest, peers) = &leading.aggregate
+            && self.transfers.is_durable(&manifest.digest)
+        {
             let decree = self.form_decree(Outcome::Model(*manifest), &peers.clone(), now);
             self.propose(decree, now);
         }
@@ -152,8 +154,7 @@ impl Peer {
             return self.report_acceptance();
         }
         if self.open.proposal.as_ref().map(|(_, seen)| seen) != Some(&decree) {
-            self.open.marks.gathered.get_or_insert(now);
-            self.open.marks.aggregated = Some(now);
+            self.know_upcoming(&sender, *decree.model(), now);
             self.notify(Notice::Proposed { round, leader: sender.clone() });
             self.open.proposal = Some((sender, decree));
         } else if self.transfers.holds(&decree.model().digest) {
@@ -175,20 +176,35 @@ impl Peer {
         if Some(&decree.summary) != self.durable.summary() {
             return Err("its proposal has another summary of the inputs than the newest decree here".into());
         }
-        if decree.model().base.is_some() {
-            return Err("its proposal's model is a difference, which a newcomer could not read".into());
+        self.check_model(decree.model())
+    }
+
+    fn check_model(&self, model: &Manifest) -> Result<(), String> {
+        if model.base.is_some() {
+            return Err("its new model is a difference, which a newcomer could not read".into());
         }
-        decree.model().check(&self.model_layout).map_err(|error| error.to_string())
+        model.check(&self.model_layout).map_err(|error| error.to_string())
     }
 
     fn has_accepted(&self, term: Term, decree: &Decree) -> bool {
         self.durable.open.accepted.as_ref().is_some_and(|(at, accepted)| *at == term && accepted == decree)
     }
 
-    /// The model of the proposal, while that is not accepted, and who serves it.
-    pub(in crate::protocol) fn proposal_to_pull(&self) -> Option<(Manifest, PeerId)> {
-        let (leader, decree) = self.open.proposal.as_ref()?;
-        Some((*decree.model(), leader.clone()))
+    /// A leader tells of the model that it proposes, or will when it is durable.
+    pub(in crate::protocol) fn on_upcoming(&mut self, leader: &PeerId, model: Manifest, now: Instant) {
+        match self.check_model(&model) {
+            Ok(()) => self.know_upcoming(leader, model, now),
+            Err(why) => self.bad_message(Some(leader.clone()), why),
+        }
+    }
+
+    fn know_upcoming(&mut self, leader: &PeerId, model: Manifest, now: Instant) {
+        let upcoming = Some((leader.clone(), model));
+        if self.open.upcoming != upcoming {
+            self.open.upcoming = upcoming;
+            self.open.marks.gathered.get_or_insert(now);
+            self.open.marks.aggregated = Some(now);
+        }
     }
 
     /// Whether a leader needs this member's acceptance: all members that seem to be there are asked in their order, and the
@@ -270,16 +286,27 @@ mod tests {
         Event::Message(Envelope { version: VERSION, sender, signature, round, term, body }.encode())
     }
 
-    /// A member that follows `b`.
-    fn follower(name: &str, now: Instant) -> Peer {
+    /// What `b` says as the leader.
+    fn leading(upcoming: Option<Manifest>) -> Event {
+        let ballots = ["a", "b", "c"].map(id).into();
+        says("b", Body::Leader(Leading { ballots, has: Vec::new(), parent_metrics: None, upcoming }))
+    }
+
+    /// A member that has said hello.
+    fn member(name: &str, now: Instant) -> Peer {
         let mut durable = Durable::default();
         durable.founding.roster = Some(roster());
         let identity =
             Identity { peer: id(name), layout: layout(), num_examples: 1, broker: None, summary: Bytes::new() };
         let mut peer = Peer::new(Config::default(), identity, Some(durable), &BTreeSet::new(), now);
         peer.handle(Event::Connected, now);
-        let leading = Leading { ballots: ["a", "b", "c"].map(id).into(), has: Vec::new(), parent_metrics: None };
-        peer.handle(says("b", Body::Leader(leading)), now);
+        peer
+    }
+
+    /// A member that follows `b`.
+    fn follower(name: &str, now: Instant) -> Peer {
+        let mut peer = member(name, now);
+        peer.handle(leading(None), now);
         peer
     }
 
@@ -300,10 +327,41 @@ mod tests {
         actions.iter().any(|action| matches!(action, Action::Start(Job::Flush { .. })))
     }
 
+    /// Whether a message that is published is such a one.
+    fn publishes(actions: &[Action], wanted: impl Fn(&Body) -> bool) -> bool {
+        let is_wanted = |message| Envelope::decode(message).is_ok_and(|(envelope, _)| wanted(&envelope.body));
+        actions.iter().any(|action| matches!(action, Action::Publish { message, .. } if is_wanted(message)))
+    }
+
     fn accepts(actions: &[Action]) -> bool {
-        let is_accept =
-            |message| matches!(Envelope::decode(message), Ok((Envelope { body: Body::Accept { .. }, .. }, _)));
-        actions.iter().any(|action| matches!(action, Action::Publish { message, .. } if is_accept(message)))
+        publishes(actions, |body| matches!(body, Body::Accept { .. }))
+    }
+
+    #[test]
+    fn a_leader_tells_of_its_model_when_it_is_made_and_proposes_it_when_it_is_durable() {
+        let now = Instant::now();
+        let mut peer = member("b", now);
+        for voter in ["a", "c", "d"] {
+            peer.handle(says(voter, Body::Ballot { candidate: id("b"), accepted: None }), now);
+        }
+        let model = *decree().model();
+        let proposes = |actions: &[Action]| publishes(actions, |body| matches!(body, Body::Proposal(_)));
+        let actions = peer.handle(Event::Done(Done::Initial(Ok(model))), now);
+        let tells = |body: &Body| matches!(body, Body::Leader(Leading { upcoming, .. }) if *upcoming == Some(model));
+        assert!(publishes(&actions, tells) && flushes(&actions) && !proposes(&actions));
+        let flushed = Done::Flushed { blob: model.digest, result: Ok(true) };
+        assert!(proposes(&peer.handle(Event::Done(flushed), now)));
+    }
+
+    #[test]
+    fn a_member_pulls_a_model_before_it_is_proposed_and_accepts_it_then_at_once() {
+        let now = Instant::now();
+        let mut peer = follower("a", now);
+        let actions = peer.handle(leading(Some(*decree().model())), now);
+        assert_eq!(keep(&actions), Some(Keep::Durable));
+        assert!(!accepts(&peer.handle(arrived(Keep::Durable), now)), "nothing is proposed yet");
+        let actions = peer.handle(says("b", Body::Proposal(decree())), now);
+        assert!(accepts(&actions) && keep(&actions).is_none());
     }
 
     #[test]

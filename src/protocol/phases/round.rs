@@ -30,6 +30,8 @@ pub(in crate::protocol) struct OpenRound {
     pub leading: Option<Leadership>,
     /// The proposal of the promised term, until it is accepted.
     pub proposal: Option<(PeerId, Decree)>,
+    /// The model that the leader of the promised term proposes, or is about to.
+    pub upcoming: Option<(PeerId, Manifest)>,
     /// Its leader has proposed it again when its model was here: a quorum lacks acceptances.
     pub asked_again: bool,
     pub evaluation: Work<Metrics>,
@@ -78,6 +80,17 @@ pub(in crate::protocol) struct Leadership {
     pub barren: bool,
     /// How many updates were last told of.
     pub told: Option<(usize, usize)>,
+}
+
+impl Leadership {
+    /// The model that it proposes, or will when it is durable.
+    pub(in crate::protocol) fn model(&self) -> Option<&Manifest> {
+        match (&self.proposal, &self.aggregate) {
+            (Some(decree), _) => Some(decree.model()),
+            (None, Aggregate::Done(manifest, _)) => Some(manifest),
+            (None, Aggregate::Gathering | Aggregate::Running(_)) => None,
+        }
+    }
 }
 
 /// How far a leader's new model is.
@@ -134,6 +147,7 @@ impl OpenRound {
             leader_made_way: false,
             leading: None,
             proposal: None,
+            upcoming: None,
             asked_again: false,
             evaluation: Work::Idle,
             training: Work::Idle,

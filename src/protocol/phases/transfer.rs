@@ -72,7 +72,7 @@ impl Transfers {
 }
 
 impl Peer {
-    /// The newest model and the one that is proposed, who has them, and how they are to be kept by now.
+    /// The newest model and the one that is or will be proposed, who has them, and how they are to be kept by now.
     fn models_to_keep(&self) -> Vec<Wanted> {
         let keep = |needed| if needed { Keep::Durable } else { Keep::Unflushed };
         // A quorum has it for good: what is worked with here may be lost, until it has been the newest for a while.
@@ -80,11 +80,12 @@ impl Peer {
         let head = self.head_to_pull().map(|(model, holders)| (model, holders, keep(stays)));
         let bound = self.open.leading.as_ref().and_then(|leading| leading.bound.as_ref());
         let bound = bound.map(|(decree, holders)| (*decree.model(), holders.clone(), Keep::Durable));
-        let proposal = self.proposal_to_pull().map(|(model, leader)| {
-            let keep = keep(self.is_needed_by(&leader));
-            (model, vec![leader], keep)
-        });
-        let models = head.into_iter().chain(bound).chain(proposal);
+        // Where this peer leads, it made the model itself.
+        let made = self.open.leading.as_ref().and_then(|leading| leading.model());
+        let made = made.map(|model| (*model, Vec::new(), Keep::Durable));
+        let upcoming = self.open.upcoming.as_ref();
+        let upcoming = upcoming.map(|(leader, model)| (*model, vec![leader.clone()], keep(self.is_needed_by(leader))));
+        let models = head.into_iter().chain(bound).chain(made).chain(upcoming);
         models.map(|(manifest, holders, keep)| Wanted { manifest, holders, keep }).collect()
     }
 
@@ -209,9 +210,8 @@ impl Peer {
         if let Err(error) = chunks.check(manifest.chunks()) {
             return self.bad_message(Some(sender.clone()), error.to_string());
         }
-        let proposed =
-            self.open.leading.as_ref().and_then(|leading| leading.proposal.as_ref()).map(|decree| decree.model());
-        let several = proposed.is_some_and(|model| model.digest == blob)
+        let upcoming = self.open.leading.as_ref().and_then(|leading| leading.model());
+        let several = upcoming.is_some_and(|model| model.digest == blob)
             && self.durable.roster().is_some_and(|roster| roster.len() > 2);
         let repeat_after = self.heartbeat();
         let serve = self.transfers.serves.entry(blob).or_insert_with(|| Serve::new(manifest.chunks(), repeat_after));
