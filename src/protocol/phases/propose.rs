@@ -408,6 +408,8 @@ mod tests {
         let genesis = decree().digest();
         let head = Head { decree: decree(), accepts: ["a", "b", "c"].map(id).into(), genesis };
         let actions = peer.handle(says("b", Body::Head(head)), now);
+        let writes = actions.iter().filter(|action| matches!(action, Action::Persist(_)));
+        assert_eq!(writes.count(), 1, "the commit and the vote in the next round are one write");
         assert!(actions.iter().any(|action| matches!(action, Action::Start(Job::Evaluate { .. }))));
         assert!(actions.iter().any(|action| matches!(action, Action::Notify(Notice::ModelHeld { .. }))));
         assert!(!flushes(&actions));
