@@ -62,7 +62,7 @@ pub(crate) fn cut(who: Cut, seed: u64) -> Figures {
 
 /// Links that are cut for 4 s, with an election timeout that is shorter to match.
 pub(crate) fn cut_shortly(who: Cut, seed: u64) -> Figures {
-    cut_for(Duration::from_secs(4), who, seed, 16, &[&LONG_TRAINING[..], &["--election-timeout", "500ms"]].concat())
+    cut_for(Duration::from_secs(4), who, seed, 30, &[&LONG_TRAINING[..], &["--election-timeout", "500ms"]].concat())
 }
 
 fn cut_for(length: Duration, who: Cut, seed: u64, rounds: u64, settings: &[&str]) -> Figures {

@@ -7,8 +7,8 @@ use rodizio::types::{Digest, PeerId, Round};
 
 use crate::federation::{Federation, PEERS, STRUCK, leader};
 
-/// Training that lasts long enough to strike in its middle.
-pub(crate) const LONG_TRAINING: [&str; 2] = ["--local-epochs", "200"];
+/// Training that lasts long enough to strike in its middle: about a second, as the dev profile is slower.
+pub(crate) const LONG_TRAINING: [&str; 2] = ["--local-epochs", if cfg!(debug_assertions) { "80" } else { "200" }];
 
 /// A model that takes a while to send, in many chunks.
 const WIDE_MODEL: [&str; 6] = ["--local-epochs", "2", "--hidden", "8192", "--chunk-bytes", "16KiB"];
