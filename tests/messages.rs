@@ -10,7 +10,9 @@ use proptest::test_runner::RngSeed;
 
 use rodizio::protocol::decree::Record;
 use rodizio::protocol::message::{Body, Envelope, Head, Hello, Leading, Update, VERSION};
-use rodizio::protocol::{Config, Contributor, Decree, Durable, Event, Identity, Outcome, Peer, Reason, Roster};
+use rodizio::protocol::{
+    Action, Config, Contributor, Decree, Durable, Event, Identity, Notice, Outcome, Peer, Reason, Roster,
+};
 use rodizio::transfer::{ChunkSet, Codec, Manifest};
 use rodizio::types::{Address, Digest, Metrics, PeerId, Round, Term};
 use rodizio::weights::{Layout, TensorSpec};
@@ -242,6 +244,31 @@ fn a_hello_with_an_address_that_is_none_is_refused() {
         bytes[at..at + 14].copy_from_slice(bad);
         assert!(Envelope::decode(&Bytes::from(bytes)).is_err(), "{:?} was taken", str::from_utf8(bad));
     }
+}
+
+#[test]
+fn of_another_version_it_is_told_who_speaks_it_and_of_names_without_number_not_all() {
+    let (start, id) = (Instant::now(), |name: &str| PeerId::new(name).unwrap());
+    let identity = Identity { peer: id("a"), layout: layout(), num_examples: 7, broker: None, summary: Bytes::new() };
+    let mut peer = Peer::new(Config::default(), identity, None, &BTreeSet::new(), start);
+    let mut told = |sender: &str| {
+        let (version, sender, signature) = (VERSION + 1, id(sender), vec![]);
+        let (round, term, body) = (Round(0), Term(0), Body::Goodbye);
+        let message = Envelope { version, sender, signature, round, term, body }.encode();
+        let actions = peer.handle(Event::Message(message), start).into_iter();
+        let told = actions.filter_map(|action| match action {
+            Action::Notify(Notice::BadMessage { sender, why }) => Some((sender, why)),
+            _ => None,
+        });
+        told.collect::<Vec<_>>()
+    };
+    let [(Some(who), why)] = &told("b")[..] else { panic!("it is not told who") };
+    assert!(*who == id("b") && why.contains("version"), "{who}: {why}");
+    assert_eq!(told("b"), []);
+    // What this peer said before it was given another version.
+    assert_eq!(told("a"), []);
+    let all: Vec<_> = (0..20_100).flat_map(|number| told(&format!("n{number}"))).collect();
+    assert!(all.len() < 20_100 && all.last().is_some_and(|(sender, _)| sender.is_none()), "{} were told", all.len());
 }
 
 proptest! {

@@ -15,7 +15,7 @@ use crate::protocol::roster::{ROSTER_MAX, Roster};
 use crate::transfer::{CHUNK_BYTES_MAX, ChunkSet, Manifest};
 use crate::types::{Address, Digest, Metrics, PeerId, Round, Term};
 
-/// The protocol's version: the first number of every message.
+/// The protocol's version: the first number of every message. Whatever the version, the sender's name follows it.
 pub const VERSION: u16 = 5;
 
 /// The longest message without a chunk, in bytes: a decree of a full roster fits.
@@ -220,9 +220,14 @@ pub struct Head {
 /// Bytes that are no message.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum MessageError {
-    /// Another version of the protocol; the sender is not known.
-    #[error("it speaks version {0} of the protocol, this peer {VERSION}")]
-    Version(u16),
+    /// Another version of the protocol.
+    #[error("it speaks version {version} of the protocol, this peer {VERSION}: run the same rodizio everywhere")]
+    Version {
+        /// Which.
+        version: u16,
+        /// Whose message it is, if that can be read.
+        sender: Option<PeerId>,
+    },
     /// Not the encoding of an envelope.
     #[error("it is not a message of this protocol")]
     Malformed,
@@ -245,10 +250,11 @@ impl Envelope {
         if message.len() > CHUNK_BYTES_MAX as usize + CHUNK_HEADER_BYTES_MAX {
             return Err(MessageError::TooLong(message.len()));
         }
-        // The version first: the rest of another version may look like anything.
-        let (version, _) = postcard::take_from_bytes::<u16>(message).map_err(|_| MessageError::Malformed)?;
+        // The version first: what follows the sender may look like anything in another.
+        let (version, rest) = postcard::take_from_bytes::<u16>(message).map_err(|_| MessageError::Malformed)?;
         if version != VERSION {
-            return Err(MessageError::Version(version));
+            let sender = postcard::take_from_bytes(rest).ok().map(|(sender, _)| sender);
+            return Err(MessageError::Version { version, sender });
         }
         // A chunk's bytes lie behind its header and are not looked at; nothing else may be longer than control is.
         let head = &message[..message.len().min(CONTROL_BYTES_MAX)];
@@ -348,9 +354,11 @@ mod tests {
     }
 
     #[test]
-    fn another_version_is_named() {
+    fn another_version_is_named_and_so_is_who_speaks_it() {
         let message = Envelope { version: 9, ..envelope(Body::Goodbye) }.encode();
-        assert_eq!(Envelope::decode(&message), Err(MessageError::Version(9)));
+        let sender = PeerId::new("a").ok();
+        assert_eq!(Envelope::decode(&message), Err(MessageError::Version { version: 9, sender }));
+        assert_eq!(Envelope::decode(&message.slice(..1)), Err(MessageError::Version { version: 9, sender: None }));
     }
 
     #[test]

@@ -48,7 +48,7 @@ pub use roster::Roster;
 pub use topic::{Topic, Topics};
 
 use lag::Lag;
-use message::{Body, Envelope, VERSION};
+use message::{Body, Envelope, MessageError, VERSION};
 use phases::genesis::Genesis;
 use phases::round::OpenRound;
 use phases::transfer::Transfers;
@@ -339,7 +339,6 @@ pub struct Peer {
     /// The finished federation of this name whose retained head was told of.
     earlier_federation: Option<Round>,
     bad_senders: BTreeSet<Option<PeerId>>,
-    bad_messages: u64,
     actions: Vec<Action>,
     #[cfg(test)]
     pub(crate) flaws: Flaws,
@@ -389,7 +388,6 @@ impl Peer {
             model_told: None,
             earlier_federation: None,
             bad_senders: BTreeSet::new(),
-            bad_messages: 0,
             actions: Vec::new(),
             #[cfg(test)]
             flaws: Flaws::default(),
@@ -446,11 +444,6 @@ impl Peer {
         &self.durable
     }
 
-    /// How many messages could not be read.
-    pub fn bad_messages(&self) -> u64 {
-        self.bad_messages
-    }
-
     /// The message that the broker shall send when this peer dies.
     pub fn last_will(&self) -> (Topic, Bytes) {
         (Topic::Init(self.me.clone()), self.envelope(Body::Goodbye).encode())
@@ -485,7 +478,7 @@ impl Peer {
     fn on_message(&mut self, message: &Bytes, now: Instant) {
         let (envelope, tail) = match Envelope::decode(message) {
             Ok(decoded) => decoded,
-            Err(error) => return self.bad_message(None, error.to_string()),
+            Err(error) => return self.unreadable(&error),
         };
         if let Body::Hello(hello) = &envelope.body
             && envelope.sender == self.me
@@ -555,8 +548,20 @@ impl Peer {
         }
     }
 
+    fn unreadable(&mut self, error: &MessageError) {
+        if matches!(error, MessageError::Version { sender: Some(sender), .. } if *sender == self.me) {
+            // Left on the broker by this peer, before it was given another version.
+            return;
+        }
+        // What anybody writes as a name must not take ever more memory.
+        let sender = match error {
+            MessageError::Version { sender, .. } if self.bad_senders.len() < NEIGHBOURS_MAX => sender.clone(),
+            _ => None,
+        };
+        self.bad_message(sender, error.to_string());
+    }
+
     fn bad_message(&mut self, sender: Option<PeerId>, why: String) {
-        self.bad_messages += 1;
         if self.bad_senders.insert(sender.clone()) {
             self.notify(Notice::BadMessage { sender, why });
         }
