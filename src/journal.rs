@@ -478,8 +478,12 @@ fn create_dir(dir: &Path) -> Result<(), JournalError> {
     fs::create_dir_all(dir).map_err(io_error("create", dir))
 }
 
+/// Removes a file, unless somebody else did: one that is being flushed has two names in turn.
 fn remove(path: &Path) -> Result<(), JournalError> {
-    fs::remove_file(path).map_err(io_error("remove", path))
+    match fs::remove_file(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        removed => removed.map_err(io_error("remove", path)),
+    }
 }
 
 /// Makes a rename in `dir` durable. Other systems than Unix do not open directories as files; NTFS journals renames.

@@ -42,7 +42,7 @@ pub struct Blobs {
     disk: Option<Arc<Disk>>,
     /// Those that are known to be whole: put by this process, or verified by it.
     known: Arc<Mutex<BTreeMap<Digest, Known>>>,
-    /// Held while a file that was flushed gets its name.
+    /// Held while a file gets the name of a blob: of two that are the same blob, one has it.
     naming: Arc<Mutex<()>>,
     /// Without a disk: the memory of blobs that were dropped last, for what is written next.
     spare: Arc<Mutex<Buffers>>,
@@ -56,8 +56,8 @@ pub struct Blob(Arc<Content>);
 struct Known {
     blob: Blob,
     keep: Keep,
-    /// The flush that began while it was written.
-    flushing: Option<Flushing>,
+    /// Held while it is flushed. The flush that began while it was written.
+    flushing: Arc<Mutex<Option<Flushing>>>,
 }
 
 #[derive(Debug)]
@@ -191,7 +191,7 @@ impl Blobs {
             let whole = Digest(*hasher.finalize().as_bytes()) == digest;
             if whole {
                 let blob = Blob(Arc::new(Content::File { bytes: hasher.count(), file: Arc::new(file), path }));
-                self.known().insert(digest, Known { blob: blob.clone(), keep, flushing: None });
+                self.known().insert(digest, Known { blob: blob.clone(), keep, flushing: Arc::default() });
                 return Ok(Some(blob));
             }
             match keep {
@@ -207,21 +207,30 @@ impl Blobs {
     }
 
     /// Makes a blob durable: when this returns `true`, it survives a loss of power. `false`: it is not here.
+    ///
+    /// A blob that cannot be flushed is dropped: the system tells of what it has lost once, and takes it for written from then on.
     pub fn flush(&self, digest: Digest) -> Result<bool, JournalError> {
-        let (blob, flushing) = match self.known().get_mut(&digest) {
-            None => return Ok(false),
-            Some(Known { keep: Keep::Durable, .. }) => return Ok(true),
-            Some(known) => (known.blob.clone(), known.flushing.take()),
+        let Some((blob, flushing)) =
+            self.known().get(&digest).map(|known| (known.blob.clone(), known.flushing.clone()))
+        else {
+            return Ok(false);
         };
+        let mut flushing = flushing.lock().expect("nothing panics while it holds the lock");
+        if self.is_durable(&digest) {
+            return Ok(true);
+        }
         let (Content::File { file, path, .. }, Some(disk)) = (&*blob.0, &self.disk) else {
             return Ok(self.known().get_mut(&digest).map(|known| known.keep = Keep::Durable).is_some());
         };
-        end(flushing).and_then(|()| file.sync_data()).map_err(io_error("write", path))?;
-        let _naming = self.naming.lock().expect("nothing panics while it holds the lock");
-        match self.known().get(&digest) {
-            None => return Ok(false),
-            Some(Known { keep: Keep::Durable, .. }) => return Ok(true),
-            Some(_) => {}
+        let flushed = end(flushing.take()).and_then(|()| file.sync_data());
+        let _naming = self.naming();
+        if !self.known().get(&digest).is_some_and(|known| known.blob.is(&blob)) {
+            return Ok(false);
+        }
+        if let Err(error) = flushed {
+            self.known().remove(&digest);
+            remove(path)?;
+            return Err(io_error("write", path)(error));
         }
         let named = disk.blob_path(digest, Keep::Durable);
         match fs::rename(path, &named) {
@@ -230,10 +239,13 @@ impl Blobs {
             renamed => renamed.map_err(io_error("write", &named))?,
         }
         flush_dir(&disk.blobs_dir())?;
-        let blob = Blob(Arc::new(Content::File { file: file.clone(), path: named, bytes: blob.bytes() }));
+        let blob = Blob(Arc::new(Content::File { file: file.clone(), path: named.clone(), bytes: blob.bytes() }));
         // Last, so that whoever finds it here may rely on the disk too.
-        self.known().insert(digest, Known { blob, keep: Keep::Durable, flushing: None });
-        Ok(true)
+        if let Some(known) = self.known().get_mut(&digest) {
+            *known = Known { blob, keep: Keep::Durable, flushing: Arc::default() };
+            return Ok(true);
+        }
+        remove(&named).map(|()| false)
     }
 
     /// Whether a blob is here and would survive a loss of power.
@@ -282,6 +294,10 @@ impl Blobs {
         Ok(())
     }
 
+    fn naming(&self) -> MutexGuard<'_, ()> {
+        self.naming.lock().expect("nothing panics while it holds the lock")
+    }
+
     fn spare(&self) -> MutexGuard<'_, Buffers> {
         self.spare.lock().expect("nothing panics while it holds the lock")
     }
@@ -328,6 +344,11 @@ impl Blob {
         Ok((buffers.lend(message), Bytes::new()))
     }
 
+    /// Whether both are one file, or lie in the same memory.
+    fn is(&self, other: &Blob) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
     /// Its memory, if it lies in memory and nobody else reads it.
     fn into_parts(self) -> Option<Parts> {
         match Arc::into_inner(self.0)? {
@@ -367,7 +388,8 @@ impl Source for Blob {
 }
 
 impl Draft {
-    /// Writes bytes from `start` on. After an error the same may be written again.
+    /// Writes bytes from `start` on. After an error the same may be written again, unless what was lost is more than that: then all
+    /// further writing fails.
     pub fn write(&mut self, start: u64, bytes: &[u8]) -> Result<(), JournalError> {
         self.bytes = self.bytes.max(start + bytes.len() as u64);
         match &mut self.content {
@@ -410,30 +432,40 @@ impl Draft {
     /// Makes what was written the blob `digest`, which the caller has verified. When this returns `Ok`, it is kept as it was
     /// to be kept. After an error it may be tried again. To finish the same blob twice does nothing.
     pub fn finish(&mut self, digest: Digest) -> Result<(), JournalError> {
-        if !self.blobs.known().contains_key(&digest) {
-            let (content, flushing) = match (&mut self.content, &self.blobs.disk) {
-                (DraftContent::File { file, temporary, flusher }, Some(disk)) => {
-                    let path = disk.blob_path(digest, Keep::Unflushed);
-                    let write = || {
-                        // It may be written over a longer one.
-                        if file.metadata()?.len() != self.bytes {
-                            file.set_len(self.bytes)?;
-                        }
-                        fs::rename(&temporary.0, &path)
-                    };
-                    write().map_err(io_error("write", &path))?;
-                    (Content::File { file: file.clone(), path, bytes: self.bytes }, flusher.running.take())
-                }
-                (DraftContent::Memory(parts), _) => (Content::Memory(std::mem::take(parts)), None),
-                (DraftContent::File { .. }, None) => return Ok(()),
-            };
-            let known = Known { blob: Blob(Arc::new(content)), keep: Keep::Unflushed, flushing };
-            self.blobs.known().insert(digest, known);
+        self.name(digest)?;
+        if self.keep == Keep::Unflushed || self.blobs.flush(digest)? {
+            return Ok(());
         }
-        match self.keep {
-            Keep::Durable => self.blobs.flush(digest).map(drop),
-            Keep::Unflushed => Ok(()),
+        let dropped = io::Error::new(ErrorKind::NotFound, "it was dropped at once");
+        Err(io_error("keep", Path::new(&blob_name(digest, self.keep)))(dropped))
+    }
+
+    fn name(&mut self, digest: Digest) -> Result<(), JournalError> {
+        let _naming = self.blobs.naming();
+        if self.blobs.known().contains_key(&digest) {
+            return Ok(());
         }
+        let (content, flushing) = match (&mut self.content, &self.blobs.disk) {
+            (DraftContent::File { file, temporary, flusher }, Some(disk)) => {
+                let path = disk.blob_path(digest, Keep::Unflushed);
+                let write = || {
+                    flusher.check()?;
+                    // It may be written over a longer one.
+                    if file.metadata()?.len() != self.bytes {
+                        file.set_len(self.bytes)?;
+                    }
+                    fs::rename(&temporary.0, &path)
+                };
+                write().map_err(io_error("write", &path))?;
+                (Content::File { file: file.clone(), path, bytes: self.bytes }, flusher.running.take())
+            }
+            (DraftContent::Memory(parts), _) => (Content::Memory(std::mem::take(parts)), None),
+            (DraftContent::File { .. }, None) => return Ok(()),
+        };
+        let flushing = Arc::new(Mutex::new(flushing));
+        let known = Known { blob: Blob(Arc::new(content)), keep: Keep::Unflushed, flushing };
+        self.blobs.known().insert(digest, known);
+        Ok(())
     }
 }
 
@@ -445,6 +477,8 @@ struct Flusher {
     /// What was written since the flush began that began last, in bytes.
     unflushed: usize,
     running: Option<Flushing>,
+    /// A flush has failed: the file may lack some of what was written.
+    has_failed: bool,
 }
 
 /// A flush that runs, on a thread of its own.
@@ -456,25 +490,31 @@ impl Flusher {
             Keep::Durable => FLUSH_BYTES,
             Keep::Unflushed => EASE_BYTES,
         };
-        Self { step, unflushed: 0, running: None }
+        Self { step, unflushed: 0, running: None, has_failed: false }
     }
 
     /// So many bytes more are in the file.
     fn wrote(&mut self, file: &Arc<File>, bytes: usize) -> io::Result<()> {
+        self.check()?;
         self.unflushed += bytes;
         if self.unflushed < self.step || self.running.as_ref().is_some_and(|running| !running.is_finished()) {
             return Ok(());
         }
-        end(self.running.take())?;
+        end(self.running.take()).inspect_err(|_| self.has_failed = true)?;
         self.unflushed = 0;
         let file = file.clone();
         // Without another thread there is more to flush at the end.
         self.running = thread::Builder::new().name("flush".into()).spawn(move || file.sync_data()).ok();
         Ok(())
     }
+
+    /// Refuses to go on with a file of which a part is lost.
+    fn check(&self) -> io::Result<()> {
+        if self.has_failed { Err(io::Error::other("a part of it was lost when it was flushed")) } else { Ok(()) }
+    }
 }
 
-/// Waits for a flush that runs. An error is told once, and not again by the flush at the end.
+/// Waits for a flush that runs. Its error is told here alone, not again by the flush at the end.
 fn end(flushing: Option<Flushing>) -> io::Result<()> {
     let ended = flushing.map(JoinHandle::join);
     ended.map_or(Ok(()), |ended| ended.unwrap_or_else(|_| Err(io::Error::other("the flush panicked"))))
@@ -815,7 +855,7 @@ mod tests {
         draft.finish(digest).unwrap();
         assert!(!blobs.is_durable(&digest));
         assert_eq!(blobs.get(digest).unwrap().as_ref(), Some(&bytes));
-        assert!(blobs.known()[&digest].flushing.is_some());
+        assert!(blobs.known()[&digest].flushing.lock().unwrap().is_some());
         assert!(blobs.flush(digest).unwrap() && blobs.is_durable(&digest));
         drop(journal);
         assert_eq!(read_blob(dir.path(), digest).unwrap(), Some(bytes));
@@ -994,6 +1034,79 @@ mod tests {
         assert!(only_file(dir.path()).exists());
         assert!(open(dir.path()).is_ok());
         assert_eq!(list(&dir.path().join(BLOBS)).unwrap(), []);
+    }
+
+    /// A file that takes what is written and cannot be flushed.
+    #[cfg(unix)]
+    fn unflushable() -> (io::PipeReader, Arc<File>) {
+        let (reader, writer) = io::pipe().unwrap();
+        (reader, Arc::new(File::from(std::os::fd::OwnedFd::from(writer))))
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_blob_that_could_not_be_flushed_is_dropped_and_not_believed_the_second_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let (journal, _) = open(dir.path()).unwrap();
+        let blobs = journal.blobs();
+        let bytes = Bytes::from_static(b"a model");
+        let digest = Digest::of(&bytes);
+        let put = |keep| {
+            let mut draft = blobs.draft(keep).unwrap();
+            draft.write(0, &bytes).unwrap();
+            draft.finish(digest)
+        };
+        put(Keep::Unflushed).unwrap();
+        let (_reader, file) = unflushable();
+        let content = Content::File { file, path: only_file(dir.path()), bytes: bytes.len() as u64 };
+        let lost = Known { blob: Blob(Arc::new(content)), keep: Keep::Unflushed, flushing: Arc::default() };
+        blobs.known().insert(digest, lost);
+        blobs.flush(digest).unwrap_err();
+        assert_eq!(list(&dir.path().join(BLOBS)).unwrap(), []);
+        assert!(!blobs.flush(digest).unwrap());
+        // It is made or pulled again, and that is no longer taken for the lost one.
+        put(Keep::Durable).unwrap();
+        assert!(blobs.is_durable(&digest));
+        assert_eq!(fs::read(only_file(dir.path())).unwrap(), bytes);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_draft_of_which_a_part_was_lost_is_not_finished() {
+        let (_reader, file) = unflushable();
+        let mut flusher = Flusher::new(Keep::Durable);
+        let mut writes = || flusher.wrote(&file, FLUSH_BYTES);
+        writes().unwrap();
+        let lost = loop {
+            if let Err(lost) = writes() {
+                break lost;
+            }
+            thread::yield_now();
+        };
+        assert_eq!(lost.kind(), ErrorKind::InvalidInput);
+        writes().unwrap_err();
+
+        let dir = tempfile::tempdir().unwrap();
+        let (journal, _) = open(dir.path()).unwrap();
+        let mut draft = journal.blobs().draft(Keep::Unflushed).unwrap();
+        let DraftContent::File { flusher: of_draft, .. } = &mut draft.content else { panic!("it has no file") };
+        *of_draft = flusher;
+        let why = draft.finish(Digest::of(b"")).unwrap_err().to_string();
+        assert!(why.contains("lost"), "{why}");
+    }
+
+    #[test]
+    fn what_is_dropped_before_it_is_durable_is_not_called_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let (journal, _) = open(dir.path()).unwrap();
+        for blobs in [journal.blobs(), Blobs::memory()] {
+            let mut draft = blobs.draft(Keep::Durable).unwrap();
+            draft.write(0, b"a model").unwrap();
+            let digest = Digest::of(b"a model");
+            draft.name(digest).unwrap();
+            blobs.retain(&BTreeSet::new()).unwrap();
+            assert!(!blobs.flush(digest).unwrap() && blobs.open(digest).unwrap().is_none());
+        }
     }
 
     #[test]
