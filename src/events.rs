@@ -606,7 +606,7 @@ impl Witness {
             digest,
             decree: committed.digest,
             contributors: decree.contributors.iter().map(|contributor| contributor.peer.clone()).collect(),
-            num_examples: decree.contributors.iter().map(|contributor| contributor.num_examples).sum(),
+            num_examples: decree.contributors.iter().fold(0, |sum, part| sum.saturating_add(part.num_examples)),
             members: committed.members,
             next_roster: decree.next_roster.members().to_vec(),
             val_loss: decree.parent_metrics.map(|metrics| metrics.loss),

@@ -342,7 +342,11 @@ impl<T: Transport> Node<T> {
             observe,
         };
         let outcome = match driver.drive(&mut peer, &mut ended, shutdown, self.wait_timeout).await {
-            Err(error) if !matches!(error, NodeError::Unfit(_)) => return Err(error),
+            Err(error) if !matches!(error, NodeError::Unfit(_)) => {
+                // Nobody waits any more for what is being trained.
+                driver.cancelled.store(u64::MAX, Ordering::Relaxed);
+                return Err(error);
+            }
             outcome => outcome,
         };
         // Jobs that wait for room hear no word any more, and give up.

@@ -141,6 +141,9 @@ impl Round {
     /// The round whose decree holds the initial weights.
     pub const GENESIS: Round = Round(0);
 
+    /// The last one that a message may speak of: there is always a next.
+    pub const MAX: Round = Round(u64::MAX / 2);
+
     /// The round after this one.
     #[must_use]
     pub fn next(self) -> Round {

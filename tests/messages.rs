@@ -59,7 +59,7 @@ fn address() -> impl Strategy<Value = Address> {
 }
 
 fn round() -> impl Strategy<Value = Round> {
-    prop_oneof![4 => (0..4u64).prop_map(Round), 1 => any::<u64>().prop_map(Round)]
+    prop_oneof![4 => (0..4u64).prop_map(Round), 1 => (0..=Round::MAX.0).prop_map(Round)]
 }
 
 fn term() -> impl Strategy<Value = Term> {
@@ -244,6 +244,34 @@ fn a_hello_with_an_address_that_is_none_is_refused() {
         bytes[at..at + 14].copy_from_slice(bad);
         assert!(Envelope::decode(&Bytes::from(bytes)).is_err(), "{:?} was taken", str::from_utf8(bad));
     }
+}
+
+#[test]
+fn a_round_after_which_there_is_none_is_refused() {
+    let roster = Roster::of(&BTreeSet::from([PeerId::new("a").unwrap()]));
+    let decree = |round| Decree {
+        round,
+        parent: Digest::of(b"parent"),
+        leader: PeerId::new("a").unwrap(),
+        term: Term(0),
+        outcome: Outcome::Finish(
+            Reason::Rounds,
+            Manifest { digest: Digest::of(b""), bytes: 4000, chunk_bytes: 1024, codec: Codec::F32, base: None },
+        ),
+        contributors: Vec::new(),
+        parent_metrics: None,
+        record: Record { best: None, stale: 0 },
+        next_roster: roster.clone(),
+        standbys: BTreeMap::new(),
+        summary: Bytes::new(),
+    };
+    let is_taken = |round, of_head| {
+        let head = Head { decree: decree(of_head), accepts: Vec::new(), genesis: Digest::of(b"genesis") };
+        let (sender, signature, body) = (PeerId::new("a").unwrap(), vec![], Body::Head(head));
+        Envelope::decode(&Envelope { version: VERSION, sender, signature, round, term: Term(0), body }.encode()).is_ok()
+    };
+    let beyond = Round(u64::MAX);
+    assert!(is_taken(Round::MAX, Round::MAX) && !is_taken(beyond, Round(1)) && !is_taken(Round(1), beyond));
 }
 
 #[test]

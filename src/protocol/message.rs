@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::aggregation::statistics::SUMMARY_BYTES_MAX;
 use crate::aggregation::{STEP_SUMS, Share};
-use crate::protocol::decree::{Decree, STANDBYS_MAX};
+use crate::protocol::decree::{Contributor, Decree, STANDBYS_MAX};
 use crate::protocol::roster::{ROSTER_MAX, Roster};
 use crate::transfer::{CHUNK_BYTES_MAX, ChunkSet, Manifest};
 use crate::types::{Address, Digest, Metrics, PeerId, Round, Term};
@@ -204,6 +204,12 @@ impl Update {
     pub fn share(&self) -> Share {
         Share { num_examples: self.num_examples, step_sum: self.step_sum }
     }
+
+    /// What a decree says of it.
+    pub fn contribution_of(&self, peer: &PeerId) -> Contributor {
+        let Self { manifest, num_examples, step_sum, metrics, .. } = *self;
+        Contributor { peer: peer.clone(), update: manifest.digest, num_examples, step_sum, metrics }
+    }
 }
 
 /// A committed decree and who holds it.
@@ -271,6 +277,7 @@ impl Envelope {
     fn check(&self) -> Result<(), MessageError> {
         let limit = |within: bool, what| if within { Ok(()) } else { Err(MessageError::Limit(what)) };
         limit(self.signature.is_empty(), "the signature")?;
+        limit(self.round <= Round::MAX, "the round")?;
         match &self.body {
             Body::Hello(hello) => {
                 limit(hello.entries.len() <= ENTRIES_MAX, "the number of configuration keys")?;
@@ -303,6 +310,9 @@ impl Envelope {
 }
 
 fn check_decree(decree: &Decree) -> Result<(), MessageError> {
+    if decree.round > Round::MAX {
+        return Err(MessageError::Limit("the round"));
+    }
     if decree.contributors.len() > ROSTER_MAX {
         return Err(MessageError::Limit("the list of contributors"));
     }

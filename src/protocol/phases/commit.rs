@@ -139,14 +139,17 @@ impl Peer {
         self.actions.push(Action::Retain(keep));
     }
 
-    /// The parent model, while it is not held, and who holds it: those who accepted it, its leader first.
+    /// The newest model and who may have it: those who accepted it, its leader first, and then all other members. They pull it,
+    /// too, and may be the only ones left that have it.
     pub(in crate::protocol) fn head_to_pull(&self) -> Option<(Manifest, Vec<PeerId>)> {
         let head = self.head()?;
         let wanted = self.is_member(&self.me) || self.ended.is_some();
         let model = wanted.then(|| head.decree.model())?;
         let leader = head.accepts.iter().filter(|peer| **peer == head.decree.leader);
         let others = head.accepts.iter().filter(|peer| **peer != head.decree.leader);
-        Some((*model, leader.chain(others).filter(|peer| **peer != self.me).cloned().collect()))
+        let members = self.durable.roster().map(|roster| roster.members()).unwrap_or_default();
+        let members = members.iter().filter(|peer| !head.accepts.contains(peer));
+        Some((*model, leader.chain(others).chain(members).filter(|peer| **peer != self.me).cloned().collect()))
     }
 
     /// The last round that made a model.

@@ -227,8 +227,10 @@ impl Peer {
         let all: Vec<_> = reported.chain(own).collect();
         let (_, decree, _) = all.iter().max_by_key(|(at, ..)| *at)?;
         let digest = decree.digest();
-        let holders = all.iter().filter(|(_, other, _)| other.digest() == digest).map(|(_, _, voter)| (*voter).clone());
-        Some(((*decree).clone(), holders.collect()))
+        let voters = all.iter().filter(|(_, other, _)| other.digest() == digest).map(|(_, _, voter)| *voter);
+        // Who formed it has its model as well, though it may not have voted.
+        let holders: BTreeSet<&PeerId> = voters.chain([&decree.leader]).filter(|holder| **holder != self.me).collect();
+        Some(((*decree).clone(), holders.into_iter().cloned().collect()))
     }
 
     /// The leader's heartbeat.

@@ -68,6 +68,12 @@ impl Peer {
         self.open.updates.iter().filter(|(_, update)| held(update)).map(|(peer, _)| peer.clone()).collect()
     }
 
+    /// Whether an update is a difference from a model that is not here.
+    fn lacks_base(&self) -> bool {
+        let mut bases = self.open.updates.values().filter_map(|update| update.manifest.base);
+        bases.any(|base| !self.transfers.holds(&base))
+    }
+
     /// Updates that the leader has yet to pull, and from whom: a few at a time, the first announced of each name first.
     pub(in crate::protocol) fn updates_to_pull(&self) -> Vec<(Manifest, PeerId)> {
         let gathering =
@@ -120,6 +126,9 @@ impl Peer {
             } else if !self.open.left_out.is_empty() {
                 self.give_up_soon((gathered.len(), needed), now);
             }
+        } else if late && !moving && self.lacks_base() {
+            // The updates are there, but not the model that they are to be added to.
+            self.make_way(now);
         }
     }
 
@@ -150,11 +159,12 @@ impl Peer {
 
     fn aggregate(&mut self, peers: BTreeSet<PeerId>, now: Instant) {
         let Some(parent) = self.parent_model().copied() else { return };
-        let part = |peer: &PeerId| self.open.updates.get(peer).map(|update| (update.manifest, update.share()));
-        let parts = peers.iter().filter_map(part).collect();
+        let updates = || peers.iter().filter_map(|peer| Some((peer, self.open.updates.get(peer)?)));
+        let parts = updates().map(|(_, update)| (update.manifest, update.share())).collect();
+        let contributors = updates().map(|(peer, update)| update.contribution_of(peer)).collect();
         let (round, term) = (self.round(), self.promised());
         self.open.marks.gathered = Some(now);
-        self.with_leadership(|leading| leading.aggregate = Aggregate::Running(peers.into_iter().collect()));
+        self.with_leadership(|leading| leading.aggregate = Aggregate::Running(contributors));
         self.actions.push(Action::Start(Job::Aggregate { round, term, parent, parts }));
     }
 
@@ -168,10 +178,10 @@ impl Peer {
         // Elected again in a later term, a leader may have gathered other updates than the earlier job aggregates.
         let mine = round == self.round() && term == self.promised();
         let Some(leading) = self.open.leading.as_mut().filter(|_| mine) else { return };
-        let Aggregate::Running(peers) = &leading.aggregate else { return };
+        let Aggregate::Running(contributors) = &mut leading.aggregate else { return };
         match result {
             Ok(manifest) => {
-                leading.aggregate = Aggregate::Done(manifest, peers.clone());
+                leading.aggregate = Aggregate::Done(manifest, std::mem::take(contributors));
                 self.transfers.hold(manifest, Keep::Unflushed);
                 self.open.marks.aggregated = Some(now);
                 self.beat(now);
@@ -213,5 +223,77 @@ impl Peer {
             let round = self.round();
             self.actions.push(Action::CancelTraining(round));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::sync::Arc;
+
+    use bytes::Bytes;
+
+    use super::*;
+    use crate::protocol::decree::Outcome;
+    use crate::protocol::message::{Body, Envelope, Head, VERSION};
+    use crate::protocol::{Config, Decree, Done, Durable, Event, Identity, Roster};
+    use crate::transfer::Codec;
+    use crate::types::Metrics;
+    use crate::weights::{Layout, TensorSpec};
+
+    fn id(name: &str) -> PeerId {
+        PeerId::new(name).unwrap()
+    }
+
+    /// A blob of four values.
+    fn blob(of: u8) -> Manifest {
+        Manifest::of(&[of; 16], 1024, Codec::F32).unwrap()
+    }
+
+    /// `a` leads term 1 of round 1, and holds updates of `b` and `c`.
+    fn leader(now: Instant) -> (Peer, Vec<Action>) {
+        let decree = Decree::sample(&Roster::of(&["a", "b", "c"].map(id).into()));
+        let (accepts, genesis) = (["a", "b"].map(id).into(), decree.digest());
+        let parent = decree.digest();
+        let mut durable = Durable { head: Some(Head { decree, accepts, genesis }), ..Durable::default() };
+        durable.open.round = Round(1);
+        let layout = Arc::new(Layout { tensors: vec![TensorSpec { name: "w".into(), shape: vec![4] }] });
+        let identity = Identity { peer: id("a"), layout, num_examples: 1, broker: None, summary: Bytes::new() };
+        let mut peer = Peer::new(Config::default(), identity, Some(durable), &BTreeSet::new(), now);
+        peer.handle(Event::Connected, now);
+        for voter in ["b", "c"] {
+            peer.handle(says(voter, Body::Ballot { candidate: id("a"), accepted: None }), now);
+        }
+        let metrics = Metrics { num_examples: 1, ..Metrics::default() };
+        let mut actions = Vec::new();
+        for (trainer, manifest) in [("b", blob(1)), ("c", blob(2))] {
+            let update = Update { parent, manifest, num_examples: 1, step_sum: 1.0, metrics };
+            peer.handle(says(trainer, Body::Update(update)), now);
+            let (keep, result) = (Keep::Unflushed, Ok(()));
+            actions.extend(peer.handle(Event::Done(Done::Verified { manifest, keep, result }), now));
+        }
+        (peer, actions)
+    }
+
+    fn says(sender: &str, body: Body) -> Event {
+        let (sender, signature, round, term) = (id(sender), vec![], Round(1), Term(1));
+        Event::Message(Envelope { version: VERSION, sender, signature, round, term, body }.encode())
+    }
+
+    #[test]
+    fn a_decree_names_the_updates_that_its_model_was_made_of_whatever_their_owners_say_meanwhile() {
+        let now = Instant::now();
+        let (mut peer, actions) = leader(now);
+        let aggregates =
+            |action: &Action| matches!(action, Action::Start(Job::Aggregate { parts, .. }) if parts.len() == 2);
+        assert!(actions.iter().any(aggregates));
+        peer.handle(says("b", Body::Decline { why: "its disk is full".into() }), now);
+        let model = blob(3);
+        peer.handle(Event::Done(Done::Aggregated { round: Round(1), term: Term(1), result: Ok(model) }), now);
+        peer.handle(Event::Done(Done::Flushed { blob: model.digest, result: Ok(true) }), now);
+        let proposal = peer.open.leading.and_then(|leading| leading.proposal).unwrap();
+        assert_eq!(proposal.outcome, Outcome::Model(model));
+        let contributors: Vec<_> = proposal.contributors.iter().map(|part| (part.peer.clone(), part.update)).collect();
+        assert_eq!(contributors, [(id("b"), blob(1).digest), (id("c"), blob(2).digest)]);
     }
 }

@@ -263,9 +263,7 @@ impl Peer {
         // The members' in the order of their names: whoever founds the roster gets the same bits.
         let summaries = roster.members().iter().filter_map(|peer| self.genesis.joined.get(peer));
         let summary = Bytes::from(statistics::merge(summaries.map(Bytes::as_ref)));
-        let body = Body::Founded { roster: roster.clone(), summary: summary.clone() };
-        self.publish(Topic::Leader(Round::GENESIS), body);
-        self.on_founded(roster, summary, now);
+        self.enter_founded(roster, summary, true, now);
     }
 
     /// The word that the first roster is founded, from a peer that knows.
@@ -274,13 +272,21 @@ impl Peer {
     }
 
     pub(in crate::protocol) fn on_founded(&mut self, roster: Roster, summary: Bytes, now: Instant) {
+        self.enter_founded(roster, summary, false, now);
+    }
+
+    fn enter_founded(&mut self, roster: Roster, summary: Bytes, by_me: bool, now: Instant) {
         if self.head().is_some() || self.durable.founding.roster.is_some() || !roster.contains(&self.me) {
             return;
         }
         self.durable.founding.roster = Some(roster.clone());
         self.durable.founding.summary = summary;
         self.genesis.calling = None;
+        // Before anybody hears of it: a founder that forgot its roster could found another.
         self.persist();
+        if by_me {
+            self.publish(Topic::Leader(Round::GENESIS), self.founded(roster.clone()));
+        }
         self.notify(Notice::Founded(roster));
         self.enter_round(now);
     }
@@ -296,5 +302,47 @@ impl Peer {
                 self.publish(Topic::Leader(Round::GENESIS), self.founded(roster));
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::protocol::message::{Envelope, Hello, VERSION};
+    use crate::protocol::{Action, Config, Event, Identity};
+    use crate::weights::Layout;
+
+    #[test]
+    fn a_founder_remembers_the_first_roster_before_anybody_hears_of_it() {
+        let mut now = Instant::now();
+        let id = |name| PeerId::new(name).unwrap();
+        let layout = Arc::new(Layout::default());
+        let identity = Identity { peer: id("a"), layout, num_examples: 1, broker: None, summary: Bytes::new() };
+        let mut peer = Peer::new(Config::default(), identity, None, &BTreeSet::new(), now);
+        let of_b = |term, body| {
+            let (sender, signature, round) = (id("b"), vec![], Round::GENESIS);
+            Event::Message(Envelope { version: VERSION, sender, signature, round, term, body }.encode())
+        };
+        peer.handle(Event::Connected, now);
+        let (entries, layout) = (peer.config.entries(), peer.layout_digest);
+        let (num_examples, head, genesis, done, number, lag_ms, broker) = (1, None, None, false, 0, 0, None);
+        let hello = Hello { entries, layout, num_examples, head, genesis, done, number, lag_ms, broker };
+        while peer.genesis.calling.is_none() {
+            peer.handle(of_b(Term(0), Body::Hello(hello.clone())), now);
+            now += Duration::from_millis(100);
+            peer.handle(Event::Tick, now);
+        }
+        let (call, summary) = (peer.durable.founding.last_call, Bytes::new());
+        let actions = peer.handle(of_b(call, Body::Join { gave_up: Term(0), summary }), now);
+        let remembers = |action: &Action| matches!(action, Action::Persist(kept) if kept.founding.roster.is_some());
+        let tells = |action: &Action| {
+            let Action::Publish { message, .. } = action else { return false };
+            matches!(Envelope::decode(message), Ok((Envelope { body: Body::Founded { .. }, .. }, _)))
+        };
+        let (remembered, told) = (actions.iter().position(remembers), actions.iter().position(tells));
+        assert!(remembered.is_some() && told.is_some() && remembered < told, "{actions:?}");
     }
 }

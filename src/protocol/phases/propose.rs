@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::time::Instant;
 
 use crate::protocol::decree::{self, Decree, Outcome};
-use crate::protocol::message::{Body, Update};
+use crate::protocol::message::Body;
 use crate::protocol::phases::round::{Aggregate, Work};
 use crate::protocol::timer::Timer;
 use crate::protocol::{Contributor, Notice, Peer, Roster, Topic};
@@ -41,9 +41,12 @@ impl Peer {
     fn advance_proposal(&mut self, now: Instant) {
         let Some(leading) = self.open.leading.as_ref().filter(|leading| leading.proposal.is_none()) else { return };
         if let Some((decree, _)) = &leading.bound {
-            let durable = self.transfers.is_durable(&decree.model().digest);
-            if durable {
+            let model = decree.model().digest;
+            if self.transfers.is_durable(&model) {
                 self.propose(decree.clone(), now);
+            } else if leading.late && !self.transfers.holds(&model) && !self.transfers.is_moving(now, self.silence()) {
+                // Those who had the model are gone. Of the next term's voters one may have it, or none has accepted it.
+                self.make_way(now);
             }
             return;
         }
@@ -54,13 +57,13 @@ impl Peer {
                 self.open.flush = true;
                 return;
             }
-            let decree = self.form_decree(outcome, &[], now);
+            let decree = self.form_decree(outcome, Vec::new(), now);
             return self.propose(decree, now);
         }
-        if let Aggregate::Done(manifest, peers) = &leading.aggregate
+        if let Aggregate::Done(manifest, contributors) = &leading.aggregate
             && self.transfers.is_durable(&manifest.digest)
         {
-            let decree = self.form_decree(Outcome::Model(*manifest), &peers.clone(), now);
+            let decree = self.form_decree(Outcome::Model(*manifest), contributors.clone(), now);
             self.propose(decree, now);
         }
     }
@@ -85,12 +88,7 @@ impl Peer {
         metrics.map_or(before, |metrics| before.with(metrics, self.parent_round(), self.config.tolerance))
     }
 
-    fn form_decree(&self, outcome: Outcome, peers: &[PeerId], now: Instant) -> Decree {
-        let contributors = peers.iter().filter_map(|peer| {
-            let update = self.open.updates.get(peer)?;
-            let Update { manifest, num_examples, step_sum, metrics, .. } = *update;
-            Some(Contributor { peer: peer.clone(), update: manifest.digest, num_examples, step_sum, metrics })
-        });
+    fn form_decree(&self, outcome: Outcome, contributors: Vec<Contributor>, now: Instant) -> Decree {
         let leading = self.open.leading.as_ref();
         let parent_metrics = leading.and_then(|leading| leading.parent_metrics).or_else(|| self.reported_metrics());
         let next_roster = self.next_roster(now);
@@ -100,7 +98,7 @@ impl Peer {
             leader: self.me.clone(),
             term: self.promised(),
             outcome,
-            contributors: contributors.collect(),
+            contributors,
             parent_metrics,
             record: self.record(parent_metrics.as_ref()),
             standbys: self.next_standbys(&next_roster),
@@ -351,6 +349,58 @@ mod tests {
         assert!(publishes(&actions, tells) && flushes(&actions) && !proposes(&actions));
         let flushed = Done::Flushed { blob: model.digest, result: Ok(true) };
         assert!(proposes(&peer.handle(Event::Done(flushed), now)));
+    }
+
+    #[test]
+    fn a_model_whose_flush_failed_is_made_again_and_not_proposed_before() {
+        let now = Instant::now();
+        let mut peer = member("b", now);
+        for voter in ["a", "c", "d"] {
+            peer.handle(says(voter, Body::Ballot { candidate: id("b"), accepted: None }), now);
+        }
+        let model = *decree().model();
+        let initial = |actions: &[Action]| actions.iter().any(|action| matches!(action, Action::Start(Job::Initial)));
+        assert!(flushes(&peer.handle(Event::Done(Done::Initial(Ok(model))), now)));
+        let blob = model.digest;
+        let failed = Done::Flushed { blob, result: Err("input/output error".into()) };
+        assert!(!flushes(&peer.handle(Event::Done(failed), now)), "not at once");
+        let later = now + peer.config.election_timeout;
+        assert!(flushes(&peer.handle(Event::Tick, later)));
+        let actions = peer.handle(Event::Done(Done::Flushed { blob, result: Ok(false) }), later);
+        assert!(initial(&actions) && !publishes(&actions, |body| matches!(body, Body::Proposal(_))));
+    }
+
+    #[test]
+    fn a_leader_that_cannot_get_the_model_it_is_bound_to_makes_way_when_it_has_waited_long_enough() {
+        let now = Instant::now();
+        let mut peer = member("c", now);
+        let accepted = Some((Term(0), decree()));
+        for (voter, accepted) in [("a", accepted), ("d", None)] {
+            peer.handle(says(voter, Body::Ballot { candidate: id("c"), accepted }), now);
+        }
+        let holders = |peer: &Peer| {
+            peer.open.leading.as_ref().and_then(|leading| leading.bound.as_ref()).map(|(_, holders)| holders.clone())
+        };
+        assert_eq!(holders(&peer), Some(vec![id("a"), id("b")]), "a voter that accepted it, and who formed it");
+        let late = now + peer.config.round_timeout;
+        peer.handle(Event::Tick, late - Duration::from_millis(1));
+        assert!(peer.open.leading.is_some());
+        peer.handle(Event::Tick, late);
+        // Of the next term's voters one may have it, or none has accepted it.
+        assert!(peer.open.leading.is_none() && peer.promised() > Term(0));
+    }
+
+    #[test]
+    fn the_newest_model_may_be_had_of_members_that_were_not_needed_for_it() {
+        let now = Instant::now();
+        let mut peer = follower("a", now);
+        let next_roster = Roster::of(&["a", "b", "c", "d", "e"].map(id).into());
+        let decree = Decree { next_roster, ..decree() };
+        let genesis = decree.digest();
+        let head = Head { decree, accepts: ["b", "c", "d"].map(id).into(), genesis };
+        peer.handle(says("b", Body::Head(head)), now);
+        let (_, holders) = peer.head_to_pull().unwrap();
+        assert_eq!(holders, ["b", "c", "d", "e"].map(id));
     }
 
     #[test]

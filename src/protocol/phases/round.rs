@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use crate::protocol::decree::Decree;
 use crate::protocol::message::{Head, Update};
 use crate::protocol::timer::Timer;
-use crate::protocol::{Action, Notice, Peer, Seconds};
+use crate::protocol::{Action, Contributor, Notice, Peer, Seconds};
 use crate::transfer::Manifest;
 use crate::types::{Digest, Metrics, PeerId, Round, Term};
 
@@ -97,9 +97,9 @@ impl Leadership {
 #[derive(Debug)]
 pub(in crate::protocol) enum Aggregate {
     Gathering,
-    /// The job runs on the updates of these peers.
-    Running(Vec<PeerId>),
-    Done(Manifest, Vec<PeerId>),
+    /// The job runs on these updates. What their owners say meanwhile changes nothing.
+    Running(Vec<Contributor>),
+    Done(Manifest, Vec<Contributor>),
 }
 
 /// When the stages of a round were reached.

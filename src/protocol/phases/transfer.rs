@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 
 use crate::protocol::message::Body;
+use crate::protocol::phases::round::{Aggregate, Work};
 use crate::protocol::timer::Timer;
 use crate::protocol::{Action, Job, Notice, Peer, Topic};
 use crate::transfer::{ChunkSet, Keep, Manifest, Pulls, Route, Serve, Wanted};
@@ -123,12 +124,27 @@ impl Peer {
                 self.transfers.held.get_mut(&blob).into_iter().for_each(|(_, keep)| *keep = Keep::Durable);
                 self.note_kept(now);
             }
-            // It was dropped meanwhile. Whoever needs it after all makes it or pulls it again.
-            Ok(false) => _ = self.transfers.held.remove(&blob),
+            Ok(false) => self.make_again(&blob),
             Err(why) => {
                 self.transfers.retry.insert(blob, now + self.config.election_timeout);
                 self.notify(Notice::Failed { what: "keeping a blob", why });
             }
+        }
+    }
+
+    /// A blob was dropped: it was no longer needed, or the disk has lost it. What is needed after all is pulled again where
+    /// others have it, and else made again.
+    fn make_again(&mut self, blob: &Digest) {
+        self.transfers.held.remove(blob);
+        if let Some(leading) = &mut self.open.leading
+            && matches!(&leading.aggregate, Aggregate::Done(model, _) if model.digest == *blob)
+            && leading.proposal.is_none()
+        {
+            leading.aggregate = Aggregate::Gathering;
+        }
+        let is_own = self.durable.open.update.as_ref().is_some_and(|update| update.manifest.digest == *blob);
+        if is_own && self.open.training == Work::Done(()) {
+            self.open.training = Work::Idle;
         }
     }
 
