@@ -108,15 +108,17 @@ impl Default for BrokerConfig {
 }
 
 impl BrokerConfig {
-    /// The default with limits that suit chunks of `chunk_bytes`: twice a chunk for a packet, at least 64 chunks
-    /// that may wait, and a log of all chunks that one receiver has asked for.
+    /// The default with limits that suit chunks of `chunk_bytes`: at least twice a chunk for a packet (however short
+    /// chunks are, what a leader tells thousands is long), at least 64 chunks that may wait, and a log of all chunks that one
+    /// receiver has asked for.
     pub fn for_chunks(chunk_bytes: usize) -> Self {
         let default = Self::default();
         let shelf_bytes = default.shelf_bytes.max(64 * chunk_bytes);
         // Short chunks are no weights to the shelf.
         let logged = TICKET_LOG_BYTES + if chunk_bytes > connection::COPY_BYTES_MAX { 0 } else { chunk_bytes };
         let log_bytes = default.log_bytes.max(ASKED_BYTES / chunk_bytes.max(1) * logged);
-        Self { packet_bytes_max: 2 * chunk_bytes + (64 << 10), shelf_bytes, log_bytes, ..default }
+        let packet_bytes_max = default.packet_bytes_max.max(2 * chunk_bytes + (64 << 10));
+        Self { packet_bytes_max, shelf_bytes, log_bytes, ..default }
     }
 }
 

@@ -5,6 +5,7 @@
 //!   lock               held while a process uses the directory
 //!   peer               the peer's name and its federation, as text
 //!   state              the newest state: header, checksum, payload
+//!   settings.json      what the peers of its federation agree on, by key
 //!   blobs/<digest>.blob
 //!   blobs/<digest>.unflushed
 //! ```
@@ -34,7 +35,7 @@
 
 mod blobs;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, TryLockError};
 use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
@@ -71,6 +72,7 @@ const LOCK_POLL: Duration = Duration::from_millis(5);
 const LOCK: &str = "lock";
 const IDENTITY: &str = "peer";
 const STATE: &str = "state";
+const SETTINGS: &str = "settings.json";
 const BLOBS: &str = "blobs";
 
 /// How the last line of an identity file starts.
@@ -240,6 +242,25 @@ impl Journal {
     pub fn save_state(&mut self, bytes: &[u8]) -> Result<(), JournalError> {
         let header = state_header(bytes);
         self.disk.replace(&self.disk.dir, STATE, &[&header, bytes])
+    }
+
+    /// What was [saved](Self::save_settings) last of what the peers agree on, if anything was. No promise rests on it.
+    pub fn settings(&self) -> Result<Option<BTreeMap<String, String>>, JournalError> {
+        let path = self.disk.dir.join(SETTINGS);
+        let parse = |bytes: Vec<u8>| {
+            let problem = "it does not hold settings; it may be removed";
+            serde_json::from_slice(&bytes).map_err(|_| JournalError::Damaged { path: path.clone(), problem })
+        };
+        read_if_there(&path)?.map(parse).transpose()
+    }
+
+    /// Notes what the peers agree on, in place of what was noted before.
+    pub fn save_settings(&self, settings: &BTreeMap<String, String>) -> Result<(), JournalError> {
+        let text = serde_json::to_string_pretty(settings).expect("a map of texts is JSON") + "\n";
+        if read_if_there(&self.disk.dir.join(SETTINGS))?.as_deref() == Some(text.as_bytes()) {
+            return Ok(());
+        }
+        self.disk.replace(&self.disk.dir, SETTINGS, &[text.as_bytes()])
     }
 
     /// The state directory.
@@ -447,7 +468,7 @@ fn temporary_name(name: &str, number: u64) -> String {
 fn is_temporary(name: &str) -> bool {
     let parts = name.strip_suffix(".tmp").and_then(|name| name.rsplit_once('.'));
     parts.is_some_and(|(name, number)| {
-        number.parse::<u64>().is_ok() && (name == IDENTITY || name == STATE || name.ends_with(BLOB_END))
+        number.parse::<u64>().is_ok() && ([IDENTITY, STATE, SETTINGS].contains(&name) || name.ends_with(BLOB_END))
     })
 }
 

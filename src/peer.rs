@@ -13,7 +13,7 @@ use crate::config::{NONE, Part, Settings};
 use crate::events::{Entry, Event, Witness};
 use crate::journal::{Journal, JournalError};
 use crate::node::{self, Hosted, Meeting, Node, NodeError, Outcome, Storage};
-use crate::protocol::{Durable, Topics};
+use crate::protocol::{self, Difference, Durable, Topics};
 use crate::training::export::{self, from_safetensors};
 use crate::training::external::{ExternalConfig, ExternalTrainer};
 use crate::training::{
@@ -38,6 +38,9 @@ const OWN_BROKER_PATIENCE: Duration = Duration::from_secs(120);
 /// How long a broker may keep silent when it is tried. Only one that cannot do what is asked is waited for; a cluster that
 /// has just lost a server needs some seconds to agree on who takes its place.
 const PROBE_PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long the gradient of a step may be where a number is told, unless the settings say so.
+const NUMBERS_GRAD_NORM: f64 = 1.0;
 
 /// A peer that is ready to run: its data are here, its state directory is open.
 pub struct LocalPeer {
@@ -79,6 +82,20 @@ pub enum PeerError {
     /// Its state is not what this version writes.
     #[error("{} holds promises that this version cannot read", .0.display())]
     State(PathBuf),
+    /// It was started for something else than the federation that it has finished with.
+    #[error("the federation of {} has finished with {}", dir.display(), asked_for(difference))]
+    Finished {
+        /// Its state directory.
+        dir: PathBuf,
+        /// Something on which peers agree: what the federation had, and what is asked for.
+        difference: Difference,
+    },
+    /// An accuracy is asked for where there is none.
+    #[error("target_accuracy = {target}, and its data have a number to tell, of which there is no accuracy")]
+    NoAccuracy {
+        /// The accuracy asked for.
+        target: f64,
+    },
     /// Its data cannot be read.
     #[error(transparent)]
     Read(#[from] ReadError),
@@ -146,7 +163,15 @@ impl LocalPeer {
                 None => own_data(settings, &read_data(settings)?)?,
             };
             let mut lesson = Lesson::of(settings, &train, &held_out);
-            let mut trainer = BurnTrainer::new(settings.training(), name.clone(), train, held_out)?;
+            let mut training = settings.training();
+            if train.task() == Task::Numbers {
+                if let Some(target) = settings.target_accuracy {
+                    return Err(PeerError::NoAccuracy { target });
+                }
+                // Squared errors have gradients of any length: columns that go together make the steps grow without end.
+                training.max_grad_norm.get_or_insert(NUMBERS_GRAD_NORM);
+            }
+            let mut trainer = BurnTrainer::new(training, name.clone(), train, held_out)?;
             // Any peer may be the one whose initial weights all start from: they must have the same.
             let init = settings.init.as_deref().map(|path| start_from(&mut trainer, path)).transpose()?;
             lesson.entries.insert("init".into(), init.map_or_else(|| NONE.to_owned(), |digest| digest.to_string()));
@@ -179,6 +204,16 @@ impl LocalPeer {
         }
         let name = loaded.peer;
         let (trainer, lesson) = make(&name)?;
+        let agreed = shared(settings, &lesson).entries();
+        if durable.as_ref().is_some_and(is_finished) {
+            // Nobody is left to say that it does not fit, and its result is not what is asked for.
+            let other = journal.settings()?.and_then(|before| Difference::between(&before, &agreed));
+            if let Some(difference) = other {
+                return Err(PeerError::Finished { dir: state_dir, difference });
+            }
+        } else {
+            journal.save_settings(&agreed)?;
+        }
         let (hosted, trusts_broker) = (None, false);
         Ok(Self {
             settings: settings.clone(),
@@ -252,8 +287,7 @@ impl LocalPeer {
 
     /// Whether its federation had finished when it stopped.
     pub fn has_finished(&self) -> bool {
-        let head = self.durable.as_ref().and_then(|durable| durable.head.as_ref());
-        head.is_some_and(|head| head.decree.reason().is_some())
+        self.durable.as_ref().is_some_and(is_finished)
     }
 
     /// What is to be told of its data.
@@ -296,8 +330,7 @@ impl LocalPeer {
         let mut stop = std::pin::pin!(stop);
         let meeting = self.meeting();
         let topics = Topics::new(&self.settings.prefix, &self.settings.federation);
-        let mut config = self.settings.shared();
-        config.training.extend(self.lesson.entries.clone());
+        let config = shared(&self.settings, &self.lesson);
         let patience = if self.trusts_broker { OWN_BROKER_PATIENCE } else { BROKER_PATIENCE };
         let connecting = MqttTransport::connect(self.mqtt_config(&topics), patience);
         let transport = tokio::select! {
@@ -343,6 +376,21 @@ impl LocalPeer {
             }),
         }
     }
+}
+
+/// What the peers agree on.
+fn shared(settings: &Settings, lesson: &Lesson) -> protocol::Config {
+    let mut config = settings.shared();
+    config.training.extend(lesson.entries.clone());
+    config
+}
+
+fn is_finished(durable: &Durable) -> bool {
+    durable.head.as_ref().is_some_and(|head| head.decree.reason().is_some())
+}
+
+fn asked_for(Difference { key, theirs, mine }: &Difference) -> String {
+    format!("{key} = {theirs}, and now {key} = {mine} is asked for")
 }
 
 impl Lesson {
@@ -431,9 +479,14 @@ fn start_from(trainer: &mut BurnTrainer, path: &Path) -> Result<Digest, PeerErro
 
 #[cfg(test)]
 mod tests {
+    use bytes::Bytes;
+
     use super::*;
     use crate::config::Layers;
+    use crate::protocol::message::Head;
+    use crate::protocol::{Decree, Outcome as Decided, Reason, Roster};
     use crate::training::export::to_safetensors;
+    use crate::transfer::{Codec, Manifest};
 
     fn settings(state_dir: &Path) -> Settings {
         let state_dir = Some(state_dir.to_owned());
@@ -476,6 +529,21 @@ mod tests {
     }
 
     #[test]
+    fn no_accuracy_is_waited_for_where_a_number_is_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let lines: String = (0..40).map(|number| format!("{number},{}\n", number * 3)).collect();
+        std::fs::write(dir.path().join("a.csv"), lines).unwrap();
+        let data = format!("csv:{}", dir.path().join("a.csv").display());
+        let open = |target_accuracy| {
+            let settings = settings(&dir.path().join("state"));
+            LocalPeer::open(&Settings { target_accuracy, data: data.clone(), ..settings })
+        };
+        let error = open(Some(0.9)).err().unwrap().to_string();
+        assert!(error.starts_with("target_accuracy = 0.9"), "{error}");
+        open(None).unwrap();
+    }
+
+    #[test]
     fn a_peer_tells_what_data_it_has() {
         let dir = tempfile::tempdir().unwrap();
         let peer = LocalPeer::open(&settings(&dir.path().join("state"))).unwrap();
@@ -501,6 +569,30 @@ mod tests {
         let error = open("d", Some(&path), 5).err().unwrap().to_string();
         assert!(error.contains("half.safetensors") && error.contains("fc1.weight [4, 64]"), "{error}");
         assert!(open("e", Some(&dir.path().join("missing")), 4).is_err());
+    }
+
+    #[test]
+    fn a_peer_whose_federation_has_finished_is_not_taken_for_one_of_another() {
+        let dir = tempfile::tempdir().unwrap();
+        let settings = settings(dir.path());
+        let open = |rounds| LocalPeer::open(&Settings { rounds, ..settings.clone() });
+        let roster = Roster::of(&[PeerId::new("a").unwrap()].into());
+        let finish = |journal: &mut Journal| {
+            let model = Manifest::of(b"the model", 1024, Codec::F32).unwrap();
+            journal.put_blob(model.digest, &Bytes::from_static(b"the model")).unwrap();
+            let decree = Decree { outcome: Decided::Finish(Reason::Rounds, model), ..Decree::sample(&roster) };
+            let (accepts, genesis) = (Vec::new(), decree.digest());
+            let durable = Durable { head: Some(Head { decree, accepts, genesis }), ..Durable::default() };
+            journal.save_state(&durable.encode()).unwrap();
+        };
+        drop(open(7).unwrap());
+        // Until it has finished it is for the others to say what fits.
+        let mut peer = open(8).unwrap();
+        finish(&mut peer.journal);
+        drop(peer);
+        assert!(open(8).unwrap().has_finished());
+        let error = open(9).err().unwrap().to_string();
+        assert!(error.ends_with("with rounds = 8, and now rounds = 9 is asked for"), "{error}");
     }
 
     #[test]

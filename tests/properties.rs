@@ -496,7 +496,7 @@ impl Transfer {
         };
         Self {
             receivers: links.iter().map(receiver).collect(),
-            serve: Serve::new(manifest.chunks(), RETRY),
+            serve: Serve::of(&manifest, RETRY),
             blob,
             manifest,
             window,

@@ -244,7 +244,7 @@ impl Party<'_> {
                 let Some(manifest) = self.held.filter(|held| held.digest == blob) else { return Ok(()) };
                 if envelope.round != self.round || self.serve.is_none() {
                     self.round = envelope.round;
-                    self.serve = Some(Serve::new(manifest.chunks(), Config::default().heartbeat()));
+                    self.serve = Some(Serve::of(&manifest, Config::default().heartbeat()));
                 }
                 let Some(serve) = &mut self.serve else { return Ok(()) };
                 let sends = serve.granted(&envelope.sender, &chunks, Instant::now(), self.config.several);

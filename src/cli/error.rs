@@ -195,6 +195,11 @@ impl From<PeerError> for Failure {
             PeerError::Node(_) | PeerError::LostTask => Failure::new(Exit::Internal, error),
             PeerError::State(_) => Failure::new(Exit::BadData, error)
                 .hint("use the version of rodizio that wrote it, or join as a new peer with an empty --state-dir"),
+            PeerError::NoAccuracy { .. } => Failure::new(Exit::Usage, error)
+                .hint("leave --target-accuracy out (--patience and --rounds end it), or choose classes with --task"),
+            PeerError::Finished { .. } => Failure::new(Exit::Usage, error).hint(
+                "with the settings that it had you get its model; to train anew choose another --federation, or remove the directory",
+            ),
             PeerError::Transport(TransportError::Address(_) | TransportError::NoAddress) => {
                 Failure::new(Exit::Usage, error).hint("--broker takes HOST:PORT")
             }

@@ -227,7 +227,7 @@ pub static KEYS: &[Key] = &[
     key(Group::Training, UsedBy::Peers, "weight_decay", Kind::Real(Reals::NotNegative), "0",
         "How strongly weights are drawn to 0: in the gradient (sgd, adam) or beside it (adamw)"),
     key(Group::Training, UsedBy::Peers, "max_grad_norm", Kind::Real(Reals::Positive), NONE,
-        "The longest that the gradient of a step may be; a longer one is shortened"),
+        "The longest that the gradient of a step may be, a longer one is shortened; none: any, and 1 where a number is told"),
     key(Group::Training, UsedBy::Peers, "batch_size", count(1, 1_000_000), "16",
         "Examples in a step"),
     key(Group::Training, UsedBy::Peers, "local_epochs", count(1, 10_000), "5",

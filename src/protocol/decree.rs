@@ -156,7 +156,7 @@ impl Decree {
 #[cfg(test)]
 impl Decree {
     /// A genesis of `roster`, by its first member: four values, all zero. Tests change what matters to them.
-    pub(super) fn sample(roster: &Roster) -> Self {
+    pub(crate) fn sample(roster: &Roster) -> Self {
         let model =
             Manifest::of(&[0; 16], 1024, crate::transfer::Codec::F32).expect("its chunks are of a sound length");
         Self {

@@ -1,5 +1,6 @@
 //! What a peer tells people and journals.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::time::Instant;
 
@@ -223,6 +224,16 @@ pub struct Difference {
     pub theirs: String,
     /// The own value.
     pub mine: String,
+}
+
+impl Difference {
+    /// The first of two configurations, in the order of their keys.
+    pub fn between(theirs: &BTreeMap<String, String>, mine: &BTreeMap<String, String>) -> Option<Self> {
+        let keys: BTreeSet<&String> = theirs.keys().chain(mine.keys()).collect();
+        let text = |value: Option<&String>| value.cloned().unwrap_or_else(|| UNKNOWN.into());
+        let other = keys.into_iter().find(|key| theirs.get(*key) != mine.get(*key))?;
+        Some(Self { key: other.clone(), theirs: text(theirs.get(other)), mine: text(mine.get(other)) })
+    }
 }
 
 impl fmt::Display for Difference {

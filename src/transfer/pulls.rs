@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
-use super::{Assembly, ChunkError, ChunkSet, Grants, Inserted, Keep, Manifest};
+use super::{Assembly, ChunkError, ChunkSet, Grants, Inserted, Keep, Manifest, WINDOW_CHUNKS_MAX};
 use crate::types::{Digest, PeerId};
 
 /// How many bytes of one blob a receiver has in flight: enough to keep a link busy.
@@ -98,6 +98,16 @@ fn weight(manifest: &Manifest) -> u64 {
     manifest.bytes.min(u64::from(WINDOW_BYTES))
 }
 
+/// How many chunks of a blob a receiver has in flight at most.
+pub(super) fn window_chunks(chunk_bytes: u32) -> u32 {
+    chunks_of(ALONE_BYTES, chunk_bytes)
+}
+
+/// So many bytes in chunks, two at least: one is on its way while the other is put away.
+fn chunks_of(window_bytes: u32, chunk_bytes: u32) -> u32 {
+    (window_bytes / chunk_bytes.max(1)).clamp(2, WINDOW_CHUNKS_MAX)
+}
+
 impl Pulls {
     /// Whether the blob is being pulled, or verified.
     pub fn contains(&self, blob: &Digest) -> bool {
@@ -161,8 +171,7 @@ impl Pulls {
         if holders.is_empty() {
             return;
         }
-        let window = (window_bytes / manifest.chunk_bytes.max(1)).max(2);
-        let grants = Grants::new(window, retry);
+        let grants = Grants::new(chunks_of(window_bytes, manifest.chunk_bytes), retry);
         let pull = Pull { assembly: Assembly::new(manifest), grants, holders, at: 0, moved: now };
         self.pulls.insert(blob, pull);
         self.intakes.push(Intake::Begin(manifest, keep));

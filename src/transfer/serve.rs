@@ -6,7 +6,8 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use super::{ChunkSet, WINDOW_CHUNKS_MAX};
+use super::pulls::window_chunks;
+use super::{ChunkSet, Manifest, WINDOW_CHUNKS_MAX};
 use crate::types::PeerId;
 
 /// How many receivers of one blob are remembered. Any beyond are served just as surely, with some duplicates.
@@ -26,30 +27,38 @@ pub enum Route {
 pub struct Serve {
     /// By chunk: when it was published to everyone.
     published: Vec<Option<Instant>>,
+    /// How many chunks an honest receiver grants at a time, at most.
+    window: u32,
     repeat_after: Duration,
     receivers: BTreeMap<PeerId, Bitmap>,
 }
 
 impl Serve {
-    /// Nothing sent yet of a blob of `chunks` chunks: the holder's own manifest says how many.
+    /// Nothing sent yet of the blob of `manifest`, which is the holder's own: see [`Serve::new`].
+    pub fn of(manifest: &Manifest, repeat_after: Duration) -> Self {
+        Self { window: window_chunks(manifest.chunk_bytes), ..Self::new(manifest.chunks(), repeat_after) }
+    }
+
+    /// Nothing sent yet of a blob of `chunks` chunks, of whatever length.
     ///
     /// For `repeat_after` a chunk published to everyone is on its way to whoever asks for the first time. A receiver's
     /// first retry time fits: one that still lacks it then asks again.
     pub fn new(chunks: u32, repeat_after: Duration) -> Self {
-        Self { published: vec![None; chunks as usize], repeat_after, receivers: BTreeMap::new() }
+        let published = vec![None; chunks as usize];
+        Self { published, window: WINDOW_CHUNKS_MAX, repeat_after, receivers: BTreeMap::new() }
     }
 
     /// Receiver `from` grants `set`: which chunks to send now, and to whom.
     ///
     /// `several`: whether several receivers of this blob are expected. Indices past the blob's end, and any beyond
-    /// the [`WINDOW_CHUNKS_MAX`] that an honest receiver grants at a time, are ignored.
+    /// what an honest receiver grants at a time, are ignored: a grant is short, and what it asks for is read into memory.
     pub fn granted(&mut self, from: &PeerId, set: &ChunkSet, now: Instant, several: bool) -> Vec<(u32, Route)> {
         let chunks = self.published.len();
         let known = self.receivers.contains_key(from) || self.receivers.len() < RECEIVERS_MAX;
         let mut asked = known.then(|| self.receivers.entry(from.clone()).or_insert_with(|| Bitmap::new(chunks)));
 
         let mut sends = Vec::new();
-        for index in set.iter().take_while(|&i| (i as usize) < chunks).take(WINDOW_CHUNKS_MAX as usize) {
+        for index in set.iter().take_while(|&i| (i as usize) < chunks).take(self.window as usize) {
             let first_ask = asked.as_mut().is_some_and(|asked| asked.insert(index));
             let published = &mut self.published[index as usize];
             match *published {
@@ -87,11 +96,22 @@ impl Bitmap {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::transfer::Codec;
+    use crate::types::Digest;
 
     const REPEAT_AFTER: Duration = Duration::from_millis(100);
 
     fn peer(name: &str) -> PeerId {
         PeerId::new(name).unwrap()
+    }
+
+    #[test]
+    fn one_grant_gets_no_more_than_an_honest_receiver_asks_for_at_a_time() {
+        let manifest =
+            Manifest { digest: Digest::of(b""), bytes: 1 << 40, chunk_bytes: 1 << 20, codec: Codec::F32, base: None };
+        let all = ChunkSet::new(0..4096).unwrap();
+        let sends = Serve::of(&manifest, REPEAT_AFTER).granted(&peer("a"), &all, Instant::now(), false);
+        assert_eq!(sends.len(), 4, "chunks of a megabyte");
     }
 
     fn set(indices: &[u32]) -> ChunkSet {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use crate::protocol::lag::Lag;
 use crate::protocol::message::{Body, Hello};
 use crate::protocol::timer::{Timer, Timers};
-use crate::protocol::{Action, Difference, Ended, Greeting, Notice, Peer, Topic, UNKNOWN};
+use crate::protocol::{Action, Difference, Ended, Greeting, Notice, Peer, Topic};
 use crate::types::{Digest, PeerId, Round};
 
 /// From this many peers on, hellos (which everyone hears) come less often.
@@ -155,16 +155,11 @@ impl Peer {
 
     /// The first thing that keeps another peer from training with this one.
     pub(in crate::protocol) fn difference(&self, hello: &Hello) -> Option<Difference> {
-        let keys: BTreeSet<&String> = self.entries.keys().chain(hello.entries.keys()).collect();
-        let text = |value: Option<&String>| value.cloned().unwrap_or_else(|| UNKNOWN.into());
-        for key in keys {
-            let (theirs, mine) = (hello.entries.get(key), self.entries.get(key));
-            if theirs != mine {
-                return Some(Difference { key: key.clone(), theirs: text(theirs), mine: text(mine) });
-            }
-        }
-        let (theirs, mine) = hello.layout.zip(self.layout_digest).filter(|(theirs, mine)| theirs != mine)?;
-        Some(Difference { key: "model layout".into(), theirs: theirs.short(), mine: mine.short() })
+        let of_layouts = || {
+            let (theirs, mine) = hello.layout.zip(self.layout_digest).filter(|(theirs, mine)| theirs != mine)?;
+            Some(Difference { key: "model layout".into(), theirs: theirs.short(), mine: mine.short() })
+        };
+        Difference::between(&hello.entries, &self.entries).or_else(of_layouts)
     }
 
     /// Whether a peer said hello and can train with this one.

@@ -230,7 +230,7 @@ impl Peer {
         let several = upcoming.is_some_and(|model| model.digest == blob)
             && self.durable.roster().is_some_and(|roster| roster.len() > 2);
         let repeat_after = self.heartbeat();
-        let serve = self.transfers.serves.entry(blob).or_insert_with(|| Serve::new(manifest.chunks(), repeat_after));
+        let serve = self.transfers.serves.entry(blob).or_insert_with(|| Serve::of(&manifest, repeat_after));
         let round = self.durable.open.round;
         for (index, route) in serve.granted(sender, chunks, now, several) {
             let topic = match route {
