@@ -510,7 +510,9 @@ impl Layers {
             );
             return Err(self.conflict("min_updates", "min_peers", &rule));
         }
-        if settings.trainer.is_some() && !matches!(self.source("data"), Source::Default) {
+        // A run writes its settings down with every key.
+        let has_data = Key::find("data").is_some_and(|key| settings.data != key.default);
+        if settings.trainer.is_some() && has_data {
             let rule = "a program that trains reads data of its own: name them in its command, and leave data out";
             return Err(self.conflict("trainer", "data", rule));
         }
@@ -1088,7 +1090,7 @@ mod tests {
         assert!(with_file("policy = 'fixed:ward-3'").is_ok(), "peers that join have names of their own");
         let error = rule(with_file("trainer = 'python3 train.py'\ndata = 'csv:a.csv'").unwrap_err());
         assert!(error.contains("leave data out"), "{error}");
-        assert!(with_file("trainer = 'python3 train.py'").is_ok());
+        assert!(with_file("trainer = 'python3 train.py'\ndata = 'digits'").is_ok(), "as a run writes it down");
     }
 
     #[test]

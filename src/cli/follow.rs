@@ -118,10 +118,16 @@ impl Audience<'_, '_> {
                 // Before the entries, some of which come of it: peers that leave then are no news.
                 () = &mut stopping, if !is_stopping => {
                     is_stopping = true;
-                    let notice = self.narrator.stopping();
-                    self.show(&notice);
+                    self.stopping();
                 }
-                Some(entry) = entries.recv() => self.hear(&entry),
+                Some(entry) = entries.recv() => {
+                    // The request may have come after it was looked for, and this entry of it.
+                    if stop.is_requested() && !is_stopping {
+                        is_stopping = true;
+                        self.stopping();
+                    }
+                    self.hear(&entry);
+                }
                 result = &mut ended => break result,
                 _ = tick.tick() => {
                     self.catch_up();
@@ -140,6 +146,11 @@ impl Audience<'_, '_> {
         }
         self.write_back(stop).await;
         result
+    }
+
+    fn stopping(&mut self) {
+        let notice = self.narrator.stopping();
+        self.show(&notice);
     }
 
     /// The results are what it was all for: waits until a full disk takes them, or the user has enough.

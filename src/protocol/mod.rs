@@ -52,7 +52,7 @@ use message::{Body, Envelope, MessageError, VERSION};
 use phases::genesis::Genesis;
 use phases::round::OpenRound;
 use phases::transfer::Transfers;
-use timer::Timers;
+use timer::{Timer, Timers};
 
 /// The most other peers that a peer remembers: names come from the network.
 const NEIGHBOURS_MAX: usize = 2 * roster::ROSTER_MAX;
@@ -537,6 +537,10 @@ impl Peer {
             if is_stranger {
                 self.answer_hello(now);
                 self.linger(now);
+                if self.candidate() == Some(&envelope.sender) {
+                    // It was not there to hear the vote.
+                    self.timers.set_earlier(Timer::Resend, now);
+                }
             }
         }
         // The term of a message about the first roster is the number of a call.

@@ -355,7 +355,7 @@ mod tests {
 
     use super::*;
     use crate::protocol::message::{Envelope, Hello, VERSION};
-    use crate::protocol::{Config, Durable, Event, Identity, Roster};
+    use crate::protocol::{Action, Config, Durable, Event, Identity, Roster};
     use crate::weights::Layout;
 
     fn id(name: &str) -> PeerId {
@@ -372,6 +372,26 @@ mod tests {
         let (entries, layout) = (Config::default().entries(), peer.layout_digest);
         let (num_examples, head, genesis, done, number, lag_ms, broker) = (1, None, None, false, 0, 0, None);
         Body::Hello(Hello { entries, layout, num_examples, head, genesis, done, number, lag_ms, broker })
+    }
+
+    #[test]
+    fn a_candidate_that_comes_later_gets_the_vote_at_once() {
+        let mut now = Instant::now();
+        let mut durable = Durable::default();
+        durable.founding.roster = Some(Roster::of(&["a", "b", "c"].map(id).into()));
+        durable.open.ballots.insert(Term(0), id("b"));
+        let (layout, summary) = (Arc::new(Layout::default()), Bytes::new());
+        let identity = Identity { peer: id("a"), layout, num_examples: 1, broker: None, summary };
+        let mut peer = Peer::new(Config::default(), identity, Some(durable), &BTreeSet::new(), now);
+        let votes = |actions: Vec<Action>| {
+            let is_vote = |action: &&Action| matches!(action, Action::Publish { topic: Topic::Election(..), .. });
+            actions.iter().filter(is_vote).count()
+        };
+        assert_eq!(votes(peer.handle(Event::Connected, now)), 1);
+        now += peer.heartbeat() / 10;
+        let hello = of_b(0, hello(&peer));
+        assert_eq!(votes(peer.handle(hello.clone(), now)), 1, "it was not there");
+        assert_eq!(votes(peer.handle(hello, now)), 0, "it is there");
     }
 
     #[test]
