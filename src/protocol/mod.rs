@@ -538,8 +538,8 @@ impl Peer {
                 self.answer_hello(now);
                 self.linger(now);
                 if self.candidate() == Some(&envelope.sender) {
-                    // It was not there to hear the vote.
-                    self.timers.set_earlier(Timer::Resend, now);
+                    // It was not there to hear the vote, and listens only once it has said hello.
+                    self.timers.set_earlier(Timer::Resend, now + self.heartbeat() / 4);
                 }
             }
         }
