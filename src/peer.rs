@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::broker::BrokerConfig;
 use crate::config::{NONE, Part, Settings};
@@ -29,7 +29,7 @@ use crate::weights::Layout;
 /// `election_timeout` by its silence; this is for the broker, which then frees its place.
 const KEEP_ALIVE: Duration = Duration::from_secs(5);
 
-/// How long a broker that is not there yet is waited for: long enough for one that was started just before.
+/// How long a broker that is not there yet is waited for before that is told: long enough for one that was started just before.
 const BROKER_PATIENCE: Duration = Duration::from_secs(3);
 
 /// How long the broker of this program is waited for, which is there, however slow a machine with very many peers is.
@@ -331,8 +331,10 @@ impl LocalPeer {
         let meeting = self.meeting();
         let topics = Topics::new(&self.settings.prefix, &self.settings.federation);
         let config = shared(&self.settings, &self.lesson);
-        let patience = if self.trusts_broker { OWN_BROKER_PATIENCE } else { BROKER_PATIENCE };
-        let connecting = MqttTransport::connect(self.mqtt_config(&topics), patience);
+        let mqtt = self.mqtt_config(&topics);
+        let wait_timeout = if self.trusts_broker { OWN_BROKER_PATIENCE } else { self.settings.wait_timeout };
+        let mut tell_waiting = |what| tell(Entry::now(&self.name, Event::Waiting { what }));
+        let connecting = connect(&mqtt, wait_timeout, &mut tell_waiting);
         let transport = tokio::select! {
             transport = connecting => transport?,
             () = &mut stop => return Ok(Outcome::Interrupted),
@@ -374,6 +376,33 @@ impl LocalPeer {
                 chunk_bytes: self.settings.chunk_bytes,
                 patience: PROBE_PATIENCE,
             }),
+        }
+    }
+}
+
+/// Connects to a broker, and waits for one that is not there yet: machines start in any order.
+async fn connect(
+    config: &MqttConfig,
+    wait_timeout: Duration,
+    tell_waiting: &mut (dyn FnMut(Option<String>) + Send),
+) -> Result<MqttTransport, TransportError> {
+    let started = Instant::now();
+    let mut waits = false;
+    loop {
+        let left = wait_timeout.saturating_sub(started.elapsed());
+        match MqttTransport::connect(config.clone(), BROKER_PATIENCE.min(left)).await {
+            Err(TransportError::Unreachable(why)) if started.elapsed() < wait_timeout => {
+                if !waits {
+                    tell_waiting(Some(format!("no broker answers at {why}; waiting for one")));
+                }
+                waits = true;
+            }
+            connected => {
+                if waits {
+                    tell_waiting(None);
+                }
+                return connected;
+            }
         }
     }
 }

@@ -503,12 +503,28 @@ fn a_port_that_is_taken_is_exit_code_3() {
 }
 
 #[test]
+fn a_peer_that_is_started_before_its_broker_waits_for_it() {
+    let dir = tempfile::tempdir().unwrap();
+    // Nobody listens there any more, and nobody else gets the port so soon.
+    let addr = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    let args = ["join", "--min-peers", "2", "--rounds", "1"];
+    let mut early = Program::start(dir.path(), &[&args[..], &["--peer", "early", "--broker", &addr]].concat());
+    early.until_said("; waiting for one");
+    let late =
+        Program::start(dir.path(), &[&args[..], &["--peer", "late", "--host-broker", "--listen", &addr]].concat());
+    let ((early, _, stderr), (late, ..)) = (early.end(), late.end());
+    assert_eq!((early, late), (Some(0), Some(0)), "{stderr}");
+}
+
+#[test]
 fn a_broker_that_does_not_answer_is_exit_code_3() {
     let dir = tempfile::tempdir().unwrap();
     // Nobody listens there any more, and nobody else gets the port so soon.
     let addr = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
-    let (code, stdout, stderr) = Program::start(dir.path(), &["join", "--broker", &addr]).end();
+    let join = ["join", "--broker", &addr, "--wait-timeout", "4s"];
+    let (code, stdout, stderr) = Program::start(dir.path(), &join).end();
     assert_eq!((code, stdout.as_str()), (Some(3), ""), "{stderr}");
+    assert!(stderr.contains("; waiting for one\n"), "{stderr}");
     assert!(stderr.contains(&format!("error: no broker answers at {addr}")), "{stderr}");
     assert!(stderr.contains("hint: start one with `rodizio broker`"), "{stderr}");
     assert_eq!(std::fs::read_dir(dir.path().join("runs")).unwrap().count(), 0, "nothing happened, and nothing is left");

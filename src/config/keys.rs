@@ -290,7 +290,7 @@ pub static KEYS: &[Key] = &[
     key(Group::Waiting, UsedBy::Peers, "settle_time", duration(0, 600_000), "300ms",
         "How long nobody new may have come before training starts"),
     key(Group::Waiting, UsedBy::Peers, "wait_timeout", duration(100, DAYS_30_MS), "10m",
-        "How long to wait for missing peers before giving up (exit code 4)"),
+        "How long to wait before giving up for missing peers (exit code 4), or at the start for a broker (3)"),
 
     key(Group::Network, UsedBy::Peers, "broker", Kind::Addresses { len_max: 64 }, NONE,
         "Brokers to connect to, HOST:PORT, the best first; none: run: its own, join: 127.0.0.1:1883"),

@@ -118,7 +118,7 @@ impl Peer {
             || late
             || self.parent_model().is_some_and(|model| self.transfers.holds(&model.digest));
         if gathered.len() >= needed && builds && (missing == 0 || late && !moving) {
-            self.aggregate(gathered, now);
+            self.aggregate(&gathered, now);
         } else if missing == 0 && gathered.len() < needed {
             if late || others {
                 // What this leader could not use or get, another may; and of the next term others may be drawn to train.
@@ -157,7 +157,7 @@ impl Peer {
         lacks.then(|| (self.gathered().len(), self.config.min_updates))
     }
 
-    fn aggregate(&mut self, peers: BTreeSet<PeerId>, now: Instant) {
+    fn aggregate(&mut self, peers: &BTreeSet<PeerId>, now: Instant) {
         let Some(parent) = self.parent_model().copied() else { return };
         let updates = || peers.iter().filter_map(|peer| Some((peer, self.open.updates.get(peer)?)));
         let parts = updates().map(|(_, update)| (update.manifest, update.share())).collect();
