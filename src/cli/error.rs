@@ -119,6 +119,10 @@ impl Failure {
             Outcome::GaveUp(waiting) => {
                 let hint = match waiting {
                     Waiting::OtherConfiguration { .. } => "start all peers with the same settings, best from one file",
+                    Waiting::Model { .. } => {
+                        "start a peer whose state directory has that model; if all are lost, choose another --federation, \
+                         with --init and a model.safetensors to go on from"
+                    }
                     Waiting::Updates { .. } => {
                         "the warnings say why updates are missing; --min-updates says how many are needed, \
                          --round-timeout how long a round waits for them"

@@ -270,6 +270,13 @@ pub enum Waiting {
         /// How many of them must come back.
         needed: usize,
     },
+    /// Nobody sends the newest model, from which this peer is to go on.
+    Model {
+        /// The round that made it.
+        round: Round,
+        /// Who may have it.
+        holders: Vec<PeerId>,
+    },
     /// Too few updates are in, and the round's time is over or training failed.
     Updates {
         /// How many are in.
@@ -307,6 +314,9 @@ impl fmt::Display for Waiting {
                     "no majority of the roster is here; waiting for {needed} of the {of} missing: {}",
                     list(missing)
                 )
+            }
+            Waiting::Model { round, holders } => {
+                write!(f, "nobody sends the model of round {round}; waiting for one who has it: {}", list(holders))
             }
             Waiting::Updates { present, needed } => {
                 write!(

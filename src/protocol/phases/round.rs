@@ -171,7 +171,10 @@ impl Peer {
         }
         self.open = OpenRound::new(now);
         self.clear_round_timers();
-        self.last_waiting = None;
+        // What is still waited for in this round is told anew, and what is not is over.
+        if self.last_waiting.take().is_some() {
+            self.notify(Notice::Waiting(None));
+        }
         self.timers.set(Timer::Flush, now + FLUSH_AFTER);
         self.prepare();
         if self.durable.head.as_ref().is_some_and(|head| head.decree.reason().is_some()) {

@@ -41,6 +41,13 @@ impl Peer {
         if needed > 0 {
             return Some(Waiting::Quorum { missing, needed });
         }
+        if let Some((model, holders)) = self.head_to_pull()
+            && !self.transfers.holds(&model.digest)
+            && now.saturating_duration_since(self.open.marks.entered) >= self.silence()
+            && !self.transfers.is_moving(now, self.silence())
+        {
+            return Some(Waiting::Model { round: self.last_model_round(), holders });
+        }
         self.lacks_updates().or(self.fails_again()).map(|(present, needed)| Waiting::Updates { present, needed })
     }
 
@@ -74,5 +81,71 @@ impl Peer {
         let founders = self.awaited_founders();
         let absent: Vec<PeerId> = founders.into_iter().filter(|peer| !self.is_live(peer, now)).collect();
         (!absent.is_empty()).then_some(Waiting::Founders(absent))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::sync::Arc;
+
+    use bytes::Bytes;
+
+    use super::*;
+    use crate::protocol::message::{Body, Envelope, Head, VERSION};
+    use crate::protocol::{Action, Config, Decree, Durable, Event, Identity, Roster};
+    use crate::types::{Digest, Round, Term};
+    use crate::weights::Layout;
+
+    fn id(name: &str) -> PeerId {
+        PeerId::new(name).unwrap()
+    }
+
+    /// The decree of a round, of whose next round these are members.
+    fn head(round: u64, members: &[&str]) -> Head {
+        let next_roster = Roster::of(&members.iter().copied().map(id).collect());
+        let decree = Decree { round: Round(round), leader: id("b"), ..Decree::sample(&next_roster) };
+        Head { decree, accepts: vec![id("b"), id("c")], genesis: Digest::of(b"genesis") }
+    }
+
+    fn says(sender: &str, round: u64, body: Body) -> Event {
+        let (sender, signature, round, term) = (id(sender), vec![], Round(round), Term(0));
+        Event::Message(Envelope { version: VERSION, sender, signature, round, term, body }.encode())
+    }
+
+    fn told(actions: &[Action]) -> Vec<Option<Waiting>> {
+        let told = |action: &Action| match action {
+            Action::Notify(Notice::Waiting(waiting)) => Some(waiting.clone()),
+            _ => None,
+        };
+        actions.iter().filter_map(told).collect()
+    }
+
+    #[test]
+    fn who_is_admitted_waits_no_more_and_says_so_but_for_a_model_that_nobody_sends() {
+        let mut now = Instant::now();
+        let durable = Durable { head: Some(head(4, &["b", "c"])), ..Durable::default() };
+        let identity = Identity {
+            peer: id("a"),
+            layout: Arc::new(Layout::default()),
+            num_examples: 1,
+            broker: None,
+            summary: Bytes::new(),
+        };
+        let mut peer = Peer::new(Config::default(), identity, Some(durable), &BTreeSet::new(), now);
+        peer.handle(Event::Connected, now);
+        let actions = peer.handle(says("b", 5, Body::Status), now);
+        assert_eq!(told(&actions), [Some(Waiting::Admission)]);
+        let actions = peer.handle(says("b", 5, Body::Head(head(5, &["a", "b", "c"]))), now);
+        assert_eq!(told(&actions), [None]);
+        let silence = peer.silence();
+        let mut waits = Vec::new();
+        while waits.is_empty() && now < peer.open.marks.entered + 3 * silence {
+            now += silence / 8;
+            for event in [says("b", 6, Body::Status), says("c", 6, Body::Status), Event::Tick] {
+                waits.extend(told(&peer.handle(event, now)));
+            }
+        }
+        assert_eq!(waits, [Some(Waiting::Model { round: Round(5), holders: vec![id("b"), id("c")] })]);
     }
 }

@@ -15,7 +15,7 @@ use super::{Dataset, Targets};
 use crate::aggregation::statistics::{COLUMNS_MAX, SUMMARY_BYTES_MAX};
 
 /// Texts that stand for no value.
-const MISSING: [&str; 5] = ["", "?", "NA", "NaN", "nan"];
+const MISSING: [&str; 10] = ["", "?", "NA", "N/A", "n/a", "#N/A", "NULL", "null", "NaN", "nan"];
 
 /// How a gzipped file begins.
 const GZIP: [u8; 2] = [0x1f, 0x8b];
@@ -209,6 +209,14 @@ impl Rows {
             return Err(ReadError::new(line.place(&name), what, hint));
         }
         let categories: BTreeSet<&str> = self.cells(at).map(|(_, cell)| cell).collect();
+        let numbers = categories.iter().filter(|text| number(text).is_some()).count();
+        if numbers > CLASSES_MAX {
+            let what = format!("{text:?} is no number, and {numbers} different values of this column are");
+            let hint = format!(
+                "correct the value, leave the cell empty if there is none, or list all values with --categories '{name}=A|B'"
+            );
+            return Err(ReadError::new(line.place(&name), what, hint));
+        }
         if categories.len() > CATEGORIES_MAX {
             let what = format!(
                 "{text:?} is no number, and {} different values are too many for categories (at most {CATEGORIES_MAX})",
@@ -520,6 +528,24 @@ mod tests {
         );
         let all = ReadOptions { ignored: vec!["id".into(), "town".into()], ..options() };
         assert!(refused(text, &all).contains("no column is left"));
+    }
+
+    #[test]
+    fn one_text_among_many_numbers_is_a_mistake_and_no_category() {
+        let table = |text: &str| {
+            let lines: String = (20..60).map(|age| format!("{age},{}\n", age % 2)).collect();
+            format!("age,sick\n{lines}{text},1\n")
+        };
+        let error = read_text(&table("61 y"), &options()).unwrap_err();
+        assert_eq!(error.what, "\"61 y\" is no number, and 40 different values of this column are");
+        assert!(error.hint.contains("leave the cell empty"));
+        for missing in ["", "N/A", "NULL"] {
+            assert_eq!(columns(&read_text(&table(missing), &options()).unwrap()), [("age", None)]);
+        }
+        let stages: String =
+            ["1", "2", "3", "X"].iter().cycle().take(40).map(|stage| format!("{stage},0\n{stage},1\n")).collect();
+        let stages = read_text(&format!("stage,sick\n{stages}"), &options()).unwrap();
+        assert_eq!(columns(&stages), [("stage", Some(vec!["1", "2", "3", "X"]))]);
     }
 
     #[test]
