@@ -39,6 +39,38 @@ const OWN_BROKER_PATIENCE: Duration = Duration::from_secs(120);
 /// has just lost a server needs some seconds to agree on who takes its place.
 const PROBE_PATIENCE: Duration = Duration::from_secs(10);
 
+/// What all peers of a federation may change alike when they start again. Anything else would be another model or other
+/// data: with another seed, examples that were trained on would be held out.
+const MAY_CHANGE: [&str; 27] = [
+    "min_peers",
+    "min_updates",
+    "rounds",
+    "target_accuracy",
+    "tolerance",
+    "patience",
+    "policy",
+    "fraction_train",
+    "leader_trains",
+    "round_timeout",
+    "election_timeout",
+    "settle_time",
+    "chunk_bytes",
+    "optimizer",
+    "learning_rate",
+    "schedule",
+    "schedule_gamma",
+    "schedule_rounds",
+    "warmup_rounds",
+    "momentum",
+    "nesterov",
+    "weight_decay",
+    "max_grad_norm",
+    "batch_size",
+    "local_epochs",
+    "local_steps",
+    "augment",
+];
+
 /// How long the gradient of a step may be where a number is told, unless the settings say so.
 const NUMBERS_GRAD_NORM: f64 = 1.0;
 
@@ -82,12 +114,12 @@ pub enum PeerError {
     /// Its state is not what this version writes.
     #[error("{} holds promises that this version cannot read", .0.display())]
     State(PathBuf),
-    /// It was started for something else than the federation that it has finished with.
-    #[error("the federation of {} has finished with {}", dir.display(), asked_for(difference))]
-    Finished {
+    /// It was started for something else than the federation that its state is of.
+    #[error("the federation of {} has {}", dir.display(), asked_for(difference))]
+    OtherSettings {
         /// Its state directory.
         dir: PathBuf,
-        /// Something on which peers agree: what the federation had, and what is asked for.
+        /// Something on which peers agree: what the federation has, and what is asked for.
         difference: Difference,
     },
     /// An accuracy is asked for where there is none.
@@ -205,15 +237,20 @@ impl LocalPeer {
         let name = loaded.peer;
         let (trainer, lesson) = make(&name)?;
         let agreed = shared(settings, &lesson).entries();
-        if durable.as_ref().is_some_and(is_finished) {
-            // Nobody is left to say that it does not fit, and its result is not what is asked for.
-            let other = journal.settings()?.and_then(|before| Difference::between(&before, &agreed));
-            if let Some(difference) = other {
-                return Err(PeerError::Finished { dir: state_dir, difference });
+        if durable.as_ref().is_some_and(|durable| durable.head.is_some())
+            && let Some(before) = journal.settings()?
+        {
+            // Of one that has finished nobody is left to say what does not fit, and its result is not what is asked for.
+            let finished = durable.as_ref().is_some_and(is_finished);
+            let fixed = |settings: &BTreeMap<String, String>| -> BTreeMap<String, String> {
+                let stays = |key: &str| finished || !MAY_CHANGE.contains(&key);
+                settings.clone().into_iter().filter(|(key, _)| stays(key)).collect()
+            };
+            if let Some(difference) = Difference::between(&fixed(&before), &fixed(&agreed)) {
+                return Err(PeerError::OtherSettings { dir: state_dir, difference });
             }
-        } else {
-            journal.save_settings(&agreed)?;
         }
+        journal.save_settings(&agreed)?;
         let (hosted, trusts_broker) = (None, false);
         Ok(Self {
             settings: settings.clone(),
@@ -601,27 +638,37 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_whose_federation_has_finished_is_not_taken_for_one_of_another() {
+    fn a_state_directory_is_not_taken_for_one_of_another_federation() {
         let dir = tempfile::tempdir().unwrap();
         let settings = settings(dir.path());
-        let open = |rounds| LocalPeer::open(&Settings { rounds, ..settings.clone() });
+        let open_with =
+            |rounds, hidden| LocalPeer::open(&Settings { rounds, hidden: vec![hidden], ..settings.clone() });
+        let open = |rounds| open_with(rounds, 8);
         let roster = Roster::of(&[PeerId::new("a").unwrap()].into());
-        let finish = |journal: &mut Journal| {
-            let model = Manifest::of(b"the model", 1024, Codec::F32).unwrap();
+        let model = Manifest::of(b"the model", 1024, Codec::F32).unwrap();
+        let decide = |journal: &mut Journal, outcome| {
             journal.put_blob(model.digest, &Bytes::from_static(b"the model")).unwrap();
-            let decree = Decree { outcome: Decided::Finish(Reason::Rounds, model), ..Decree::sample(&roster) };
+            let decree = Decree { outcome, ..Decree::sample(&roster) };
             let (accepts, genesis) = (Vec::new(), decree.digest());
             let durable = Durable { head: Some(Head { decree, accepts, genesis }), ..Durable::default() };
             journal.save_state(&durable.encode()).unwrap();
         };
-        drop(open(7).unwrap());
-        // Until it has finished it is for the others to say what fits.
+        let why = |opened: Result<LocalPeer, PeerError>| opened.err().unwrap().to_string();
+        drop(open_with(6, 4).unwrap());
+        let mut peer = open(7).unwrap();
+        decide(&mut peer.journal, Decided::Model(model));
+        drop(peer);
+        let error = why(open_with(7, 4));
+        assert!(error.ends_with("has hidden = 8, and now hidden = 4 is asked for"), "{error}");
+        // It is for the others to say whether they go on for longer, too.
         let mut peer = open(8).unwrap();
-        finish(&mut peer.journal);
+        decide(&mut peer.journal, Decided::Finish(Reason::Rounds, model));
         drop(peer);
         assert!(open(8).unwrap().has_finished());
-        let error = open(9).err().unwrap().to_string();
-        assert!(error.ends_with("with rounds = 8, and now rounds = 9 is asked for"), "{error}");
+        let error = why(open(9));
+        assert!(error.ends_with("has rounds = 8, and now rounds = 9 is asked for"), "{error}");
+        let agreed = settings.shared().entries();
+        assert!(MAY_CHANGE.iter().all(|key| agreed.contains_key(*key)), "a key is misspelled");
     }
 
     #[test]

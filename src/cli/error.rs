@@ -201,8 +201,8 @@ impl From<PeerError> for Failure {
                 .hint("use the version of rodizio that wrote it, or join as a new peer with an empty --state-dir"),
             PeerError::NoAccuracy { .. } => Failure::new(Exit::Usage, error)
                 .hint("leave --target-accuracy out (--patience and --rounds end it), or choose classes with --task"),
-            PeerError::Finished { .. } => Failure::new(Exit::Usage, error).hint(
-                "with the settings that it had you get its model; to train anew choose another --federation, or remove the directory",
+            PeerError::OtherSettings { .. } => Failure::new(Exit::Usage, error).hint(
+                "give it the settings and data that it had; to train anew choose another --federation, or remove the directory",
             ),
             PeerError::Transport(TransportError::Address(_) | TransportError::NoAddress) => {
                 Failure::new(Exit::Usage, error).hint("--broker takes HOST:PORT")

@@ -536,15 +536,15 @@ mod tests {
             let lines: String = (20..60).map(|age| format!("{age},{}\n", age % 2)).collect();
             format!("age,sick\n{lines}{text},1\n")
         };
-        let error = read_text(&table("61 y"), &options()).unwrap_err();
+        let error = read_text(table("61 y"), &options()).unwrap_err();
         assert_eq!(error.what, "\"61 y\" is no number, and 40 different values of this column are");
         assert!(error.hint.contains("leave the cell empty"));
         for missing in ["", "N/A", "NULL"] {
-            assert_eq!(columns(&read_text(&table(missing), &options()).unwrap()), [("age", None)]);
+            assert_eq!(columns(&read_text(table(missing), &options()).unwrap()), [("age", None)]);
         }
         let stages: String =
             ["1", "2", "3", "X"].iter().cycle().take(40).map(|stage| format!("{stage},0\n{stage},1\n")).collect();
-        let stages = read_text(&format!("stage,sick\n{stages}"), &options()).unwrap();
+        let stages = read_text(format!("stage,sick\n{stages}"), &options()).unwrap();
         assert_eq!(columns(&stages), [("stage", Some(vec!["1", "2", "3", "X"]))]);
     }
 
