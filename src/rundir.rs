@@ -177,11 +177,15 @@ impl RunDir {
         }
     }
 
-    /// The lines that the log of events holds so far.
-    pub fn earlier_events(&self) -> Result<impl Iterator<Item = std::io::Result<String>>, RunDirError> {
+    /// The lines that the log of events holds so far. What is no text in them was damaged, and is none of an event.
+    pub fn earlier_events(&self) -> Result<impl Iterator<Item = Result<String, RunDirError>>, RunDirError> {
         let path = self.dir.join(EVENTS);
         let file = File::open(&path).map_err(failed("read", &path))?;
-        Ok(BufReader::new(file).lines())
+        let lines = BufReader::new(file).split(b'\n');
+        Ok(lines.map(move |line| match line {
+            Ok(line) => Ok(String::from_utf8_lossy(&line).into_owned()),
+            Err(source) => Err(failed("read", &path)(source)),
+        }))
     }
 
     /// Keeps the effective configuration.

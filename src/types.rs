@@ -7,29 +7,37 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+/// Whether a text can be one level of a topic and the name of a directory: 1 to 64 of `A–Z a–z 0–9 - _ .` with no dot first,
+/// which would hide the directory or be another one.
+pub fn is_name(text: &str) -> bool {
+    (1..=PEER_ID_BYTES_MAX).contains(&text.len())
+        && !text.starts_with('.')
+        && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
+}
+
 /// The longest [`PeerId`], in bytes: it is one level of every topic.
 pub const PEER_ID_BYTES_MAX: usize = 64;
 
 /// A peer's name: one level of an MQTT topic, stable over restarts (it is kept in the state directory).
 ///
-/// 1 to 64 of `A–Z a–z 0–9 - _ .`; the word `all` is taken by the topic for every receiver.
+/// A [name](is_name); the word `all` is taken by the topic for every receiver.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct PeerId(Arc<str>);
 
 /// A text that cannot be a [`PeerId`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("peer id {0:?} is not 1 to 64 of A-Z a-z 0-9 - _ . (and not the reserved word \"all\")")]
+#[error("peer id {0:?} is not 1 to 64 of A-Z a-z 0-9 - _ . with no dot first (and not the reserved word \"all\")")]
 pub struct PeerIdError(String);
 
 impl PeerId {
     /// Checks `name` and takes it as an id.
     pub fn new(name: &str) -> Result<Self, PeerIdError> {
-        let valid = !name.is_empty()
-            && name.len() <= PEER_ID_BYTES_MAX
-            && name != "all"
-            && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));
-        if valid { Ok(Self(name.into())) } else { Err(PeerIdError(name.chars().take(2 * PEER_ID_BYTES_MAX).collect())) }
+        if is_name(name) && name != "all" {
+            Ok(Self(name.into()))
+        } else {
+            Err(PeerIdError(name.chars().take(2 * PEER_ID_BYTES_MAX).collect()))
+        }
     }
 
     /// The id as text.
@@ -336,7 +344,7 @@ mod tests {
         for good in ["a", "peer-1", "ward_3.lab", &"x".repeat(64)] {
             assert_eq!(PeerId::new(good).unwrap().as_str(), good);
         }
-        for bad in ["", "all", "a/b", "a+b", "#", "$x", "é", "a b", &"x".repeat(65)] {
+        for bad in ["", "all", ".", "..", ".a", "a/b", "a+b", "#", "$x", "é", "a b", &"x".repeat(65)] {
             assert!(PeerId::new(bad).is_err(), "{bad:?} was taken");
         }
     }

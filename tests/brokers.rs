@@ -16,6 +16,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use common::log;
+use rodizio::broker::{Broker, BrokerConfig};
 use rodizio::events::{Entry, Event, RoundCommitted};
 use rodizio::types::{Digest, PeerId, Round};
 use serde_json::Value;
@@ -468,7 +469,8 @@ fn shorter_chunks_pass_a_rabbitmq_with_a_low_limit() {
 #[test]
 fn shorter_chunks_pass_an_embedded_broker_with_a_low_limit() {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
-    let broker = runtime.block_on(rodizio::cluster::start_broker("127.0.0.1:0", 4, 64 << 10)).unwrap();
+    let config = BrokerConfig { packet_bytes_max: 192 << 10, ..BrokerConfig::default() };
+    let broker = runtime.block_on(Broker::start(config)).unwrap();
     carries_shorter_chunks(tempfile::tempdir().unwrap().path(), &broker.addr().to_string(), &[128 << 10]);
     runtime.block_on(broker.stop());
 }

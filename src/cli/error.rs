@@ -136,7 +136,10 @@ impl Failure {
                     .hint("the state is kept: run the same command again when the broker is back")
             }
             Outcome::FinishedWithoutModel => Failure::new(Exit::BadData, anyhow!(WITHOUT_MODEL))
-                .hint("the other peers have it in their run directories"),
+                .hint(
+                    "start it again together with a peer that has it, which stays for some seconds; or take it from the run \
+                     directory of that one",
+                ),
         })
     }
 
@@ -149,12 +152,21 @@ impl Failure {
     pub fn report(&self, stderr: &mut Stream) -> io::Result<()> {
         let red = stderr.style(Style::new().red().bold());
         let cyan = stderr.style(Style::new().cyan().bold());
-        writeln!(stderr.out, "{} {:#}", red.apply_to("error:"), self.error)?;
+        writeln!(stderr.out, "{} {}", red.apply_to("error:"), with_causes(&self.error))?;
         match &self.hint {
             Some(hint) => writeln!(stderr.out, "{} {hint}", cyan.apply_to("hint:")),
             None => Ok(()),
         }
     }
+}
+
+/// An error with its causes, but for those that it names itself.
+fn with_causes(error: &anyhow::Error) -> String {
+    error
+        .chain()
+        .skip(1)
+        .map(ToString::to_string)
+        .fold(error.to_string(), |text, cause| if text.contains(&cause) { text } else { format!("{text}: {cause}") })
 }
 
 /// How peers with other classes of pictures agree on them, if that is what differs.
@@ -176,10 +188,22 @@ impl From<ConfigError> for Failure {
     }
 }
 
+/// Somebody has named a place where nothing can be written; or the system failed.
+fn exit_of(error: &io::Error) -> Exit {
+    match error.kind() {
+        ErrorKind::PermissionDenied
+        | ErrorKind::NotFound
+        | ErrorKind::NotADirectory
+        | ErrorKind::AlreadyExists
+        | ErrorKind::ReadOnlyFilesystem => Exit::Usage,
+        _ => Exit::Internal,
+    }
+}
+
 impl From<JournalError> for Failure {
     fn from(error: JournalError) -> Self {
         let exit = match error {
-            JournalError::Io { .. } => Exit::Internal,
+            JournalError::Io { ref source, .. } => exit_of(source),
             JournalError::Damaged { .. } | JournalError::DamagedBlob { .. } | JournalError::Newer { .. } => {
                 Exit::BadData
             }
@@ -296,7 +320,11 @@ impl From<BenchError> for Failure {
 
 impl From<RunDirError> for Failure {
     fn from(error: RunDirError) -> Self {
-        Failure::new(Exit::Internal, error)
+        let exit = match &error {
+            RunDirError::Io { source, .. } => exit_of(source),
+            RunDirError::Export(_) => Exit::Internal,
+        };
+        Failure::new(exit, error)
             .hint("free some space there, or choose a directory that can be written with --run-dir")
     }
 }
@@ -329,6 +357,15 @@ mod tests {
         assert_eq!(hint, "start all peers with the same list, like --categories 'class=cat|dog|fox'");
         assert!(refused("column town", "categories", "numbers").contains("correct the values"));
         assert!(refused("column age", "numbers", "unknown").contains("same columns"));
+    }
+
+    #[test]
+    fn a_cause_that_its_error_names_is_not_said_again() {
+        let source = || io::Error::other("permission denied");
+        let error = JournalError::Io { action: "create", path: "state".into(), source: source() };
+        assert_eq!(with_causes(&error.into()), "cannot create state: permission denied");
+        let error = anyhow::Error::from(source()).context("no results");
+        assert_eq!(with_causes(&error), "no results: permission denied");
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::training::Source;
-use crate::types::{Address, PEER_ID_BYTES_MAX, PeerId, host_and_port};
+use crate::types::{Address, PEER_ID_BYTES_MAX, PeerId, host_and_port, is_name};
 
 /// One of the equal claims to a data set that is split among peers: the `index`-th of `of`, counted from 1. Its text is
 /// `index/of`.
@@ -160,9 +160,9 @@ impl Kind {
                 names.iter().all(|name| !name.is_empty()).then_some(Value::Texts(names))
             }
             Kind::Categories => categories(text).map(|_| Value::Text(text.into())),
-            Kind::Level => is_level(text).then(|| Value::Text(text.into())),
+            Kind::Level => is_name(text).then(|| Value::Text(text.into())),
             Kind::Levels { len_max } => {
-                let good = text.split('/').count() <= len_max && text.split('/').all(is_level);
+                let good = text.split('/').count() <= len_max && text.split('/').all(is_name);
                 good.then(|| Value::Text(text.into()))
             }
             Kind::Address => host_and_port(text).map(|_| Value::Text(text.into())),
@@ -223,9 +223,12 @@ impl fmt::Display for Kind {
             Kind::Categories => {
                 f.write_str("columns with their values, like 'sex=f|m; blood=A|B|AB|0', at least two of each")
             }
-            Kind::Level => write!(f, "1 to {PEER_ID_BYTES_MAX} of A-Z a-z 0-9 - _ ."),
+            Kind::Level => write!(f, "1 to {PEER_ID_BYTES_MAX} of A-Z a-z 0-9 - _ . with no dot first"),
             Kind::Levels { len_max } => {
-                write!(f, "up to {len_max} parts separated by /, each 1 to {PEER_ID_BYTES_MAX} of A-Z a-z 0-9 - _ .")
+                write!(
+                    f,
+                    "up to {len_max} parts separated by /, each 1 to {PEER_ID_BYTES_MAX} of A-Z a-z 0-9 - _ . with no dot first"
+                )
             }
             Kind::Address => f.write_str("HOST:PORT, like 0.0.0.0:1883 or [::]:1883"),
             Kind::Reachable => f.write_str("HOST:PORT as others reach it, like 192.168.1.20:1883"),
@@ -233,7 +236,10 @@ impl fmt::Display for Kind {
                 write!(f, "up to {len_max} of HOST:PORT, separated by commas, like 192.168.1.20:1883")
             }
             Kind::Peer => {
-                write!(f, "1 to {PEER_ID_BYTES_MAX} of A-Z a-z 0-9 - _ . (the words all and none are taken)")
+                write!(
+                    f,
+                    "1 to {PEER_ID_BYTES_MAX} of A-Z a-z 0-9 - _ . with no dot first (the words all and none are taken)"
+                )
             }
             Kind::Part => write!(f, "I/N, like 2/5: 1 to N, N up to {PARTS_MAX}"),
             Kind::Path => f.write_str("a path"),
@@ -395,11 +401,6 @@ fn size_text(bytes: u64) -> String {
 
 fn time_text(millis: u64) -> String {
     humantime::format_duration(Duration::from_millis(millis)).to_string()
-}
-
-fn is_level(text: &str) -> bool {
-    (1..=PEER_ID_BYTES_MAX).contains(&text.len())
-        && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
 }
 
 fn is_policy(words: &[&str], text: &str) -> bool {

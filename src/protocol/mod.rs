@@ -329,6 +329,8 @@ pub struct Peer {
     ended: Option<Ended>,
     /// Looked who is away once all was done.
     stays: bool,
+    /// It was started when all was over: for those who lack the last model, or to have it once more.
+    came_back: bool,
     stopped: bool,
     last_waiting: Option<Waiting>,
     waiting_checked: Option<Instant>,
@@ -381,6 +383,7 @@ impl Peer {
             lag: Lag::default(),
             ended: None,
             stays: false,
+            came_back: false,
             stopped: false,
             last_waiting: None,
             waiting_checked: None,
@@ -399,6 +402,7 @@ impl Peer {
             // Nothing is said before the hello; ballots are sent again once there is a connection.
             peer.actions.retain(|action| !matches!(action, Action::Publish { .. }));
         }
+        peer.came_back = peer.ended == Some(Ended::Finished);
         peer
     }
 

@@ -51,6 +51,11 @@ const PAUSE_MIN: Duration = Duration::from_millis(100);
 /// The longest such pause. A connection that lived this long starts again with the shortest.
 const PAUSE_MAX: Duration = Duration::from_secs(2);
 
+/// Of two peers of one name each has the broker close the connection of the other, and connects again after its pause. So many
+/// connections in a row that were so short are worth a question.
+const BRIEF: Duration = Duration::from_secs(2 * PAUSE_MAX.as_secs());
+const BRIEF_MANY: u32 = 4;
+
 /// How long the broker may take to acknowledge what was sent, when the transport stops.
 const FLUSH_MAX: Duration = Duration::from_secs(2);
 
@@ -398,6 +403,7 @@ async fn drive(
 ) {
     let mut pair = first;
     let mut pause = PAUSE_MIN;
+    let mut brief = 0;
     loop {
         let (connected, here) = (Instant::now(), pair.broker.clone());
         let moving = AtomicBool::new(false);
@@ -418,6 +424,12 @@ async fn drive(
             }
         };
         debug!(reason, "disconnected");
+        brief = if connected.elapsed() < BRIEF { brief + 1 } else { 0 };
+        let reason = if brief >= BRIEF_MANY {
+            format!("{reason}, again and again: is another peer called {}, too?", config.peer)
+        } else {
+            reason
+        };
         if reports.send(Report::Disconnected { reason }).is_err() {
             return;
         }
@@ -996,6 +1008,22 @@ mod tests {
         a.send(outgoing(Class::Bulk, "t/weights/a", "chunk", &Bytes::new()));
         wait_for(&mut a, "t/weights/a", "chunk").await;
         while events.poll().await.is_ok() {}
+    }
+
+    #[tokio::test]
+    async fn two_peers_of_one_name_are_asked_whether_they_are() {
+        let broker = start().await;
+        let (mut first, mut second) = (join(&broker, "a").await, join(&broker, "a").await);
+        let asked = async |peer: &mut MqttTransport| {
+            loop {
+                if let TransportEvent::Disconnected { reason } = peer.next().await
+                    && reason.ends_with("again and again: is another peer called a, too?")
+                {
+                    return;
+                }
+            }
+        };
+        tokio::join!(asked(&mut first), asked(&mut second));
     }
 
     #[tokio::test]

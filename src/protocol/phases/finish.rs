@@ -1,5 +1,6 @@
 //! Finishing: the last decree is known. A peer stays until it holds the last model; the leader, until the others do too,
-//! and for a while for those that it lost sight of: who was cut off at the end is to find somebody with the model.
+//! and for a while for those that it lost sight of: who was cut off at the end is to find somebody with the model. So is who comes
+//! back later: a peer that is started again when all is over stays for a while, too.
 
 use std::time::{Duration, Instant};
 
@@ -76,11 +77,19 @@ impl Peer {
         let (present, away): (Vec<PeerId>, Vec<PeerId>) =
             self.lacking().into_iter().partition(|peer| self.is_live(peer, now));
         let stays = self.timers.is_running(Timer::Stay) && !away.is_empty();
-        if !is_last_leader || !(stays || lingers && !present.is_empty()) {
+        let serves = self.came_back && lingers && !self.all_are_done();
+        if !serves && (!is_last_leader || !(stays || lingers && !present.is_empty())) {
             self.stop();
         } else if stays && !std::mem::replace(&mut self.stays, true) {
             self.notify(Notice::Staying(away));
         }
+    }
+
+    /// Whether every other member has said that it holds the last model.
+    fn all_are_done(&self) -> bool {
+        let members = self.durable.roster().map(|roster| roster.members()).unwrap_or_default();
+        let greeting = |peer: &PeerId| self.neighbours.get(peer).and_then(|neighbour| neighbour.greeting.as_ref());
+        members.iter().all(|peer| *peer == self.me || greeting(peer).is_some_and(|greeting| greeting.done))
     }
 
     /// Peers of this federation that have not said that they hold the last model.
@@ -94,5 +103,59 @@ impl Peer {
             .filter(|(peer, neighbour)| lacks(peer, neighbour))
             .map(|(peer, _)| peer.clone())
             .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::sync::Arc;
+
+    use bytes::Bytes;
+
+    use super::*;
+    use crate::protocol::decree::{Outcome, Reason};
+    use crate::protocol::message::{Body, Envelope, Head, Hello, VERSION};
+    use crate::protocol::{Action, Config, Decree, Durable, Event, Identity, Roster};
+    use crate::types::{Digest, Round, Term};
+    use crate::weights::Layout;
+
+    fn id(name: &str) -> PeerId {
+        PeerId::new(name).unwrap()
+    }
+
+    #[test]
+    fn who_is_started_when_all_is_over_stays_a_while_for_those_who_lack_the_model() {
+        let now = Instant::now();
+        let roster = Roster::of(&["a", "b"].map(id).into());
+        let model = *Decree::sample(&roster).model();
+        let decree =
+            Decree { round: Round(4), outcome: Outcome::Finish(Reason::Rounds, model), ..Decree::sample(&roster) };
+        let (accepts, genesis) = (["a", "b"].map(id).into(), Digest::of(b"genesis"));
+        let durable =
+            Durable { head: Some(Head { decree, accepts, genesis }), model: Some(model), ..Durable::default() };
+        let started = || {
+            let (layout, summary) = (Arc::new(Layout::default()), Bytes::new());
+            let identity = Identity { peer: id("a"), layout, num_examples: 1, broker: None, summary };
+            let held = BTreeSet::from([model.digest]);
+            Peer::new(Config::default(), identity, Some(durable.clone()), &held, now)
+        };
+        let stops = |actions: Vec<Action>| actions.iter().any(|action| matches!(action, Action::Stop));
+        let hello = |peer: &Peer, done| {
+            let (entries, layout) = (peer.config.entries(), peer.layout_digest);
+            let (num_examples, head, number, lag_ms, broker) = (1, None, 0, 0, None);
+            let hello = Hello { entries, layout, num_examples, head, genesis: None, done, number, lag_ms, broker };
+            let (sender, signature, round, body) = (id("b"), vec![], Round(5), Body::Hello(hello));
+            Event::Message(Envelope { version: VERSION, sender, signature, round, term: Term(0), body }.encode())
+        };
+        let mut peer = started();
+        assert!(!stops(peer.handle(Event::Connected, now)));
+        let alone = now + LINGER_TIMEOUTS * peer.config.election_timeout;
+        assert!(!stops(peer.handle(hello(&peer, false), alone - Duration::from_millis(1))));
+        assert!(!stops(peer.handle(Event::Tick, alone)), "somebody is there who lacks it");
+        assert!(stops(peer.handle(Event::Tick, alone + LINGER_TIMEOUTS * peer.config.election_timeout)));
+        let mut peer = started();
+        peer.handle(Event::Connected, now);
+        assert!(stops(peer.handle(hello(&peer, true), now)), "everybody has it");
     }
 }

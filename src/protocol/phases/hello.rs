@@ -39,6 +39,7 @@ impl Peer {
             self.timers.set(Timer::Beat, now);
         }
         self.restart_transfers(now);
+        self.linger(now);
     }
 
     pub(in crate::protocol) fn say_hello(&mut self, now: Instant) {
