@@ -261,8 +261,6 @@ struct Neighbour {
 /// What is kept of a peer's newest hello.
 #[derive(Clone, Debug)]
 struct Greeting {
-    /// Which of its hellos it was.
-    number: u32,
     /// Names its configuration and layout, if they are not this peer's.
     other_group: Option<Digest>,
     /// It has the last decree and the last model.

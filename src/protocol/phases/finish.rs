@@ -14,16 +14,29 @@ const LINGER_TIMEOUTS: u32 = 2;
 /// How long the last leader stays for those who are away: long enough for a connection that broke at the end.
 const ABSENCE_MAX: Duration = Duration::from_secs(10);
 
-/// The same, in election timeouts.
+/// How long a peer stays that was started again when all was over, unless somebody comes who lacks the last model.
+const RETURN_MAX: Duration = Duration::from_secs(4);
+
+/// As [`ABSENCE_MAX`], in election timeouts.
 const ABSENCE_TIMEOUTS: u32 = 4;
 
 impl Peer {
     pub(in crate::protocol) fn begin_finish(&mut self, now: Instant) {
         self.ended = Some(Ended::Finished);
         self.linger(now);
-        let absence = (ABSENCE_TIMEOUTS * self.config.election_timeout).min(ABSENCE_MAX);
-        self.timers.set(Timer::Stay, now + absence);
+        self.stay(ABSENCE_TIMEOUTS, ABSENCE_MAX, now);
         self.note_done(now);
+    }
+
+    /// Who was started again when all was over waits a while for others to come.
+    pub(in crate::protocol) fn await_others(&mut self, now: Instant) {
+        if self.came_back && !self.stopped {
+            self.stay(LINGER_TIMEOUTS, RETURN_MAX, now);
+        }
+    }
+
+    fn stay(&mut self, election_timeouts: u32, max: Duration, now: Instant) {
+        self.timers.set(Timer::Stay, now + (election_timeouts * self.config.election_timeout).min(max));
     }
 
     /// Whether this peer has all that the federation leaves.
@@ -77,7 +90,8 @@ impl Peer {
         let (present, away): (Vec<PeerId>, Vec<PeerId>) =
             self.lacking().into_iter().partition(|peer| self.is_live(peer, now));
         let stays = self.timers.is_running(Timer::Stay) && !away.is_empty();
-        let serves = self.came_back && lingers && !self.all_are_done();
+        let serves = self.came_back && !self.all_are_done();
+        let serves = serves && (self.timers.is_running(Timer::Stay) || lingers && !present.is_empty());
         if !serves && (!is_last_leader || !(stays || lingers && !present.is_empty())) {
             self.stop();
         } else if stays && !std::mem::replace(&mut self.stays, true) {
@@ -153,7 +167,10 @@ mod tests {
         let alone = now + LINGER_TIMEOUTS * peer.config.election_timeout;
         assert!(!stops(peer.handle(hello(&peer, false), alone - Duration::from_millis(1))));
         assert!(!stops(peer.handle(Event::Tick, alone)), "somebody is there who lacks it");
-        assert!(stops(peer.handle(Event::Tick, alone + LINGER_TIMEOUTS * peer.config.election_timeout)));
+        assert!(stops(peer.handle(Event::Tick, alone + 2 * LINGER_TIMEOUTS * peer.config.election_timeout)));
+        let mut peer = started();
+        peer.handle(Event::Connected, now);
+        assert!(stops(peer.handle(Event::Tick, alone)), "nobody has come");
         let mut peer = started();
         peer.handle(Event::Connected, now);
         assert!(stops(peer.handle(hello(&peer, true), now)), "everybody has it");

@@ -39,7 +39,7 @@ impl Peer {
             self.timers.set(Timer::Beat, now);
         }
         self.restart_transfers(now);
-        self.linger(now);
+        self.await_others(now);
     }
 
     pub(in crate::protocol) fn say_hello(&mut self, now: Instant) {
@@ -103,18 +103,13 @@ impl Peer {
     }
 
     pub(in crate::protocol) fn on_hello(&mut self, sender: PeerId, round: Round, hello: Hello, now: Instant) {
-        let before =
-            self.neighbours.get(&sender).and_then(|known| known.greeting.as_ref()).map(|greeting| greeting.number);
-        let is_new = before.is_none();
-        // The first may lie on the broker since its peer died.
-        let is_alive = before.is_some_and(|number| number != hello.number);
-        let founded = hello.genesis.is_some() && is_alive;
+        let is_new = self.neighbours.get(&sender).is_none_or(|known| known.greeting.is_none());
+        let founded = hello.genesis.is_some();
         let difference = self.difference(&hello);
         let hosts = hello.broker.is_some();
         if let Some(neighbour) = self.neighbours.get_mut(&sender) {
             let other_group = difference.is_some().then(|| hello.group());
             neighbour.greeting = Some(Greeting {
-                number: hello.number,
                 other_group,
                 done: hello.done,
                 lag: Lag::of_other(hello.lag_ms),
@@ -216,9 +211,7 @@ mod tests {
     use bytes::Bytes;
 
     use super::*;
-    use crate::protocol::message::{Envelope, VERSION};
     use crate::protocol::{Config, Event, Identity};
-    use crate::types::Term;
     use crate::weights::Layout;
 
     fn connected(name: &str, now: Instant) -> (Peer, Vec<Bytes>) {
@@ -280,27 +273,5 @@ mod tests {
         me.handle(Event::Message(other.last_will().1), later + pause);
         me.handle(Event::Message(hello[0].clone()), later + pause);
         assert_eq!(said_until(&mut me, later + 2 * pause), 1);
-    }
-
-    #[test]
-    fn a_hello_that_a_dead_peer_left_on_the_broker_keeps_nobody_out() {
-        let now = Instant::now();
-        let (mut me, _) = connected("me", now);
-        let layout = me.layout_digest;
-        let genesis = Some(Digest::of(b"genesis"));
-        let hello = |number| {
-            let (num_examples, head, done, lag_ms, broker) = (1, None, false, 0, None);
-            let entries = [("seed".to_owned(), "7".to_owned())].into();
-            let hello = Hello { entries, layout, num_examples, head, genesis, done, number, lag_ms, broker };
-            let (sender, signature, body) = (PeerId::new("other").unwrap(), vec![], Body::Hello(hello));
-            let envelope = Envelope { version: VERSION, sender, signature, round: Round(3), term: Term(0), body };
-            Event::Message(envelope.encode())
-        };
-        let refuses = |actions: Vec<Action>| {
-            actions.iter().any(|action| matches!(action, Action::Notify(Notice::Refused { .. })))
-        };
-        assert!(!refuses(me.handle(hello(9), now)));
-        assert!(!refuses(me.handle(hello(9), now)), "the same one, of the next connection");
-        assert!(refuses(me.handle(hello(10), now)), "it lives");
     }
 }

@@ -308,6 +308,15 @@ mod tests {
         peer
     }
 
+    /// `b`, for whom all have voted.
+    fn leader(now: Instant) -> Peer {
+        let mut peer = member("b", now);
+        for voter in ["a", "c", "d"] {
+            peer.handle(says(voter, Body::Ballot { candidate: id("b"), accepted: None }), now);
+        }
+        peer
+    }
+
     /// How the proposed model is to be kept that is pulled now.
     fn keep(actions: &[Action]) -> Option<Keep> {
         actions.iter().find_map(|action| match action {
@@ -338,10 +347,7 @@ mod tests {
     #[test]
     fn a_leader_tells_of_its_model_when_it_is_made_and_proposes_it_when_it_is_durable() {
         let now = Instant::now();
-        let mut peer = member("b", now);
-        for voter in ["a", "c", "d"] {
-            peer.handle(says(voter, Body::Ballot { candidate: id("b"), accepted: None }), now);
-        }
+        let mut peer = leader(now);
         let model = *decree().model();
         let proposes = |actions: &[Action]| publishes(actions, |body| matches!(body, Body::Proposal(_)));
         let actions = peer.handle(Event::Done(Done::Initial(Ok(model))), now);
@@ -354,10 +360,7 @@ mod tests {
     #[test]
     fn a_model_whose_flush_failed_is_made_again_and_not_proposed_before() {
         let now = Instant::now();
-        let mut peer = member("b", now);
-        for voter in ["a", "c", "d"] {
-            peer.handle(says(voter, Body::Ballot { candidate: id("b"), accepted: None }), now);
-        }
+        let mut peer = leader(now);
         let model = *decree().model();
         let initial = |actions: &[Action]| actions.iter().any(|action| matches!(action, Action::Start(Job::Initial)));
         assert!(flushes(&peer.handle(Event::Done(Done::Initial(Ok(model))), now)));
