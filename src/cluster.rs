@@ -216,8 +216,9 @@ async fn local_ip_towards(broker: &str, listen: SocketAddr) -> Option<IpAddr> {
 /// The settings of each peer of a cluster: its name, its part of the data set and its state directory.
 pub fn peer_settings(settings: &Settings, run_dir: &Path) -> Vec<Settings> {
     let of = settings.peers;
+    let width = of.to_string().len();
     let one = |index: usize| {
-        let name = settings.name_in_run(index);
+        let name = PeerId::new(&format!("peer-{index:0width$}")).expect("letters, digits and a dash are a name");
         let state_dir = Some(state_dir(run_dir, &name));
         Settings { part: Some(Part { index, of }), peer: Some(name), state_dir, ..settings.clone() }
     };

@@ -12,7 +12,6 @@ use std::time::Duration;
 use toml::de::{DeTable, DeValue};
 
 use crate::aggregation::Rule;
-use crate::protocol::Policy;
 use crate::types::{Address, PeerId};
 
 mod keys;
@@ -445,13 +444,6 @@ impl Layers {
             let rule = "each file of a pattern is one peer's, and nothing is shared out: leave partition out, or name one file";
             return Err(self.conflict("partition", "data", rule));
         }
-        let is_one_of_them = |fixed: &PeerId| (1..=settings.peers).any(|index| settings.name_in_run(index) == *fixed);
-        if let Policy::Fixed(fixed) = settings.shared().policy
-            && !is_one_of_them(&fixed)
-        {
-            let (first, last) = (settings.name_in_run(1), settings.name_in_run(settings.peers));
-            return Err(self.conflict("policy", "peers", &format!("the peers of a run are {first} to {last}")));
-        }
         if settings.peers < settings.min_peers {
             return Err(self.conflict(
                 "peers",
@@ -701,12 +693,6 @@ impl Layers {
 }
 
 impl Settings {
-    /// What the peers of a run are called, from 1 on.
-    pub fn name_in_run(&self, index: usize) -> PeerId {
-        let width = self.peers.to_string().len();
-        PeerId::new(&format!("peer-{index:0width$}")).expect("letters, digits and a dash are a name")
-    }
-
     /// Every key with its value, in the order of [`KEYS`].
     pub fn values(&self) -> Vec<(&'static Key, Value)> {
         KEYS.iter().map(|key| (key, self.value(key.name))).collect()
@@ -1079,15 +1065,6 @@ mod tests {
             ConfigError::Conflict { rule, .. } => rule,
             other => panic!("{other}"),
         };
-        let of_run = |text| {
-            let mut layers = Layers::new();
-            layers.file("lab.toml", text).unwrap();
-            layers.settings_of_run()
-        };
-        let error = rule(of_run("peers = 12\npolicy = 'fixed:peer-1'").unwrap_err());
-        assert!(error.ends_with("peer-01 to peer-12"), "{error}");
-        assert!(of_run("peers = 12\npolicy = 'fixed:peer-01'").is_ok());
-        assert!(with_file("policy = 'fixed:ward-3'").is_ok(), "peers that join have names of their own");
         let error = rule(with_file("trainer = 'python3 train.py'\ndata = 'csv:a.csv'").unwrap_err());
         assert!(error.contains("leave data out"), "{error}");
         assert!(with_file("trainer = 'python3 train.py'\ndata = 'digits'").is_ok(), "as a run writes it down");

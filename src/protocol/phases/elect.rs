@@ -40,6 +40,7 @@ impl Peer {
     fn forget_leader(&mut self) {
         self.open.following = None;
         self.open.leader_made_way = false;
+        self.open.reported = false;
         self.open.leading = None;
         self.open.proposal = None;
         self.open.upcoming = None;

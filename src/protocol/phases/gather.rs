@@ -36,6 +36,11 @@ impl Peer {
     }
 
     pub(in crate::protocol) fn on_decline(&mut self, sender: PeerId, round: Round, why: String) {
+        let is_here = |update: &Update| self.transfers.holds_as(&update.manifest);
+        if self.open.updates.get(&sender).is_some_and(is_here) {
+            // It was lost there, and had been pulled before.
+            return;
+        }
         if round == self.round() && self.is_member(&sender) && self.open.leading.is_some() {
             self.leave_out(sender, why);
         }

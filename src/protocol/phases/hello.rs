@@ -23,6 +23,7 @@ fn crowd(peers: usize) -> u32 {
 impl Peer {
     pub(in crate::protocol) fn on_connected(&mut self, now: Instant) {
         self.connected = true;
+        self.open.reported = false;
         self.say_hello(now);
         self.tell_brokers();
         // What was silent while the broker was away was not silent by its own fault.

@@ -41,6 +41,8 @@ pub(in crate::protocol) struct OpenRound {
     pub flush: bool,
     /// Why no update will come from this peer.
     pub declined: Option<String>,
+    /// The leader was told so, or of the update, through this connection. What it knows may be of before a restart.
+    pub reported: bool,
     /// How often its training failed in this round.
     pub failures: u32,
     /// Members' evaluations of the parent model, sent to this peer as candidate or leader.
@@ -153,6 +155,7 @@ impl OpenRound {
             training: Work::Idle,
             flush: false,
             declined: None,
+            reported: false,
             failures: 0,
             evaluations: BTreeMap::new(),
             updates: BTreeMap::new(),

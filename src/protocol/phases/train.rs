@@ -82,6 +82,7 @@ impl Peer {
         if round != self.round() || self.open.training != Work::Running {
             return;
         }
+        self.open.reported = false;
         match (result, self.parent()) {
             (Ok(trained), Some(parent)) if trained.metrics.is_finite() => {
                 let Trained { update: manifest, keep, unsent, control, step_sum, metrics } = trained;
@@ -125,6 +126,7 @@ impl Peer {
             (None, Some(why)) => Body::Decline { why: why.clone() },
             (None, None) => return,
         };
+        self.open.reported = true;
         self.publish(Topic::Report(self.round(), leader), body);
     }
 
@@ -134,7 +136,8 @@ impl Peer {
         if leader_has & has::EVALUATION == 0 {
             self.report_evaluation();
         }
-        if leader_has & has::UPDATE == 0 {
+        // A leader that waits for an update that was lost with the power must learn that none comes.
+        if leader_has & has::UPDATE == 0 || !self.open.reported || self.open.declined.is_some() {
             self.report_update();
         }
         if self.actions.len() == before
@@ -142,5 +145,57 @@ impl Peer {
         {
             self.publish(Topic::Report(self.round(), leader), Body::Status);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::sync::Arc;
+
+    use bytes::Bytes;
+
+    use super::*;
+    use crate::protocol::message::{Envelope, Head, Leading, VERSION};
+    use crate::protocol::{Config, Decree, Done, Durable, Event, Identity, Roster};
+    use crate::weights::{Layout, TensorSpec};
+
+    fn id(name: &str) -> PeerId {
+        PeerId::new(name).unwrap()
+    }
+
+    #[test]
+    fn a_leader_that_counts_on_an_update_which_was_lost_is_told_that_none_comes() {
+        let now = Instant::now();
+        let decree = Decree::sample(&Roster::of(&["a", "b"].map(id).into()));
+        let model = *decree.model();
+        let (accepts, genesis) = (["a", "b"].map(id).into(), decree.digest());
+        let mut durable =
+            Durable { head: Some(Head { decree, accepts, genesis }), model: Some(model), ..Durable::default() };
+        durable.open.round = Round(1);
+        let layout = Arc::new(Layout { tensors: vec![TensorSpec { name: "w".into(), shape: vec![4] }] });
+        let identity = Identity { peer: id("a"), layout, num_examples: 1, broker: None, summary: Bytes::new() };
+        let held = BTreeSet::from([model.digest]);
+        let mut peer = Peer::new(Config::default(), identity, Some(durable), &held, now);
+        peer.handle(Event::Connected, now);
+        let beat = || {
+            // It has what `a` announced before it lost its power.
+            let has = vec![has::EVALUATION | has::UPDATE; 2];
+            let leading = Leading { ballots: ["a", "b"].map(id).into(), has, parent_metrics: None, upcoming: None };
+            let (sender, signature, body) = (id("b"), vec![], Body::Leader(leading));
+            let envelope = Envelope { version: VERSION, sender, signature, round: Round(1), term: Term(1), body };
+            Event::Message(envelope.encode())
+        };
+        let declines = |actions: &[Action]| {
+            actions.iter().any(|action| {
+                let Action::Publish { message, .. } = action else { return false };
+                matches!(Envelope::decode(message), Ok((Envelope { body: Body::Decline { .. }, .. }, _)))
+            })
+        };
+        peer.handle(beat(), now);
+        peer.open.training = Work::Running;
+        let failed = Done::Trained { round: Round(1), result: Err("the disk is full".into()) };
+        assert!(declines(&peer.handle(Event::Done(failed), now)));
+        assert!(declines(&peer.handle(beat(), now)), "what was said may have been lost");
     }
 }
