@@ -161,8 +161,9 @@ impl Pulls {
         let Wanted { manifest, holders, keep } = wanted;
         let blob = manifest.digest;
         if let Some(pull) = self.pulls.get_mut(&blob) {
-            for holder in holders {
-                if !pull.holders.contains(&holder) {
+            // Mostly they are the same in the same order, and there may be thousands.
+            for (at, holder) in holders.into_iter().enumerate() {
+                if pull.holders.get(at) != Some(&holder) && !pull.holders.contains(&holder) {
                     pull.holders.push(holder);
                 }
             }

@@ -139,17 +139,20 @@ impl Peer {
         self.actions.push(Action::Retain(keep));
     }
 
-    /// The newest model and who may have it: those who accepted it, its leader first, and then all other members. They pull it,
-    /// too, and may be the only ones left that have it.
-    pub(in crate::protocol) fn head_to_pull(&self) -> Option<(Manifest, Vec<PeerId>)> {
-        let head = self.head()?;
-        let wanted = self.is_member(&self.me) || self.ended.is_some();
-        let model = wanted.then(|| head.decree.model())?;
+    /// The newest model, if this peer is to have it.
+    pub(in crate::protocol) fn head_model(&self) -> Option<&Manifest> {
+        self.parent_model().filter(|_| self.is_member(&self.me) || self.ended.is_some())
+    }
+
+    /// Who may have the newest model: those who accepted it, its leader first, and then all other members. They pull it, too,
+    /// and may be the only ones left that have it.
+    pub(in crate::protocol) fn head_holders(&self) -> Vec<PeerId> {
+        let Some(head) = self.head() else { return Vec::new() };
+        let accepted: BTreeSet<&PeerId> = head.accepts.iter().collect();
         let leader = head.accepts.iter().filter(|peer| **peer == head.decree.leader);
         let others = head.accepts.iter().filter(|peer| **peer != head.decree.leader);
-        let members = self.durable.roster().map(|roster| roster.members()).unwrap_or_default();
-        let members = members.iter().filter(|peer| !head.accepts.contains(peer));
-        Some((*model, leader.chain(others).chain(members).filter(|peer| **peer != self.me).cloned().collect()))
+        let members = head.decree.next_roster.members().iter().filter(|peer| !accepted.contains(peer));
+        leader.chain(others).chain(members).filter(|peer| **peer != self.me).cloned().collect()
     }
 
     /// The last round that made a model.

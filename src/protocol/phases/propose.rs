@@ -402,8 +402,7 @@ mod tests {
         let genesis = decree.digest();
         let head = Head { decree, accepts: ["b", "c", "d"].map(id).into(), genesis };
         peer.handle(says("b", Body::Head(head)), now);
-        let (_, holders) = peer.head_to_pull().unwrap();
-        assert_eq!(holders, ["b", "c", "d", "e"].map(id));
+        assert_eq!(peer.head_holders(), ["b", "c", "d", "e"].map(id));
     }
 
     #[test]

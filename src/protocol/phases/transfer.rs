@@ -78,7 +78,11 @@ impl Peer {
         let keep = |needed| if needed { Keep::Durable } else { Keep::Unflushed };
         // A quorum has it for good: what is worked with here may be lost, until it has been the newest for a while.
         let stays = self.open.flush || self.ended.is_some() || !self.is_training_round();
-        let head = self.head_to_pull().map(|(model, holders)| (model, holders, keep(stays)));
+        let head = self.head_model().map(|model| {
+            // All members are gone through, with every event: only while one of them is to send it.
+            let holders = if self.transfers.holds(&model.digest) { Vec::new() } else { self.head_holders() };
+            (*model, holders, keep(stays))
+        });
         let bound = self.open.leading.as_ref().and_then(|leading| leading.bound.as_ref());
         let bound = bound.map(|(decree, holders)| (*decree.model(), holders.clone(), Keep::Durable));
         // Where this peer leads, it made the model itself.

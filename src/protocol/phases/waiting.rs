@@ -41,12 +41,11 @@ impl Peer {
         if needed > 0 {
             return Some(Waiting::Quorum { missing, needed });
         }
-        if let Some((model, holders)) = self.head_to_pull()
-            && !self.transfers.holds(&model.digest)
+        if self.head_model().is_some_and(|model| !self.transfers.holds(&model.digest))
             && now.saturating_duration_since(self.open.marks.entered) >= self.silence()
             && !self.transfers.is_moving(now, self.silence())
         {
-            return Some(Waiting::Model { round: self.last_model_round(), holders });
+            return Some(Waiting::Model { round: self.last_model_round(), holders: self.head_holders() });
         }
         self.lacks_updates().or(self.fails_again()).map(|(present, needed)| Waiting::Updates { present, needed })
     }
