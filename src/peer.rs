@@ -237,18 +237,11 @@ impl LocalPeer {
         let name = loaded.peer;
         let (trainer, lesson) = make(&name)?;
         let agreed = shared(settings, &lesson).entries();
-        if durable.as_ref().is_some_and(|durable| durable.head.is_some())
+        if let Some(durable) = durable.as_ref().filter(|durable| durable.head.is_some())
             && let Some(before) = journal.settings()?
+            && let Some(difference) = other_federation(durable, before, agreed.clone())
         {
-            // Of one that has finished nobody is left to say what does not fit, and its result is not what is asked for.
-            let finished = durable.as_ref().is_some_and(is_finished);
-            let fixed = |settings: &BTreeMap<String, String>| -> BTreeMap<String, String> {
-                let stays = |key: &str| finished || !MAY_CHANGE.contains(&key);
-                settings.clone().into_iter().filter(|(key, _)| stays(key)).collect()
-            };
-            if let Some(difference) = Difference::between(&fixed(&before), &fixed(&agreed)) {
-                return Err(PeerError::OtherSettings { dir: state_dir, difference });
-            }
+            return Err(PeerError::OtherSettings { dir: state_dir, difference });
         }
         journal.save_settings(&agreed)?;
         let (hosted, trusts_broker) = (None, false);
@@ -453,6 +446,21 @@ fn shared(settings: &Settings, lesson: &Lesson) -> protocol::Config {
 
 fn is_finished(durable: &Durable) -> bool {
     durable.head.as_ref().is_some_and(|head| head.decree.reason().is_some())
+}
+
+/// What makes the settings those of another federation than the one whose state this is.
+fn other_federation(
+    durable: &Durable,
+    mut before: BTreeMap<String, String>,
+    mut now: BTreeMap<String, String>,
+) -> Option<Difference> {
+    // Of one that has finished nobody is left to say what does not fit, and its result is not what is asked for.
+    if !is_finished(durable) {
+        for settings in [&mut before, &mut now] {
+            settings.retain(|key, _| !MAY_CHANGE.contains(&key.as_str()));
+        }
+    }
+    Difference::between(&before, &now)
 }
 
 fn asked_for(Difference { key, theirs, mine }: &Difference) -> String {

@@ -182,9 +182,8 @@ impl RunDir {
         let path = self.dir.join(EVENTS);
         let file = File::open(&path).map_err(failed("read", &path))?;
         let lines = BufReader::new(file).split(b'\n');
-        Ok(lines.map(move |line| match line {
-            Ok(line) => Ok(String::from_utf8_lossy(&line).into_owned()),
-            Err(source) => Err(failed("read", &path)(source)),
+        Ok(lines.map(move |line| {
+            line.map(|line| String::from_utf8_lossy(&line).into_owned()).map_err(failed("read", &path))
         }))
     }
 

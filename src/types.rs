@@ -7,8 +7,11 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-/// Whether a text can be one level of a topic and the name of a directory: 1 to 64 of `A–Z a–z 0–9 - _ .` with no dot first,
-/// which would hide the directory or be another one.
+/// What a [name](is_name) is, in words.
+pub const NAME_RULE: &str = "1 to 64 of A-Z a-z 0-9 - _ . with no dot first";
+
+/// Whether a text can be one level of a topic and the name of a directory: [`NAME_RULE`]. A dot first would hide the directory,
+/// or make it another one.
 pub fn is_name(text: &str) -> bool {
     (1..=PEER_ID_BYTES_MAX).contains(&text.len())
         && !text.starts_with('.')
@@ -27,7 +30,7 @@ pub struct PeerId(Arc<str>);
 
 /// A text that cannot be a [`PeerId`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("peer id {0:?} is not 1 to 64 of A-Z a-z 0-9 - _ . with no dot first (and not the reserved word \"all\")")]
+#[error("peer id {0:?} is not {NAME_RULE} (and not the reserved word \"all\")")]
 pub struct PeerIdError(String);
 
 impl PeerId {

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::io::ErrorKind;
+use std::mem;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -116,15 +117,11 @@ impl Audience<'_, '_> {
             tokio::select! {
                 biased;
                 // Before the entries, some of which come of it: peers that leave then are no news.
-                () = &mut stopping, if !is_stopping => {
-                    is_stopping = true;
-                    self.stopping();
-                }
+                () = &mut stopping, if !is_stopping => self.stopping(&mut is_stopping),
                 Some(entry) = entries.recv() => {
                     // The request may have come after it was looked for, and this entry of it.
-                    if stop.is_requested() && !is_stopping {
-                        is_stopping = true;
-                        self.stopping();
+                    if stop.is_requested() {
+                        self.stopping(&mut is_stopping);
                     }
                     self.hear(&entry);
                 }
@@ -148,9 +145,12 @@ impl Audience<'_, '_> {
         result
     }
 
-    fn stopping(&mut self) {
-        let notice = self.narrator.stopping();
-        self.show(&notice);
+    /// The peers were asked to stop: that is told once.
+    fn stopping(&mut self, is_told: &mut bool) {
+        if !mem::replace(is_told, true) {
+            let notice = self.narrator.stopping();
+            self.show(&notice);
+        }
     }
 
     /// The results are what it was all for: waits until a full disk takes them, or the user has enough.

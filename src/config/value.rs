@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::training::Source;
-use crate::types::{Address, PEER_ID_BYTES_MAX, PeerId, host_and_port, is_name};
+use crate::types::{Address, NAME_RULE, PeerId, host_and_port, is_name};
 
 /// One of the equal claims to a data set that is split among peers: the `index`-th of `of`, counted from 1. Its text is
 /// `index/of`.
@@ -223,24 +223,14 @@ impl fmt::Display for Kind {
             Kind::Categories => {
                 f.write_str("columns with their values, like 'sex=f|m; blood=A|B|AB|0', at least two of each")
             }
-            Kind::Level => write!(f, "1 to {PEER_ID_BYTES_MAX} of A-Z a-z 0-9 - _ . with no dot first"),
-            Kind::Levels { len_max } => {
-                write!(
-                    f,
-                    "up to {len_max} parts separated by /, each 1 to {PEER_ID_BYTES_MAX} of A-Z a-z 0-9 - _ . with no dot first"
-                )
-            }
+            Kind::Level => f.write_str(NAME_RULE),
+            Kind::Levels { len_max } => write!(f, "up to {len_max} parts separated by /, each {NAME_RULE}"),
             Kind::Address => f.write_str("HOST:PORT, like 0.0.0.0:1883 or [::]:1883"),
             Kind::Reachable => f.write_str("HOST:PORT as others reach it, like 192.168.1.20:1883"),
             Kind::Addresses { len_max } => {
                 write!(f, "up to {len_max} of HOST:PORT, separated by commas, like 192.168.1.20:1883")
             }
-            Kind::Peer => {
-                write!(
-                    f,
-                    "1 to {PEER_ID_BYTES_MAX} of A-Z a-z 0-9 - _ . with no dot first (the words all and none are taken)"
-                )
-            }
+            Kind::Peer => write!(f, "{NAME_RULE} (the words all and none are taken)"),
             Kind::Part => write!(f, "I/N, like 2/5: 1 to N, N up to {PARTS_MAX}"),
             Kind::Path => f.write_str("a path"),
         }

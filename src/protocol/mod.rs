@@ -24,6 +24,8 @@ mod notice;
 mod phases;
 pub mod roaming;
 pub mod roster;
+#[cfg(test)]
+mod samples;
 mod timer;
 pub mod topic;
 
@@ -557,15 +559,13 @@ impl Peer {
     }
 
     fn unreadable(&mut self, error: &MessageError) {
-        if matches!(error, MessageError::Version { sender: Some(sender), .. } if *sender == self.me) {
+        let sender = if let MessageError::Version { sender, .. } = error { sender.clone() } else { None };
+        if sender.as_ref() == Some(&self.me) {
             // Left on the broker by this peer, before it was given another version.
             return;
         }
         // What anybody writes as a name must not take ever more memory.
-        let sender = match error {
-            MessageError::Version { sender, .. } if self.bad_senders.len() < NEIGHBOURS_MAX => sender.clone(),
-            _ => None,
-        };
+        let sender = sender.filter(|_| self.bad_senders.len() < NEIGHBOURS_MAX);
         self.bad_message(sender, error.to_string());
     }
 

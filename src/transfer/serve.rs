@@ -105,6 +105,10 @@ mod tests {
         PeerId::new(name).unwrap()
     }
 
+    fn set(indices: &[u32]) -> ChunkSet {
+        ChunkSet::new(indices.iter().copied()).unwrap()
+    }
+
     #[test]
     fn one_grant_gets_no_more_than_an_honest_receiver_asks_for_at_a_time() {
         let manifest =
@@ -112,10 +116,6 @@ mod tests {
         let all = ChunkSet::new(0..4096).unwrap();
         let sends = Serve::of(&manifest, REPEAT_AFTER).granted(&peer("a"), &all, Instant::now(), false);
         assert_eq!(sends.len(), 4, "chunks of a megabyte");
-    }
-
-    fn set(indices: &[u32]) -> ChunkSet {
-        ChunkSet::new(indices.iter().copied()).unwrap()
     }
 
     #[test]

@@ -350,30 +350,9 @@ impl Peer {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
-    use bytes::Bytes;
-
     use super::*;
-    use crate::protocol::message::{Envelope, Hello, VERSION};
-    use crate::protocol::{Action, Config, Durable, Event, Identity, Roster};
-    use crate::weights::Layout;
-
-    fn id(name: &str) -> PeerId {
-        PeerId::new(name).unwrap()
-    }
-
-    /// What `b` says in a term of round 0.
-    fn of_b(term: u32, body: Body) -> Event {
-        let (sender, signature, round, term) = (id("b"), vec![], Round(0), Term(term));
-        Event::Message(Envelope { version: VERSION, sender, signature, round, term, body }.encode())
-    }
-
-    fn hello(peer: &Peer) -> Body {
-        let (entries, layout) = (Config::default().entries(), peer.layout_digest);
-        let (num_examples, head, genesis, done, number, lag_ms, broker) = (1, None, None, false, 0, 0, None);
-        Body::Hello(Hello { entries, layout, num_examples, head, genesis, done, number, lag_ms, broker })
-    }
+    use crate::protocol::samples::{hello, id, identity, says};
+    use crate::protocol::{Action, Config, Durable, Event, Roster};
 
     #[test]
     fn a_candidate_that_comes_later_gets_the_vote_soon() {
@@ -381,19 +360,17 @@ mod tests {
         let mut durable = Durable::default();
         durable.founding.roster = Some(Roster::of(&["a", "b", "c"].map(id).into()));
         durable.open.ballots.insert(Term(0), id("b"));
-        let (layout, summary) = (Arc::new(Layout::default()), Bytes::new());
-        let identity = Identity { peer: id("a"), layout, num_examples: 1, broker: None, summary };
-        let mut peer = Peer::new(Config::default(), identity, Some(durable), &BTreeSet::new(), now);
+        let mut peer = Peer::new(Config::default(), identity("a"), Some(durable), &BTreeSet::new(), now);
         let votes = |actions: Vec<Action>| {
             let is_vote = |action: &&Action| matches!(action, Action::Publish { topic: Topic::Election(..), .. });
             actions.iter().filter(is_vote).count()
         };
         assert_eq!(votes(peer.handle(Event::Connected, now)), 1);
         now += peer.heartbeat() / 10;
-        peer.handle(of_b(0, hello(&peer)), now);
+        peer.handle(says("b", 0, 0, Body::Hello(hello(&peer))), now);
         now += peer.heartbeat() / 4;
         assert_eq!(votes(peer.handle(Event::Tick, now)), 1, "it was not there");
-        peer.handle(of_b(0, hello(&peer)), now);
+        peer.handle(says("b", 0, 0, Body::Hello(hello(&peer))), now);
         now += peer.heartbeat() / 4;
         assert_eq!(votes(peer.handle(Event::Tick, now)), 0, "it is there");
     }
@@ -403,26 +380,19 @@ mod tests {
         let now = Instant::now();
         let mut durable = Durable::default();
         durable.founding.roster = Some(Roster::of(&["a", "b", "c"].map(id).into()));
-        let (layout, summary) = (Arc::new(Layout::default()), Bytes::new());
-        let identity = Identity { peer: id("a"), layout, num_examples: 1, broker: None, summary };
-        let mut peer = Peer::new(Config::default(), identity, Some(durable), &BTreeSet::new(), now);
+        let mut peer = Peer::new(Config::default(), identity("a"), Some(durable), &BTreeSet::new(), now);
         peer.handle(Event::Connected, now);
         let leading =
             Leading { ballots: vec![id("b"), id("c")], has: Vec::new(), parent_metrics: None, upcoming: None };
-        peer.handle(of_b(1, Body::Leader(leading)), now);
+        peer.handle(says("b", 0, 1, Body::Leader(leading)), now);
         assert_eq!((peer.promised(), peer.open.following.clone()), (Term(1), Some(id("b"))));
 
-        let of_c = |event: Event| {
-            let Event::Message(message) = event else { return event };
-            let (envelope, _) = Envelope::decode(&message).unwrap();
-            Event::Message(Envelope { sender: id("c"), ..envelope }.encode())
-        };
-        let hello = hello(&peer);
-        peer.handle(of_c(of_b(3, hello.clone())), now);
+        let hello = Body::Hello(hello(&peer));
+        peer.handle(says("c", 0, 3, hello.clone()), now);
         assert_eq!(peer.promised(), Term(1), "its leader leads on, whatever others think");
-        peer.handle(of_b(1, hello.clone()), now);
+        peer.handle(says("b", 0, 1, hello.clone()), now);
         assert_eq!(peer.promised(), Term(1), "it says hello, and leads on");
-        peer.handle(of_b(2, hello), now);
+        peer.handle(says("b", 0, 2, hello), now);
         assert_eq!((peer.promised(), &peer.open.following), (Term(3), &None), "where all meet");
     }
 }

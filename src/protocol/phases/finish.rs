@@ -14,11 +14,11 @@ const LINGER_TIMEOUTS: u32 = 2;
 /// How long the last leader stays for those who are away: long enough for a connection that broke at the end.
 const ABSENCE_MAX: Duration = Duration::from_secs(10);
 
+/// The same, in election timeouts.
+const ABSENCE_TIMEOUTS: u32 = 4;
+
 /// How long a peer stays that was started again when all was over, unless somebody comes who lacks the last model.
 const RETURN_MAX: Duration = Duration::from_secs(4);
-
-/// As [`ABSENCE_MAX`], in election timeouts.
-const ABSENCE_TIMEOUTS: u32 = 4;
 
 impl Peer {
     pub(in crate::protocol) fn begin_finish(&mut self, now: Instant) {
@@ -89,10 +89,12 @@ impl Peer {
         let is_last_leader = self.head().is_some_and(|head| head.decree.leader == self.me);
         let (present, away): (Vec<PeerId>, Vec<PeerId>) =
             self.lacking().into_iter().partition(|peer| self.is_live(peer, now));
-        let stays = self.timers.is_running(Timer::Stay) && !away.is_empty();
-        let serves = self.came_back && !self.all_are_done();
-        let serves = serves && (self.timers.is_running(Timer::Stay) || lingers && !present.is_empty());
-        if !serves && (!is_last_leader || !(stays || lingers && !present.is_empty())) {
+        let waits = self.timers.is_running(Timer::Stay);
+        let stays = waits && !away.is_empty();
+        let helps = lingers && !present.is_empty();
+        let serves_as_leader = is_last_leader && (stays || helps);
+        let serves_again = self.came_back && !self.all_are_done() && (waits || helps);
+        if !serves_as_leader && !serves_again {
             self.stop();
         } else if stays && !std::mem::replace(&mut self.stays, true) {
             self.notify(Notice::Staying(away));
@@ -123,20 +125,13 @@ impl Peer {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
-    use std::sync::Arc;
-
-    use bytes::Bytes;
 
     use super::*;
     use crate::protocol::decree::{Outcome, Reason};
-    use crate::protocol::message::{Body, Envelope, Head, Hello, VERSION};
-    use crate::protocol::{Action, Config, Decree, Durable, Event, Identity, Roster};
-    use crate::types::{Digest, Round, Term};
-    use crate::weights::Layout;
-
-    fn id(name: &str) -> PeerId {
-        PeerId::new(name).unwrap()
-    }
+    use crate::protocol::message::{Body, Head, Hello};
+    use crate::protocol::samples::{hello, id, identity, says};
+    use crate::protocol::{Action, Config, Decree, Durable, Event, Roster};
+    use crate::types::{Digest, Round};
 
     #[test]
     fn who_is_started_when_all_is_over_stays_a_while_for_those_who_lack_the_model() {
@@ -149,23 +144,15 @@ mod tests {
         let durable =
             Durable { head: Some(Head { decree, accepts, genesis }), model: Some(model), ..Durable::default() };
         let started = || {
-            let (layout, summary) = (Arc::new(Layout::default()), Bytes::new());
-            let identity = Identity { peer: id("a"), layout, num_examples: 1, broker: None, summary };
             let held = BTreeSet::from([model.digest]);
-            Peer::new(Config::default(), identity, Some(durable.clone()), &held, now)
+            Peer::new(Config::default(), identity("a"), Some(durable.clone()), &held, now)
         };
         let stops = |actions: Vec<Action>| actions.iter().any(|action| matches!(action, Action::Stop));
-        let hello = |peer: &Peer, done| {
-            let (entries, layout) = (peer.config.entries(), peer.layout_digest);
-            let (num_examples, head, number, lag_ms, broker) = (1, None, 0, 0, None);
-            let hello = Hello { entries, layout, num_examples, head, genesis: None, done, number, lag_ms, broker };
-            let (sender, signature, round, body) = (id("b"), vec![], Round(5), Body::Hello(hello));
-            Event::Message(Envelope { version: VERSION, sender, signature, round, term: Term(0), body }.encode())
-        };
+        let says_hello = |peer: &Peer, done| says("b", 5, 0, Body::Hello(Hello { done, ..hello(peer) }));
         let mut peer = started();
         assert!(!stops(peer.handle(Event::Connected, now)));
         let alone = now + LINGER_TIMEOUTS * peer.config.election_timeout;
-        assert!(!stops(peer.handle(hello(&peer, false), alone - Duration::from_millis(1))));
+        assert!(!stops(peer.handle(says_hello(&peer, false), alone - Duration::from_millis(1))));
         assert!(!stops(peer.handle(Event::Tick, alone)), "somebody is there who lacks it");
         assert!(stops(peer.handle(Event::Tick, alone + 2 * LINGER_TIMEOUTS * peer.config.election_timeout)));
         let mut peer = started();
@@ -173,6 +160,6 @@ mod tests {
         assert!(stops(peer.handle(Event::Tick, alone)), "nobody has come");
         let mut peer = started();
         peer.handle(Event::Connected, now);
-        assert!(stops(peer.handle(hello(&peer, true), now)), "everybody has it");
+        assert!(stops(peer.handle(says_hello(&peer, true), now)), "everybody has it");
     }
 }

@@ -36,12 +36,9 @@ impl Peer {
     }
 
     pub(in crate::protocol) fn on_decline(&mut self, sender: PeerId, round: Round, why: String) {
-        let is_here = |update: &Update| self.transfers.holds_as(&update.manifest);
-        if self.open.updates.get(&sender).is_some_and(is_here) {
-            // It was lost there, and had been pulled before.
-            return;
-        }
-        if round == self.round() && self.is_member(&sender) && self.open.leading.is_some() {
+        let is_for_me = round == self.round() && self.is_member(&sender) && self.open.leading.is_some();
+        // What was pulled before its owner lost it counts.
+        if is_for_me && !self.gathered().contains(&sender) {
             self.leave_out(sender, why);
         }
     }
@@ -233,22 +230,13 @@ impl Peer {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
-    use std::sync::Arc;
-
-    use bytes::Bytes;
-
     use super::*;
     use crate::protocol::decree::Outcome;
-    use crate::protocol::message::{Body, Envelope, Head, VERSION};
-    use crate::protocol::{Config, Decree, Done, Durable, Event, Identity, Roster};
+    use crate::protocol::message::{Body, Head};
+    use crate::protocol::samples::{self, id, identity};
+    use crate::protocol::{Config, Decree, Done, Durable, Event, Roster};
     use crate::transfer::Codec;
     use crate::types::Metrics;
-    use crate::weights::{Layout, TensorSpec};
-
-    fn id(name: &str) -> PeerId {
-        PeerId::new(name).unwrap()
-    }
 
     /// A blob of four values.
     fn blob(of: u8) -> Manifest {
@@ -262,9 +250,7 @@ mod tests {
         let parent = decree.digest();
         let mut durable = Durable { head: Some(Head { decree, accepts, genesis }), ..Durable::default() };
         durable.open.round = Round(1);
-        let layout = Arc::new(Layout { tensors: vec![TensorSpec { name: "w".into(), shape: vec![4] }] });
-        let identity = Identity { peer: id("a"), layout, num_examples: 1, broker: None, summary: Bytes::new() };
-        let mut peer = Peer::new(Config::default(), identity, Some(durable), &BTreeSet::new(), now);
+        let mut peer = Peer::new(Config::default(), identity("a"), Some(durable), &BTreeSet::new(), now);
         peer.handle(Event::Connected, now);
         for voter in ["b", "c"] {
             peer.handle(says(voter, Body::Ballot { candidate: id("a"), accepted: None }), now);
@@ -281,8 +267,7 @@ mod tests {
     }
 
     fn says(sender: &str, body: Body) -> Event {
-        let (sender, signature, round, term) = (id(sender), vec![], Round(1), Term(1));
-        Event::Message(Envelope { version: VERSION, sender, signature, round, term, body }.encode())
+        samples::says(sender, 1, 1, body)
     }
 
     #[test]

@@ -307,36 +307,25 @@ impl Peer {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
     use std::time::Duration;
 
     use super::*;
-    use crate::protocol::message::{Envelope, Hello, VERSION};
-    use crate::protocol::{Action, Config, Event, Identity};
-    use crate::weights::Layout;
+    use crate::protocol::message::Envelope;
+    use crate::protocol::samples::{hello, identity, says};
+    use crate::protocol::{Action, Config, Event};
 
     #[test]
     fn a_founder_remembers_the_first_roster_before_anybody_hears_of_it() {
         let mut now = Instant::now();
-        let id = |name| PeerId::new(name).unwrap();
-        let layout = Arc::new(Layout::default());
-        let identity = Identity { peer: id("a"), layout, num_examples: 1, broker: None, summary: Bytes::new() };
-        let mut peer = Peer::new(Config::default(), identity, None, &BTreeSet::new(), now);
-        let of_b = |term, body| {
-            let (sender, signature, round) = (id("b"), vec![], Round::GENESIS);
-            Event::Message(Envelope { version: VERSION, sender, signature, round, term, body }.encode())
-        };
+        let mut peer = Peer::new(Config::default(), identity("a"), None, &BTreeSet::new(), now);
         peer.handle(Event::Connected, now);
-        let (entries, layout) = (peer.config.entries(), peer.layout_digest);
-        let (num_examples, head, genesis, done, number, lag_ms, broker) = (1, None, None, false, 0, 0, None);
-        let hello = Hello { entries, layout, num_examples, head, genesis, done, number, lag_ms, broker };
         while peer.genesis.calling.is_none() {
-            peer.handle(of_b(Term(0), Body::Hello(hello.clone())), now);
+            peer.handle(says("b", 0, 0, Body::Hello(hello(&peer))), now);
             now += Duration::from_millis(100);
             peer.handle(Event::Tick, now);
         }
         let (call, summary) = (peer.durable.founding.last_call, Bytes::new());
-        let actions = peer.handle(of_b(call, Body::Join { gave_up: Term(0), summary }), now);
+        let actions = peer.handle(says("b", 0, call.0, Body::Join { gave_up: Term(0), summary }), now);
         let remembers = |action: &Action| matches!(action, Action::Persist(kept) if kept.founding.roster.is_some());
         let tells = |action: &Action| {
             let Action::Publish { message, .. } = action else { return false };

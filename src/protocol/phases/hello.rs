@@ -207,25 +207,15 @@ impl Peer {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use bytes::Bytes;
 
     use super::*;
-    use crate::protocol::{Config, Event, Identity};
-    use crate::weights::Layout;
+    use crate::protocol::samples::identity;
+    use crate::protocol::{Config, Event};
 
     fn connected(name: &str, now: Instant) -> (Peer, Vec<Bytes>) {
-        let peer = PeerId::new(name).unwrap();
-        let identity = Identity {
-            peer,
-            layout: Arc::new(Layout::default()),
-            num_examples: 1,
-            broker: None,
-            summary: Bytes::new(),
-        };
         let config = Config { min_peers: 1000, ..Config::default() };
-        let mut peer = Peer::new(config, identity, None, &BTreeSet::new(), now);
+        let mut peer = Peer::new(config, identity(name), None, &BTreeSet::new(), now);
         let hellos = hellos(peer.handle(Event::Connected, now));
         (peer, hellos)
     }

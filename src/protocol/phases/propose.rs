@@ -251,24 +251,13 @@ impl Peer {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
     use std::time::Duration;
 
-    use bytes::Bytes;
-
     use super::*;
-    use crate::protocol::message::{Envelope, Head, Leading, VERSION};
-    use crate::protocol::{Action, Config, Done, Durable, Event, Identity, Job};
+    use crate::protocol::message::{Envelope, Head, Leading};
+    use crate::protocol::samples::{self, id, identity};
+    use crate::protocol::{Action, Config, Done, Durable, Event, Job};
     use crate::transfer::{Intake, Keep};
-    use crate::weights::{Layout, TensorSpec};
-
-    fn id(name: &str) -> PeerId {
-        PeerId::new(name).unwrap()
-    }
-
-    fn layout() -> Arc<Layout> {
-        Arc::new(Layout { tensors: vec![TensorSpec { name: "w".into(), shape: vec![4] }] })
-    }
 
     fn roster() -> Roster {
         Roster::of(&["a", "b", "c", "d"].map(id).into())
@@ -280,8 +269,7 @@ mod tests {
     }
 
     fn says(sender: &str, body: Body) -> Event {
-        let (sender, signature, round, term) = (id(sender), vec![], Round::GENESIS, Term(0));
-        Event::Message(Envelope { version: VERSION, sender, signature, round, term, body }.encode())
+        samples::says(sender, 0, 0, body)
     }
 
     /// What `b` says as the leader.
@@ -294,9 +282,7 @@ mod tests {
     fn member(name: &str, now: Instant) -> Peer {
         let mut durable = Durable::default();
         durable.founding.roster = Some(roster());
-        let identity =
-            Identity { peer: id(name), layout: layout(), num_examples: 1, broker: None, summary: Bytes::new() };
-        let mut peer = Peer::new(Config::default(), identity, Some(durable), &BTreeSet::new(), now);
+        let mut peer = Peer::new(Config::default(), identity(name), Some(durable), &BTreeSet::new(), now);
         peer.handle(Event::Connected, now);
         peer
     }

@@ -46,20 +46,13 @@ impl Peer {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
     use std::time::Instant;
 
-    use bytes::Bytes;
-
     use super::*;
-    use crate::protocol::message::{Body, Envelope, Head, Hello, VERSION};
+    use crate::protocol::message::{Body, Head, Hello};
+    use crate::protocol::samples::{hello, id, identity, says};
     use crate::protocol::{Config, Decree, Durable, Event, Identity};
-    use crate::types::{Digest, Round, Term};
-    use crate::weights::Layout;
-
-    fn id(name: &str) -> PeerId {
-        PeerId::new(name).unwrap()
-    }
+    use crate::types::Digest;
 
     fn address(host: &str) -> Address {
         Address::new(&format!("{host}:1883")).unwrap()
@@ -78,21 +71,14 @@ mod tests {
             genesis: Digest::of(b"genesis"),
         });
         let durable = Durable { head, ..Durable::default() };
-        let layout = Arc::new(Layout { tensors: Vec::new() });
-        let (broker, summary) = (Some(address("own")), Bytes::new());
-        let identity = Identity { peer: id("a"), layout, num_examples: 1, broker, summary };
+        let identity = Identity { broker: Some(address("own")), ..identity("a") };
         Peer::new(Config::default(), identity, Some(durable), &BTreeSet::new(), Instant::now())
     }
 
     /// What `peer` tells of brokers when it hears a hello.
     fn hears_hello(peer: &mut Peer, of: &str, broker: Option<&str>) -> Vec<Vec<Address>> {
-        let (entries, layout, broker) = (Config::default().entries(), peer.layout_digest, broker.map(address));
-        let (num_examples, head, genesis, done, number, lag_ms) = (1, None, None, false, 0, 0);
-        let hello = Hello { entries, layout, num_examples, head, genesis, done, number, lag_ms, broker };
-        let body = Body::Hello(hello);
-        let hello =
-            Envelope { version: VERSION, sender: id(of), signature: vec![], round: Round(0), term: Term(0), body };
-        told(peer.handle(Event::Message(hello.encode()), Instant::now()))
+        let hello = Hello { broker: broker.map(address), ..hello(peer) };
+        told(peer.handle(says(of, 0, 0, Body::Hello(hello)), Instant::now()))
     }
 
     fn told(actions: Vec<Action>) -> Vec<Vec<Address>> {

@@ -150,19 +150,10 @@ impl Peer {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
-    use std::sync::Arc;
-
-    use bytes::Bytes;
-
     use super::*;
-    use crate::protocol::message::{Envelope, Head, Leading, VERSION};
-    use crate::protocol::{Config, Decree, Done, Durable, Event, Identity, Roster};
-    use crate::weights::{Layout, TensorSpec};
-
-    fn id(name: &str) -> PeerId {
-        PeerId::new(name).unwrap()
-    }
+    use crate::protocol::message::{Envelope, Head, Leading};
+    use crate::protocol::samples::{id, identity, says};
+    use crate::protocol::{Config, Decree, Done, Durable, Event, Roster};
 
     #[test]
     fn a_leader_that_counts_on_an_update_which_was_lost_is_told_that_none_comes() {
@@ -173,18 +164,14 @@ mod tests {
         let mut durable =
             Durable { head: Some(Head { decree, accepts, genesis }), model: Some(model), ..Durable::default() };
         durable.open.round = Round(1);
-        let layout = Arc::new(Layout { tensors: vec![TensorSpec { name: "w".into(), shape: vec![4] }] });
-        let identity = Identity { peer: id("a"), layout, num_examples: 1, broker: None, summary: Bytes::new() };
         let held = BTreeSet::from([model.digest]);
-        let mut peer = Peer::new(Config::default(), identity, Some(durable), &held, now);
+        let mut peer = Peer::new(Config::default(), identity("a"), Some(durable), &held, now);
         peer.handle(Event::Connected, now);
         let beat = || {
             // It has what `a` announced before it lost its power.
             let has = vec![has::EVALUATION | has::UPDATE; 2];
             let leading = Leading { ballots: ["a", "b"].map(id).into(), has, parent_metrics: None, upcoming: None };
-            let (sender, signature, body) = (id("b"), vec![], Body::Leader(leading));
-            let envelope = Envelope { version: VERSION, sender, signature, round: Round(1), term: Term(1), body };
-            Event::Message(envelope.encode())
+            says("b", 1, 1, Body::Leader(leading))
         };
         let declines = |actions: &[Action]| {
             actions.iter().any(|action| {

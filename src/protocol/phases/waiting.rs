@@ -85,31 +85,18 @@ impl Peer {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
-    use std::sync::Arc;
-
-    use bytes::Bytes;
-
     use super::*;
-    use crate::protocol::message::{Body, Envelope, Head, VERSION};
-    use crate::protocol::{Action, Config, Decree, Durable, Event, Identity, Roster};
-    use crate::types::{Digest, Round, Term};
-    use crate::weights::Layout;
-
-    fn id(name: &str) -> PeerId {
-        PeerId::new(name).unwrap()
-    }
+    use crate::protocol::message::{Body, Head};
+    use crate::protocol::samples::{id, identity, says};
+    use crate::protocol::{Action, Config, Decree, Durable, Event, Roster};
+    use crate::types::{Digest, Round};
+    use std::collections::BTreeSet;
 
     /// The decree of a round, of whose next round these are members.
     fn head(round: u64, members: &[&str]) -> Head {
         let next_roster = Roster::of(&members.iter().copied().map(id).collect());
         let decree = Decree { round: Round(round), leader: id("b"), ..Decree::sample(&next_roster) };
         Head { decree, accepts: vec![id("b"), id("c")], genesis: Digest::of(b"genesis") }
-    }
-
-    fn says(sender: &str, round: u64, body: Body) -> Event {
-        let (sender, signature, round, term) = (id(sender), vec![], Round(round), Term(0));
-        Event::Message(Envelope { version: VERSION, sender, signature, round, term, body }.encode())
     }
 
     fn told(actions: &[Action]) -> Vec<Option<Waiting>> {
@@ -124,24 +111,17 @@ mod tests {
     fn who_is_admitted_waits_no_more_and_says_so_but_for_a_model_that_nobody_sends() {
         let mut now = Instant::now();
         let durable = Durable { head: Some(head(4, &["b", "c"])), ..Durable::default() };
-        let identity = Identity {
-            peer: id("a"),
-            layout: Arc::new(Layout::default()),
-            num_examples: 1,
-            broker: None,
-            summary: Bytes::new(),
-        };
-        let mut peer = Peer::new(Config::default(), identity, Some(durable), &BTreeSet::new(), now);
+        let mut peer = Peer::new(Config::default(), identity("a"), Some(durable), &BTreeSet::new(), now);
         peer.handle(Event::Connected, now);
-        let actions = peer.handle(says("b", 5, Body::Status), now);
+        let actions = peer.handle(says("b", 5, 0, Body::Status), now);
         assert_eq!(told(&actions), [Some(Waiting::Admission)]);
-        let actions = peer.handle(says("b", 5, Body::Head(head(5, &["a", "b", "c"]))), now);
+        let actions = peer.handle(says("b", 5, 0, Body::Head(head(5, &["a", "b", "c"]))), now);
         assert_eq!(told(&actions), [None]);
         let silence = peer.silence();
         let mut waits = Vec::new();
         while waits.is_empty() && now < peer.open.marks.entered + 3 * silence {
             now += silence / 8;
-            for event in [says("b", 6, Body::Status), says("c", 6, Body::Status), Event::Tick] {
+            for event in [says("b", 6, 0, Body::Status), says("c", 6, 0, Body::Status), Event::Tick] {
                 waits.extend(told(&peer.handle(event, now)));
             }
         }
