@@ -101,11 +101,24 @@ fn example(name: &str, replacements: &[(&str, &str)]) -> String {
     replaced(fs::read_to_string(path).unwrap(), replacements)
 }
 
-fn replaced(text: String, replacements: &[(&str, &str)]) -> String {
-    replacements.iter().fold(text, |text, (from, to)| {
-        assert_eq!(text.matches(from).count(), 1, "{from} in:\n{text}");
-        text.replace(from, to)
-    })
+/// All places are looked for before any is replaced: a free port may begin like one of the example's.
+fn replaced(mut text: String, replacements: &[(&str, &str)]) -> String {
+    let place = |(from, to): &(&str, &str)| {
+        let found: Vec<usize> = text.match_indices(from).map(|(at, _)| at).collect();
+        assert_eq!(found.len(), 1, "{from} in:\n{text}");
+        (found[0]..found[0] + from.len(), to.to_string())
+    };
+    let mut places: Vec<_> = replacements.iter().map(place).collect();
+    // From the end: what is replaced does not move what comes before it.
+    places.sort_by_key(|(range, _)| std::cmp::Reverse(range.start));
+    places.into_iter().for_each(|(range, to)| text.replace_range(range, &to));
+    text
+}
+
+#[test]
+fn a_free_port_that_begins_like_a_port_of_the_example_is_left_alone() {
+    let replacements = [("host:1883", "host:42221"), ("host:4222", "host:-1")];
+    assert_eq!(replaced("a host:1883\nb host:4222\n".to_string(), &replacements), "a host:42221\nb host:-1\n");
 }
 
 /// Starts the name service of Erlang, which would outlive the broker if that started it, and puts everything that has
