@@ -3,8 +3,12 @@
 //! MQTT 3.1.1 has no way to ask, and brokers refuse in different ways: some close the connection, some acknowledge and
 //! drop, some say nothing. So two short connections try it: the *ear* subscribes to a topic that only probes use, and
 //! the *mouth* speaks to it and then dies. Whatever is tried is followed by a small message on the same way, so its
-//! absence shows without a wait; only a broker that says nothing at all is waited for. One goes ahead, too: where it is
-//! missing, the connection was lost, and nothing was refused.
+//! absence shows without a wait; only a broker that says nothing at all is waited for. One goes ahead, too, and is
+//! waited for: where it is missing, the connection was lost, and nothing was refused.
+//!
+//! Each length has a mouth of its own, the longest first, down to one that passes: where a mouth was closed, nothing tells
+//! how much of what it said before is still to come. Not even a message that the ear sends after it must come after it:
+//! rumqttd takes all that a connection has sent when it turns to it for the first of that.
 //!
 //! ```text
 //!  ear    retained message ─ subscribe ─ echo at QoS 1 ──── hears ──────────────────── hears ── clears the retained one
@@ -13,6 +17,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::iter;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -41,8 +46,8 @@ const LINK_BYTES_PER_SECOND: usize = 32 << 10;
 /// How many round trips a broker may take for one answer.
 const ROUND_TRIPS: u32 = 20;
 
-/// Messages that a probe hands to rumqttc at once: every length down to the floor, and the first and last one.
-const REQUESTS: usize = 32;
+/// Messages that a probe hands to rumqttc at once, at most.
+const REQUESTS: usize = 4;
 
 /// How a broker is tried before the first connection to it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -172,17 +177,14 @@ impl Prober<'_> {
         self.try_qos1(&mut ear, patience).await?;
 
         let wanted = self.probe.chunk_bytes.max(CHUNK_BYTES_TRIED);
-        let mut spoken = self.speak(&mut ear, &[wanted], patience).await?;
-        if spoken.longest.is_none() {
-            let shorter: Vec<usize> = halves(wanted).collect();
-            spoken = self.speak(&mut ear, &shorter, patience).await?;
-        }
-        let too_low = || self.lacks(Lack::MessageBytes(message_bytes(CHUNK_BYTES_FLOOR)));
-        let taken = spoken.longest.ok_or_else(too_low)?;
-        // A mouth that the broker closed may leave no last will (RabbitMQ). One that says no more than passes must.
-        if spoken.closed && self.speak(&mut ear, &[taken], patience).await?.closed {
-            return Err(Failed::Unreachable("the broker closed the connection".to_owned()));
-        }
+        let mut lengths = lengths(wanted);
+        let taken = loop {
+            match lengths.next() {
+                Some(chunk) if self.passes(&mut ear, chunk, patience).await? => break chunk,
+                Some(_) => {}
+                None => return Err(self.lacks(Lack::MessageBytes(message_bytes(CHUNK_BYTES_FLOOR)))),
+            }
+        };
         let retained = match retained_refused {
             true => Retained::Refused,
             false if ear.has_heard(ear.tag, Mark::Retained) => Retained::Kept,
@@ -230,45 +232,37 @@ impl Prober<'_> {
         ear.until(patience, echoed).await.map_err(|_| self.lacks(Lack::Qos1))
     }
 
-    /// A mouth sends chunks of these lengths, shortest first, and dies.
-    async fn speak(&self, ear: &mut Side, chunks: &[usize], patience: Duration) -> Result<Spoken, Failed> {
+    /// A mouth sends a chunk of this length, and dies. Whether the ear hears it.
+    async fn passes(&self, ear: &mut Side, chunk: usize, patience: Duration) -> Result<bool, Failed> {
         let tag = Tag::new();
         let mut mouth = self.open_mouth(tag).await?;
         mouth.publish(&self.probe.topic, QoS::AtMostOnce, false, tag.payload(Mark::Begin, 0));
-        for &chunk in chunks {
-            let payload = tag.payload(Mark::Chunk, message_bytes(chunk) + MARGIN);
-            mouth.publish(&self.probe.topic, QoS::AtMostOnce, false, payload);
+        tokio::select! {
+            begun = ear.until(patience, |ear| ear.has_heard(tag, Mark::Begin)) => begun?,
+            () = mouth.closed() => {
+                return Err(Failed::Unreachable("the connection was lost before anything was tried".to_owned()));
+            }
         }
+        let payload = tag.payload(Mark::Chunk, message_bytes(chunk) + MARGIN);
+        mouth.publish(&self.probe.topic, QoS::AtMostOnce, false, payload);
         mouth.publish(&self.probe.topic, QoS::AtMostOnce, false, tag.payload(Mark::End, 0));
 
-        let bytes: usize = chunks.iter().sum();
-        let patience_for_all = patience + Duration::from_secs((bytes / LINK_BYTES_PER_SECOND) as u64);
-        let closed = tokio::select! {
+        let patience_for_all = patience + Duration::from_secs((chunk / LINK_BYTES_PER_SECOND) as u64);
+        tokio::select! {
             // Silent: a broker that drops the rest of a connection says so by its last will at the latest.
             ended = ear.until(patience_for_all, |ear| ear.has_heard(tag, Mark::End)) => match ended {
-                Ok(()) | Err(Lost::Silent) => false,
+                Ok(()) | Err(Lost::Silent) => {}
                 Err(lost) => return Err(lost.into()),
             },
-            () = mouth.closed() => true,
-        };
+            // A mouth that the broker closed may leave no last will (RabbitMQ). One that says no more than passes must.
+            () = mouth.closed() => return Ok(false),
+        }
         drop(mouth);
-        if closed {
-            // What the mouth said before is on its way to the ear, in front of this.
-            ear.publish(&self.probe.topic, QoS::AtMostOnce, false, tag.payload(Mark::End, 0));
-            ear.until(patience, |ear| ear.has_heard(tag, Mark::End)).await?;
-        } else {
-            ear.until(patience, |ear| ear.has_heard(tag, Mark::Will)).await.map_err(|lost| match lost {
-                Lost::Silent => self.lacks(Lack::LastWill),
-                lost => lost.into(),
-            })?;
-        }
-        if !ear.has_heard(tag, Mark::Begin) {
-            return Err(Failed::Unreachable("the connection was lost before anything was tried".to_owned()));
-        }
-        let lengths = ear.heard.iter().filter(|heard| heard.of == tag && heard.mark == Mark::Chunk);
-        let longest = lengths.map(|heard| heard.length).max();
-        let longest = chunks.iter().copied().find(|&chunk| Some(message_bytes(chunk) + MARGIN) == longest);
-        Ok(Spoken { longest, closed })
+        ear.until(patience, |ear| ear.has_heard(tag, Mark::Will)).await.map_err(|lost| match lost {
+            Lost::Silent => self.lacks(Lack::LastWill),
+            lost => lost.into(),
+        })?;
+        Ok(ear.has_heard(tag, Mark::Chunk))
     }
 
     async fn open_mouth(&self, tag: Tag) -> Result<Side, Failed> {
@@ -318,24 +312,15 @@ impl Prober<'_> {
     }
 }
 
-/// What came of the chunks of one mouth.
-struct Spoken {
-    /// The longest one that the ear heard.
-    longest: Option<usize>,
-    /// Whether the broker closed the mouth's connection.
-    closed: bool,
-}
-
 /// The longest message that a chunk of this length makes.
 fn message_bytes(chunk_bytes: usize) -> usize {
     chunk_bytes + CHUNK_HEADER_BYTES_MAX
 }
 
-/// Half of a chunk's length, a quarter and so on, down to the floor; the shortest first.
-fn halves(chunk_bytes: usize) -> impl Iterator<Item = usize> {
-    let halvings = chunk_bytes.checked_ilog2().unwrap_or(0);
-    let halves = (1..=halvings).rev().map(move |halving| chunk_bytes >> halving);
-    halves.filter(|&half| half >= CHUNK_BYTES_FLOOR)
+/// A chunk's length, half of it, a quarter and so on, down to the floor.
+fn lengths(chunk_bytes: usize) -> impl Iterator<Item = usize> {
+    let halves = iter::successors(Some(chunk_bytes), |length| Some(length / 2));
+    halves.take_while(|&length| length >= CHUNK_BYTES_FLOOR)
 }
 
 /// What a message of a probe is for.
@@ -375,7 +360,6 @@ impl Tag {
 struct Heard {
     of: Tag,
     mark: Mark,
-    length: usize,
 }
 
 impl Heard {
@@ -384,7 +368,7 @@ impl Heard {
         let (tag, rest) = publish.payload.split_first_chunk::<{ Tag::BYTES }>()?;
         let all = [Mark::Retained, Mark::Echo, Mark::Begin, Mark::Chunk, Mark::End, Mark::Will];
         let mark = all.into_iter().find(|&mark| Some(&(mark as u8)) == rest.first())?;
-        Some(Self { of: Tag(u64::from_be_bytes(*tag)), mark, length: publish.payload.len() })
+        Some(Self { of: Tag(u64::from_be_bytes(*tag)), mark })
     }
 }
 
@@ -488,6 +472,8 @@ mod tests {
         closes: bool,
         /// How long every packet takes.
         delay: Duration,
+        /// How much later than its answer a message reaches subscribers.
+        lag: Duration,
     }
 
     impl Default for Fake {
@@ -503,6 +489,7 @@ mod tests {
                 message_bytes_max: usize::MAX,
                 closes: true,
                 delay: Duration::ZERO,
+                lag: Duration::ZERO,
             }
         }
     }
@@ -541,6 +528,14 @@ mod tests {
                 return None;
             }
             let (to_me, mut for_me) = unbounded_channel();
+            let (to_all, mut for_all) = unbounded_channel();
+            let subscribed = topic.clone();
+            tokio::spawn(async move {
+                while let Some(publish) = for_all.recv().await {
+                    sleep(self.lag).await;
+                    subscribed.lock().unwrap().publish(&publish);
+                }
+            });
             let refused = loop {
                 let packet = tokio::select! {
                     // An interrupted read keeps what it has in `received`.
@@ -552,14 +547,14 @@ mod tests {
                 };
                 sleep(self.delay).await;
                 let Some(packet) = packet else { break false };
-                let Some(answer) = self.answer(packet, &topic, &to_me) else { break true };
+                let Some(answer) = self.answer(packet, &topic, &to_me, &to_all) else { break true };
                 for packet in answer {
                     send(&mut socket, &packet).await;
                 }
             };
             // Like RabbitMQ, which forgets the last will of who says too much.
             if let Some(will) = connect.last_will.filter(|_| self.wills && !refused) {
-                topic.lock().unwrap().publish(&Publish::new(will.topic, QoS::AtMostOnce, will.message));
+                let _ = to_all.send(Publish::new(will.topic, QoS::AtMostOnce, will.message));
             }
             None
         }
@@ -569,6 +564,7 @@ mod tests {
             packet: Packet,
             topic: &Mutex<Topic>,
             to_me: &UnboundedSender<Publish>,
+            to_all: &UnboundedSender<Publish>,
         ) -> Option<Vec<Packet>> {
             let mut topic = topic.lock().unwrap();
             match packet {
@@ -585,7 +581,7 @@ mod tests {
                     }
                     let plain = Publish { qos: QoS::AtMostOnce, pkid: 0, retain: false, ..publish.clone() };
                     if !too_long {
-                        topic.publish(&plain);
+                        let _ = to_all.send(plain.clone());
                     }
                     if publish.retain && self.keeps {
                         topic.kept = Some(plain);
@@ -692,6 +688,13 @@ mod tests {
         assert_eq!(error, "unreachable: the connection was lost before anything was tried");
     }
 
+    /// A message of the ear may overtake what a mouth said before it was closed, as with rumqttd.
+    #[tokio::test]
+    async fn what_comes_late_of_a_closed_mouth_is_not_taken_for_refused() {
+        let late = Fake { message_bytes_max: 65_536, lag: Duration::from_millis(20), ..Fake::default() };
+        assert_eq!(late.probe().await.unwrap().chunk_bytes_max, Some(32 << 10));
+    }
+
     /// Every answer takes longer than the patience for a quick link, and that to a ping longer than its interval.
     #[tokio::test]
     async fn a_slow_link_is_given_its_time() {
@@ -713,9 +716,8 @@ mod tests {
 
     #[test]
     fn lengths_go_down_to_the_floor() {
-        assert_eq!(halves(CHUNK_BYTES_TRIED).collect::<Vec<_>>(), [16 << 10, 32 << 10]);
-        assert_eq!(halves(100_000).collect::<Vec<_>>(), [25_000, 50_000]);
-        assert!(halves(64 << 20).count() + 2 < REQUESTS);
+        assert_eq!(lengths(CHUNK_BYTES_TRIED).collect::<Vec<_>>(), [64 << 10, 32 << 10, 16 << 10]);
+        assert_eq!(lengths(100_000).collect::<Vec<_>>(), [100_000, 50_000, 25_000]);
     }
 
     #[test]
