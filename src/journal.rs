@@ -3,8 +3,8 @@
 //! ```text
 //! <state directory>/
 //!   lock               held while a process uses the directory
-//!   peer               the peer's name and its federation, as text
-//!   state              the newest state: header, checksum, payload
+//!   peer               the peer's name, which one of that name it is, and its federation, as text
+//!   state              the newest state: header, checksum, payload; of this directory's peer alone
 //!   settings.json      what the peers of its federation agree on, by key
 //!   blobs/<digest>.blob
 //!   blobs/<digest>.unflushed
@@ -48,16 +48,16 @@ use bytes::Bytes;
 
 use self::blobs::{BLOB_END, SpareFile};
 pub use self::blobs::{Blob, Blobs, Draft, read_blob};
-use crate::types::{Digest, PeerId};
+use crate::types::{Digest, Incarnation, PeerId};
 
 /// The version of the files that this code writes.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// How a state file starts.
 const STATE_MAGIC: &[u8; 8] = b"RDZSTATE";
 
-/// Magic, version, length of the payload, digest of the payload.
-const STATE_HEADER_BYTES: usize = 8 + 4 + 8 + 32;
+/// Magic, version, incarnation, length of the payload, digest of the payload.
+const STATE_HEADER_BYTES: usize = 8 + 4 + 8 + 8 + 32;
 
 /// Random bytes in a generated name: two of a million peers share one with a chance of 1 in 37 million.
 const GENERATED_NAME_BYTES: usize = 8;
@@ -75,6 +75,9 @@ const STATE: &str = "state";
 const SETTINGS: &str = "settings.json";
 const BLOBS: &str = "blobs";
 
+/// How the first line of an identity file starts; its version follows.
+const IDENTITY_START: &str = "rodizio peer ";
+
 /// How the last line of an identity file starts.
 const CHECKSUM: &str = "checksum ";
 
@@ -82,6 +85,7 @@ const CHECKSUM: &str = "checksum ";
 #[derive(Debug)]
 pub struct Journal {
     disk: Arc<Disk>,
+    incarnation: Incarnation,
     blobs: Blobs,
 }
 
@@ -155,9 +159,9 @@ pub enum JournalError {
         /// Its file.
         path: PathBuf,
     },
-    /// A newer version wrote a file.
-    #[error("{} has format {found}; this version reads up to format {VERSION}", path.display())]
-    Newer {
+    /// Another version wrote a file.
+    #[error("{} has format {found}; this version of rodizio reads format {VERSION}", path.display())]
+    OtherVersion {
         /// The file.
         path: PathBuf,
         /// Its format.
@@ -174,13 +178,14 @@ impl JournalError {
             JournalError::Foreign { .. } => "choose an empty or new directory with --state-dir",
             JournalError::OtherFederation { .. } => "give each federation its own --state-dir",
             JournalError::OtherPeer { .. } => "leave --peer out, or choose another --state-dir",
-            JournalError::Damaged { .. } => {
-                "check the disk; then restore the directory from a copy, or join as a new peer with an empty --state-dir"
-            }
+            // No word of a copy: an older one has forgotten promises, and nobody could tell.
+            JournalError::Damaged { .. } => "check the disk; then join as a new peer, with an empty --state-dir",
             JournalError::DamagedBlob { .. } => {
                 "check the disk; then remove that file: the peer pulls the model again, or makes its own update again"
             }
-            JournalError::Newer { .. } => "use the version of rodizio that wrote it, or a newer one",
+            JournalError::OtherVersion { .. } => {
+                "use the version of rodizio that wrote it, or join as a new peer with an empty --state-dir"
+            }
         }
     }
 
@@ -227,12 +232,12 @@ impl Journal {
             _lock: lock(dir)?,
         });
         disk.remove_temporaries(dir)?;
-        let peer = disk.identity(federation, name)?;
+        let (peer, incarnation) = disk.identity(federation, name)?;
         let blobs_dir = disk.blobs_dir();
         create_dir(&blobs_dir)?;
         disk.remove_temporaries(&blobs_dir)?;
-        let state = disk.state()?;
-        Ok((Journal { blobs: Blobs::on(disk.clone()), disk }, Loaded { peer, state }))
+        let state = disk.state(incarnation)?;
+        Ok((Journal { blobs: Blobs::on(disk.clone()), disk, incarnation }, Loaded { peer, state }))
     }
 
     /// Replaces the saved state. When this returns `Ok`, the state survives a loss of power.
@@ -240,7 +245,7 @@ impl Journal {
     /// After an error the state on disk may be the old or the new one: whoever cannot save must not send what
     /// depends on it. It may save again if there is an [obstacle](JournalError::obstacle) that passes, and stops else.
     pub fn save_state(&mut self, bytes: &[u8]) -> Result<(), JournalError> {
-        let header = state_header(bytes);
+        let header = state_header(self.incarnation, bytes);
         self.disk.replace(&self.disk.dir, STATE, &[&header, bytes])
     }
 
@@ -261,6 +266,11 @@ impl Journal {
             return Ok(());
         }
         self.disk.replace(&self.disk.dir, SETTINGS, &[text.as_bytes()])
+    }
+
+    /// Which one of its name the directory's peer is.
+    pub fn incarnation(&self) -> Incarnation {
+        self.incarnation
     }
 
     /// The state directory.
@@ -324,10 +334,10 @@ impl Disk {
         flush_dir(dir)
     }
 
-    fn identity(&self, federation: &str, name: Option<&PeerId>) -> Result<PeerId, JournalError> {
+    fn identity(&self, federation: &str, name: Option<&PeerId>) -> Result<(PeerId, Incarnation), JournalError> {
         let path = self.dir.join(IDENTITY);
         let Some(bytes) = read_if_there(&path)? else { return self.create_identity(federation, name) };
-        let (found_federation, found) = parse_identity(&path, &bytes)?;
+        let (found_federation, found, incarnation) = parse_identity(&path, &bytes)?;
         if found_federation != federation {
             let wanted = federation.to_owned();
             return Err(JournalError::OtherFederation { dir: self.dir.clone(), found: found_federation, wanted });
@@ -336,26 +346,26 @@ impl Disk {
             Some(wanted) if *wanted != found => {
                 Err(JournalError::OtherPeer { dir: self.dir.clone(), found, wanted: wanted.clone() })
             }
-            _ => Ok(found),
+            _ => Ok((found, incarnation)),
         }
     }
 
-    fn create_identity(&self, federation: &str, name: Option<&PeerId>) -> Result<PeerId, JournalError> {
-        let peer = name.cloned().unwrap_or_else(generated_name);
-        let text = identity_text(federation, &peer);
+    fn create_identity(&self, federation: &str, name: Option<&PeerId>) -> Result<(PeerId, Incarnation), JournalError> {
+        let (peer, incarnation) = (name.cloned().unwrap_or_else(generated_name), new_incarnation());
+        let text = identity_text(federation, &peer, incarnation);
         self.replace(&self.dir, IDENTITY, &[text.as_bytes()])?;
         // The directory's own entry must survive as well, or the promises in it would be forgotten with it.
         match self.dir.parent() {
             Some(parent) if parent != Path::new("") => flush_dir(parent)?,
             _ => flush_dir(Path::new("."))?,
         }
-        Ok(peer)
+        Ok((peer, incarnation))
     }
 
-    fn state(&self) -> Result<Option<Vec<u8>>, JournalError> {
+    fn state(&self, incarnation: Incarnation) -> Result<Option<Vec<u8>>, JournalError> {
         let path = self.dir.join(STATE);
         if let Some(bytes) = read_if_there(&path)? {
-            return parse_state(&path, bytes).map(Some);
+            return parse_state(&path, incarnation, bytes).map(Some);
         }
         // A peer makes promises before it has anything to keep: who has blobs has had a state.
         if list(&self.blobs_dir())?.iter().any(|(name, _)| name.ends_with(BLOB_END)) {
@@ -399,31 +409,40 @@ fn lock(dir: &Path) -> Result<File, JournalError> {
     }
 }
 
-fn identity_text(federation: &str, peer: &PeerId) -> String {
-    let text = format!("rodizio peer {VERSION}\nfederation {federation}\npeer {peer}\n");
+fn identity_text(federation: &str, peer: &PeerId, incarnation: Incarnation) -> String {
+    let text = format!("{IDENTITY_START}{VERSION}\nfederation {federation}\npeer {peer}\nincarnation {incarnation}\n");
     let checksum = Digest::of(text.as_bytes());
     format!("{text}{CHECKSUM}{checksum}\n")
 }
 
-fn parse_identity(path: &Path, bytes: &[u8]) -> Result<(String, PeerId), JournalError> {
+fn parse_identity(path: &Path, bytes: &[u8]) -> Result<(String, PeerId, Incarnation), JournalError> {
     let damaged = |problem| JournalError::Damaged { path: path.to_owned(), problem };
     let text = str::from_utf8(bytes).map_err(|_| damaged("it is not text"))?;
     let whole = text.strip_suffix('\n').ok_or_else(|| damaged("its last line is cut short"))?;
     let (first, rest) = whole.split_once('\n').unwrap_or((whole, ""));
-    let version = first.strip_prefix("rodizio peer ").and_then(|version| version.parse().ok());
-    match version {
+    match first.strip_prefix(IDENTITY_START).and_then(|version| version.parse().ok()) {
         Some(VERSION) => {}
-        Some(found) if found > VERSION => return Err(JournalError::Newer { path: path.to_owned(), found }),
-        _ => return Err(damaged("its first line is not that of an identity file")),
+        Some(found) => return Err(JournalError::OtherVersion { path: path.to_owned(), found }),
+        None => return Err(damaged("its first line is not that of an identity file")),
     }
-    let fields = rest.strip_prefix("federation ").and_then(|rest| rest.split_once("\npeer "));
-    let fields = fields.and_then(|(federation, rest)| Some((federation, rest.split_once('\n')?.0)));
-    let (federation, peer) = fields.ok_or_else(|| damaged("it lacks the federation or the peer"))?;
+    let mut lines = rest.lines();
+    let mut field = |key: &str| lines.next()?.strip_prefix(key);
+    let fields = (field("federation "), field("peer "), field("incarnation "));
+    let (Some(federation), Some(peer), Some(incarnation)) = fields else {
+        return Err(damaged("it lacks the federation, the peer or its incarnation"));
+    };
     let peer = PeerId::new(peer).map_err(|_| damaged("its peer is not a peer id"))?;
-    if text != identity_text(federation, &peer) {
+    let incarnation = u64::from_str_radix(incarnation, 16).map_err(|_| damaged("its incarnation is not a number"))?;
+    let incarnation = Incarnation(incarnation);
+    if text != identity_text(federation, &peer, incarnation) {
         return Err(damaged("its checksum does not match its content"));
     }
-    Ok((federation.to_owned(), peer))
+    Ok((federation.to_owned(), peer, incarnation))
+}
+
+/// A number that no other state directory has, but for a chance of 1 in 2^64.
+pub fn new_incarnation() -> Incarnation {
+    Incarnation(rand::random())
 }
 
 fn generated_name() -> PeerId {
@@ -431,16 +450,17 @@ fn generated_name() -> PeerId {
     PeerId::new(&name).expect("hexadecimal digits are a peer id")
 }
 
-fn state_header(payload: &[u8]) -> [u8; STATE_HEADER_BYTES] {
+fn state_header(incarnation: Incarnation, payload: &[u8]) -> [u8; STATE_HEADER_BYTES] {
     let mut header = [0; STATE_HEADER_BYTES];
     header[..8].copy_from_slice(STATE_MAGIC);
     header[8..12].copy_from_slice(&VERSION.to_le_bytes());
-    header[12..20].copy_from_slice(&(payload.len() as u64).to_le_bytes());
-    header[20..].copy_from_slice(&Digest::of(payload).0);
+    header[12..20].copy_from_slice(&incarnation.0.to_le_bytes());
+    header[20..28].copy_from_slice(&(payload.len() as u64).to_le_bytes());
+    header[28..].copy_from_slice(&Digest::of(payload).0);
     header
 }
 
-fn parse_state(path: &Path, mut bytes: Vec<u8>) -> Result<Vec<u8>, JournalError> {
+fn parse_state(path: &Path, incarnation: Incarnation, mut bytes: Vec<u8>) -> Result<Vec<u8>, JournalError> {
     let damaged = |problem| JournalError::Damaged { path: path.to_owned(), problem };
     if bytes.len() < STATE_HEADER_BYTES {
         return Err(damaged("it is cut short"));
@@ -450,10 +470,13 @@ fn parse_state(path: &Path, mut bytes: Vec<u8>) -> Result<Vec<u8>, JournalError>
         return Err(damaged("it does not start like a state file"));
     }
     let found = u32::from_le_bytes(bytes[8..12].try_into().expect("the range has 4 bytes"));
-    if found > VERSION {
-        return Err(JournalError::Newer { path: path.to_owned(), found });
+    if found != VERSION {
+        return Err(JournalError::OtherVersion { path: path.to_owned(), found });
     }
-    if bytes != state_header(&payload) {
+    if bytes[12..20] != incarnation.0.to_le_bytes() {
+        return Err(damaged("it is that of another state directory"));
+    }
+    if bytes != state_header(incarnation, &payload) {
         return Err(damaged("its checksum or its length does not match its content"));
     }
     Ok(payload)
@@ -542,11 +565,16 @@ mod tests {
     fn a_new_directory_gets_a_name_that_stays() {
         let parent = tempfile::tempdir().unwrap();
         let dir = parent.path().join("a/b");
-        let (_, first) = open(&dir).unwrap();
-        assert_eq!((first.peer.as_str().len(), &first.state), (16, &None));
-        assert_eq!(open(&dir).unwrap().1, first);
-        let (_, other) = open(&parent.path().join("c")).unwrap();
-        assert_ne!(first.peer, other.peer);
+        let names = |dir: &Path| {
+            let (journal, loaded) = open(dir).unwrap();
+            assert_eq!(loaded.state, None);
+            (loaded.peer, journal.incarnation())
+        };
+        let first = names(&dir);
+        assert_eq!(first.0.as_str().len(), 16);
+        assert_eq!(names(&dir), first);
+        let other = names(&parent.path().join("c"));
+        assert!(first.0 != other.0 && first.1 != other.1);
     }
 
     #[test]
@@ -610,6 +638,14 @@ mod tests {
     }
 
     #[test]
+    fn a_state_of_another_directory_is_refused() {
+        let (dir, other) = (saved(b"promise"), saved(b"promise"));
+        let path = dir.path().join(STATE);
+        fs::copy(other.path().join(STATE), &path).unwrap();
+        assert!(is_damaged(&open(dir.path()), &path));
+    }
+
+    #[test]
     fn a_state_file_cut_anywhere_is_refused_and_kept() {
         let dir = saved(b"a promise that must not be forgotten");
         let path = dir.path().join(STATE);
@@ -633,7 +669,7 @@ mod tests {
             changed[at] ^= bit;
             fs::write(&path, changed).unwrap();
             let refused = open(dir.path()).unwrap_err();
-            assert!(matches!(refused, JournalError::Damaged { .. } | JournalError::Newer { .. }), "byte {at}");
+            assert!(matches!(refused, JournalError::Damaged { .. } | JournalError::OtherVersion { .. }), "byte {at}");
             assert!(refused.to_string().contains(&path.display().to_string()) && !refused.hint().is_empty());
         }
         fs::write(&path, [&whole[..], b"x"].concat()).unwrap();
@@ -656,7 +692,7 @@ mod tests {
             fs::write(&path, &changed).unwrap();
             let refused = open(dir.path()).unwrap_err();
             assert!(
-                matches!(refused, JournalError::Damaged { .. } | JournalError::Newer { .. }),
+                matches!(refused, JournalError::Damaged { .. } | JournalError::OtherVersion { .. }),
                 "byte {at}: {refused}"
             );
             assert!(refused.to_string().contains(&path.display().to_string()) && !refused.hint().is_empty());
@@ -708,16 +744,18 @@ mod tests {
     }
 
     #[test]
-    fn files_of_a_newer_version_are_refused_as_such() {
+    fn files_of_another_version_are_refused_as_such() {
         let dir = saved(b"promise");
         let path = dir.path().join(STATE);
         let mut bytes = fs::read(&path).unwrap();
         bytes[8..12].copy_from_slice(&(VERSION + 1).to_le_bytes());
         fs::write(&path, bytes).unwrap();
-        assert!(matches!(open(dir.path()), Err(JournalError::Newer { found: 2, .. })));
+        assert!(matches!(open(dir.path()), Err(JournalError::OtherVersion { found: 3, .. })));
         let path = dir.path().join(IDENTITY);
-        fs::write(&path, "rodizio peer 2\nsomething else\n").unwrap();
-        assert!(matches!(open(dir.path()), Err(JournalError::Newer { found: 2, .. })));
+        for found in [1, 3] {
+            fs::write(&path, format!("rodizio peer {found}\nsomething else\n")).unwrap();
+            assert!(matches!(open(dir.path()), Err(JournalError::OtherVersion { found: at, .. }) if at == found));
+        }
     }
 
     #[test]
@@ -742,8 +780,9 @@ mod tests {
 
     #[test]
     fn a_crash_at_any_instant_of_a_write_leaves_the_state_of_before_or_of_after() {
-        let next = [&state_header(b"after")[..], b"after"].concat();
         let dir = saved(b"before");
+        let incarnation = open(dir.path()).unwrap().0.incarnation();
+        let next = [&state_header(incarnation, b"after")[..], b"after"].concat();
         for (path, bytes) in instants(dir.path(), STATE, &next) {
             let renamed = path.ends_with(STATE);
             fs::write(&path, bytes).unwrap();
@@ -757,7 +796,8 @@ mod tests {
     fn a_crash_at_any_instant_of_the_first_write_or_of_a_blob_leaves_a_usable_directory() {
         let name = PeerId::new("ward-1").unwrap();
         let dir = tempfile::tempdir().unwrap();
-        for (path, bytes) in instants(dir.path(), IDENTITY, identity_text("ward", &name).as_bytes()) {
+        for (path, bytes) in instants(dir.path(), IDENTITY, identity_text("ward", &name, new_incarnation()).as_bytes())
+        {
             let given = path.ends_with(IDENTITY);
             fs::write(&path, bytes).unwrap();
             let (_, loaded) = open(dir.path()).unwrap();

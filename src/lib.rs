@@ -45,6 +45,8 @@
 //!   is so the retransmission timer of all reports, and hellos need not be heartbeats (they would grow as N²).
 //! - **Patience grows with the lag** that peers measure on their lines, by their own hellos: on slow lines that lose
 //!   packets a fixed timeout deposed leaders that had done nothing wrong (`protocol/lag.rs`).
+//! - **A member is a name and an [`Incarnation`](types::Incarnation)**, the random number of its state directory: who lost the
+//!   directory has forgotten its promises, and is a newcomer under its old name.
 //! - **Newcomers** are admitted only as many at once as leave the members that live a quorum of the next roster.
 //! - **Standby brokers** stand in the decree, beside the next roster: all members share one list, and keep it. The stay at
 //!   the first broker is not three times the others' but grows with each search ([`protocol::roaming`] says why).

@@ -19,7 +19,7 @@ use tokio::time::{MissedTickBehavior, interval};
 use crate::buffers::Buffers;
 use crate::intake::{Host, Intakes};
 use crate::jobs::Workshop;
-use crate::journal::{Blobs, Journal, JournalError};
+use crate::journal::{self, Blobs, Journal, JournalError};
 use crate::protocol::message::{Body, Envelope, VERSION};
 use crate::protocol::{
     Action, Config, Difference, Done, Durable, Event, Identity, Job, Notice, Peer, Reason, Roaming, Topic, Topics,
@@ -286,13 +286,14 @@ impl<T: Transport> Node<T> {
         shutdown: impl Future<Output = ()>,
         observe: &mut (dyn FnMut(Observation<'_>) + Send),
     ) -> Result<Outcome, NodeError> {
-        let blobs = match &self.storage {
-            Storage::Disk(journal) => journal.blobs(),
-            Storage::Memory => Blobs::memory(),
+        let (blobs, incarnation) = match &self.storage {
+            Storage::Disk(journal) => (journal.blobs(), journal.incarnation()),
+            Storage::Memory => (Blobs::memory(), journal::new_incarnation()),
         };
         let layout = self.trainer.layout();
         let identity = Identity {
             peer: self.peer.clone(),
+            incarnation,
             layout: layout.clone(),
             num_examples: self.trainer.num_examples(),
             broker: self.meeting.hosted.as_ref().and_then(|hosted| hosted.advertised.clone()),

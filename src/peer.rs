@@ -561,6 +561,7 @@ mod tests {
     use crate::protocol::{Decree, Outcome as Decided, Reason, Roster};
     use crate::training::export::to_safetensors;
     use crate::transfer::{Codec, Manifest};
+    use crate::types::Incarnation;
 
     fn settings(state_dir: &Path) -> Settings {
         let state_dir = Some(state_dir.to_owned());
@@ -652,7 +653,7 @@ mod tests {
         let open_with =
             |rounds, hidden| LocalPeer::open(&Settings { rounds, hidden: vec![hidden], ..settings.clone() });
         let open = |rounds| open_with(rounds, 8);
-        let roster = Roster::of(&[PeerId::new("a").unwrap()].into());
+        let roster = Roster::of([(PeerId::new("a").unwrap(), Incarnation(0))].into());
         let model = Manifest::of(b"the model", 1024, Codec::F32).unwrap();
         let decide = |journal: &mut Journal, outcome| {
             journal.put_blob(model.digest, &Bytes::from_static(b"the model")).unwrap();

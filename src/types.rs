@@ -1,4 +1,4 @@
-//! The words that every floor uses: who ([`PeerId`]), when ([`Round`], [`Term`]), what ([`Digest`]),
+//! The words that every floor uses: who ([`PeerId`], [`Incarnation`]), when ([`Round`], [`Term`]), what ([`Digest`]),
 //! how well ([`Metrics`]) and where ([`Address`]).
 
 use std::fmt;
@@ -46,6 +46,19 @@ impl PeerId {
     /// The id as text.
     pub fn as_str(&self) -> &str {
         &self.0
+    }
+}
+
+/// Which one of all that ever had a peer's name: a random number, drawn when its state directory was made and kept in it.
+///
+/// A peer whose state directory is lost has forgotten its promises. Under its old name it is another one, which is no
+/// member before a decree admits it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Incarnation(pub u64);
+
+impl fmt::Display for Incarnation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:016x}", self.0)
     }
 }
 

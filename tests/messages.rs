@@ -14,7 +14,7 @@ use rodizio::protocol::{
     Action, Config, Contributor, Decree, Durable, Event, Identity, Notice, Outcome, Peer, Reason, Roster,
 };
 use rodizio::transfer::{ChunkSet, Codec, Manifest};
-use rodizio::types::{Address, Digest, Metrics, PeerId, Round, Term};
+use rodizio::types::{Address, Digest, Incarnation, Metrics, PeerId, Round, Term};
 use rodizio::weights::{Layout, TensorSpec};
 
 /// `cases` cases, the same ones on every run.
@@ -27,8 +27,12 @@ fn peer() -> impl Strategy<Value = PeerId> {
     "[a-d]".prop_map(|name| PeerId::new(&name).unwrap())
 }
 
+fn incarnation() -> impl Strategy<Value = Incarnation> {
+    (0..3u64).prop_map(Incarnation)
+}
+
 fn roster() -> impl Strategy<Value = Roster> {
-    prop::collection::btree_set(peer(), 1..5).prop_map(|peers| Roster::of(&peers))
+    prop::collection::btree_map(peer(), incarnation(), 1..5).prop_map(Roster::of)
 }
 
 fn digest() -> impl Strategy<Value = Digest> {
@@ -43,6 +47,11 @@ fn metrics() -> impl Strategy<Value = Metrics> {
         macro_f1: (num_examples > 500).then_some(accuracy),
         ..Metrics::default()
     })
+}
+
+fn identity(peer: PeerId) -> Identity {
+    let (incarnation, layout, summary) = (Incarnation(0), layout(), Bytes::new());
+    Identity { peer, incarnation, layout, num_examples: 7, broker: None, summary }
 }
 
 /// Of the peer's own layout, so that it is taken for true, or of anything.
@@ -108,7 +117,7 @@ fn hello() -> impl Strategy<Value = Hello> {
     let entries =
         prop_oneof![Just(Config::default().entries()), prop::collection::btree_map("[a-z]{1,8}", "[ -~]{0,20}", 0..4),];
     let head = prop::option::of((round(), digest()));
-    let own = (any::<[u32; 2]>(), prop::option::of(address()));
+    let own = (incarnation(), any::<[u32; 2]>(), prop::option::of(address()));
     (
         entries,
         prop::option::of(Just(layout().digest())),
@@ -118,16 +127,9 @@ fn hello() -> impl Strategy<Value = Hello> {
         any::<bool>(),
         own,
     )
-        .prop_map(|(entries, layout, num_examples, head, genesis, done, ([number, lag_ms], broker))| Hello {
-            entries,
-            layout,
-            num_examples,
-            head,
-            genesis,
-            done,
-            number,
-            lag_ms,
-            broker,
+        .prop_map(|(entries, layout, num_examples, head, genesis, done, own)| {
+            let (incarnation, [number, lag_ms], broker) = own;
+            Hello { incarnation, entries, layout, num_examples, head, genesis, done, number, lag_ms, broker }
         })
 }
 
@@ -248,7 +250,7 @@ fn a_hello_with_an_address_that_is_none_is_refused() {
 
 #[test]
 fn a_round_after_which_there_is_none_is_refused() {
-    let roster = Roster::of(&BTreeSet::from([PeerId::new("a").unwrap()]));
+    let roster = Roster::of(BTreeMap::from([(PeerId::new("a").unwrap(), Incarnation(0))]));
     let decree = |round| Decree {
         round,
         parent: Digest::of(b"parent"),
@@ -277,7 +279,7 @@ fn a_round_after_which_there_is_none_is_refused() {
 #[test]
 fn of_another_version_it_is_told_who_speaks_it_and_of_names_without_number_not_all() {
     let (start, id) = (Instant::now(), |name: &str| PeerId::new(name).unwrap());
-    let identity = Identity { peer: id("a"), layout: layout(), num_examples: 7, broker: None, summary: Bytes::new() };
+    let identity = identity(id("a"));
     let mut peer = Peer::new(Config::default(), identity, None, &BTreeSet::new(), start);
     let mut told = |sender: &str| {
         let (version, sender, signature) = (VERSION + 1, id(sender), vec![]);
@@ -306,7 +308,7 @@ proptest! {
     #[test]
     fn no_conversation_makes_a_peer_panic(messages in prop::collection::vec((envelope(), 0..3000u64), 1..60)) {
         let (me, start) = (PeerId::new("a").unwrap(), Instant::now());
-        let identity = Identity { peer: me, layout: layout(), num_examples: 7, broker: None, summary: Bytes::new() };
+        let identity = identity(me);
         let mut peer = Peer::new(Config::default(), identity, None, &BTreeSet::new(), start);
         let mut now = start;
         peer.handle(Event::Connected, now);
@@ -331,7 +333,18 @@ fn hello_with_broker(broker: &str) -> Bytes {
     let broker = Some(Address::new(broker).unwrap());
     let (entries, layout) = (BTreeMap::new(), Some(layout().digest()));
     let (num_examples, head, genesis, done, number, lag_ms) = (1, None, None, false, 0, 0);
-    let hello = Hello { entries, layout, num_examples, head, genesis, done, number, lag_ms, broker };
+    let hello = Hello {
+        incarnation: Incarnation(1),
+        entries,
+        layout,
+        num_examples,
+        head,
+        genesis,
+        done,
+        number,
+        lag_ms,
+        broker,
+    };
     let (sender, signature) = (PeerId::new("a").unwrap(), vec![]);
     Envelope { version: VERSION, sender, signature, round: Round(0), term: Term(0), body: Body::Hello(hello) }.encode()
 }
@@ -346,6 +359,7 @@ fn a_length_that_no_message_has_allocates_nothing() {
         round: Round(0),
         term: Term(0),
         body: Body::Hello(Hello {
+            incarnation: Incarnation(1),
             entries: BTreeMap::new(),
             layout: Some(Digest::of(b"")),
             num_examples: 0,
@@ -357,8 +371,8 @@ fn a_length_that_no_message_has_allocates_nothing() {
             broker: None,
         }),
     };
-    // version, name length, name, signature length, round, term, variant; then the count of entries.
-    let mut bytes = real.encode()[..7].to_vec();
+    // version, name length, name, signature length, round, term, variant, incarnation; then the count of entries.
+    let mut bytes = real.encode()[..8].to_vec();
     bytes.extend([0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x0f]);
     assert!(Envelope::decode(&Bytes::from(bytes)).is_err());
 }

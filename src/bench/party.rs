@@ -29,7 +29,7 @@ use crate::protocol::{Config, Done, Topic, Topics};
 use crate::transfer::{Codecs, Keep, Manifest, Pulls, Route, Serve, Wanted};
 use crate::transport::mqtt::MqttTransport;
 use crate::transport::{Class, Outgoing, Transport, TransportEvent};
-use crate::types::{Digest, PeerId, Round, Term};
+use crate::types::{Digest, Incarnation, PeerId, Round, Term};
 use crate::weights::Weights;
 
 /// How often a leader's heartbeat is sent: more often than a peer does it, to have many in a short time.
@@ -169,6 +169,7 @@ impl Party<'_> {
     /// Says hello and waits until it has come back: then everything is subscribed to.
     async fn enter(&mut self) -> Result<(), Failure> {
         let hello = Hello {
+            incarnation: Incarnation::default(),
             entries: BTreeMap::new(),
             layout: Some(self.workshop.layout.digest()),
             num_examples: 1,

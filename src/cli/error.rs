@@ -127,6 +127,10 @@ impl Failure {
                         "the warnings say why updates are missing; --min-updates says how many are needed, \
                          --round-timeout how long a round waits for them"
                     }
+                    Waiting::Quorum { forgot, .. } if !forgot.is_empty() => {
+                        "start those peers with the state directories they had; if these are lost, choose another \
+                         --federation, with --init and a model.safetensors to go on from"
+                    }
                     _ => "--wait-timeout sets how long to wait",
                 };
                 Failure::new(Exit::GaveUp, anyhow!("gave up waiting: {waiting}")).hint(hint)
@@ -204,7 +208,7 @@ impl From<JournalError> for Failure {
     fn from(error: JournalError) -> Self {
         let exit = match error {
             JournalError::Io { ref source, .. } => exit_of(source),
-            JournalError::Damaged { .. } | JournalError::DamagedBlob { .. } | JournalError::Newer { .. } => {
+            JournalError::Damaged { .. } | JournalError::DamagedBlob { .. } | JournalError::OtherVersion { .. } => {
                 Exit::BadData
             }
             _ => Exit::Usage,

@@ -168,6 +168,7 @@ impl Durable {
 mod tests {
     use super::*;
     use crate::protocol::Contributor;
+    use crate::protocol::samples::roster;
     use crate::transfer::Codec;
     use crate::types::Metrics;
 
@@ -201,7 +202,7 @@ mod tests {
                 step_sum: 1.0,
                 metrics,
             }],
-            ..Decree::sample(&Roster::of(&[peer("me")].into()))
+            ..Decree::sample(&roster(["me"]))
         }
     }
 

@@ -13,10 +13,10 @@ use crate::aggregation::{STEP_SUMS, Share};
 use crate::protocol::decree::{Contributor, Decree, STANDBYS_MAX};
 use crate::protocol::roster::{ROSTER_MAX, Roster};
 use crate::transfer::{CHUNK_BYTES_MAX, ChunkSet, Manifest};
-use crate::types::{Address, Digest, Metrics, PeerId, Round, Term};
+use crate::types::{Address, Digest, Incarnation, Metrics, PeerId, Round, Term};
 
 /// The protocol's version: the first number of every message. Whatever the version, the sender's name follows it.
-pub const VERSION: u16 = 5;
+pub const VERSION: u16 = 6;
 
 /// The longest message without a chunk, in bytes: a decree of a full roster fits.
 pub const CONTROL_BYTES_MAX: usize = 4 * 1024 * 1024;
@@ -135,6 +135,8 @@ pub enum Body {
 /// What peers tell each other when they meet.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Hello {
+    /// Which one of its name the peer is.
+    pub incarnation: Incarnation,
     /// The shared configuration, by key, as text: a peer whose differs is told which key.
     pub entries: BTreeMap<String, String>,
     /// The layout of the model, once the peer knows it: what all founders' inputs are like may decide it.

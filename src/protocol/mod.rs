@@ -37,7 +37,7 @@ use bytes::Bytes;
 
 use crate::aggregation::Share;
 use crate::transfer::{Intake, Keep, Manifest};
-use crate::types::{Address, Digest, Metrics, PeerId, Round, Term};
+use crate::types::{Address, Digest, Incarnation, Metrics, PeerId, Round, Term};
 use crate::weights::Layout;
 
 pub use config::Config;
@@ -237,6 +237,8 @@ pub struct Trained {
 pub struct Identity {
     /// Its name.
     pub peer: PeerId,
+    /// Which one of that name it is.
+    pub incarnation: Incarnation,
     /// Names and shapes of its model; with a summary, as far as they are known before those of all founders are merged.
     pub layout: Arc<Layout>,
     /// How many training examples it has.
@@ -263,6 +265,8 @@ struct Neighbour {
 /// What is kept of a peer's newest hello.
 #[derive(Clone, Debug)]
 struct Greeting {
+    /// Which one of its name it is.
+    incarnation: Incarnation,
     /// Names its configuration and layout, if they are not this peer's.
     other_group: Option<Digest>,
     /// It has the last decree and the last model.
@@ -292,6 +296,8 @@ pub(crate) struct Flaws {
     pub(crate) forget_accepted: bool,
     /// A peer whose update did not count does not keep what it sent.
     pub(crate) forget_returned: bool,
+    /// Who has a member's name is the member.
+    pub(crate) trust_names: bool,
 }
 
 /// One peer's protocol state.
@@ -302,6 +308,7 @@ pub(crate) struct Flaws {
 #[derive(Debug)]
 pub struct Peer {
     me: PeerId,
+    incarnation: Incarnation,
     config: Config,
     /// What a model's blob holds, and an update's.
     model_layout: Arc<Layout>,
@@ -367,6 +374,7 @@ impl Peer {
             update_layout: config.strategy.update_layout(&identity.layout),
             config,
             me: identity.peer,
+            incarnation: identity.incarnation,
             layout_digest: identity.summary.is_empty().then(|| identity.layout.digest()),
             num_examples: identity.num_examples,
             broker: identity.broker,
@@ -488,6 +496,7 @@ impl Peer {
         };
         if let Body::Hello(hello) = &envelope.body
             && envelope.sender == self.me
+            && hello.incarnation == self.incarnation
         {
             self.lag.end(hello.number, now);
         }
@@ -536,11 +545,11 @@ impl Peer {
         let heard = Neighbour { greeting: None, difference: None, heard: now, gone: false };
         let neighbour = self.neighbours.entry(envelope.sender.clone()).or_insert(heard);
         neighbour.heard = now;
-        let is_stranger = neighbour.gone || neighbour.greeting.is_none();
+        let known = neighbour.greeting.as_ref().filter(|_| !neighbour.gone).map(|greeting| greeting.incarnation);
         // Who comes back says hello first, on the topic of its last will. Anything else may have been overtaken by the will.
-        if matches!(envelope.body, Body::Hello(_)) {
+        if let Body::Hello(hello) = &envelope.body {
             neighbour.gone = false;
-            if is_stranger {
+            if known != Some(hello.incarnation) {
                 self.answer_hello(now);
                 self.linger(now);
                 if self.candidate() == Some(&envelope.sender) {
@@ -630,7 +639,24 @@ impl Peer {
     }
 
     fn is_member(&self, peer: &PeerId) -> bool {
-        self.durable.roster().is_some_and(|roster| roster.contains(peer))
+        self.durable.roster().is_some_and(|roster| self.is_in(roster, peer))
+    }
+
+    /// Whether a peer is a member by `roster`. This one is not if it only has the name of one.
+    fn is_in(&self, roster: &Roster, peer: &PeerId) -> bool {
+        #[cfg(test)]
+        if self.flaws.trust_names {
+            return roster.contains(peer);
+        }
+        roster.incarnation(peer).is_some_and(|member| *peer != self.me || member == self.incarnation)
+    }
+
+    /// Which one of its name a peer is, by its hello.
+    fn incarnation_of(&self, peer: &PeerId) -> Option<Incarnation> {
+        if *peer == self.me {
+            return Some(self.incarnation);
+        }
+        self.neighbours.get(peer)?.greeting.as_ref().map(|greeting| greeting.incarnation)
     }
 
     /// Whether `peer` was heard of late and did not say goodbye.
@@ -640,17 +666,33 @@ impl Peer {
 
     fn is_heard(&self, peer: &PeerId, now: Instant, silence: Duration) -> bool {
         let silence = silence + self.slack(peer);
-        let heard = |n: &Neighbour| !n.gone && now.saturating_duration_since(n.heard) < silence;
+        let heard = |n: &Neighbour| !self.is_away(peer, n) && now.saturating_duration_since(n.heard) < silence;
         *peer == self.me || self.neighbours.get(peer).is_some_and(heard)
     }
 
     /// Whether a peer has said goodbye, or its last will came, and it was not heard of since.
     fn is_gone(&self, peer: &PeerId) -> bool {
-        self.neighbours.get(peer).is_some_and(|neighbour| neighbour.gone)
+        self.neighbours.get(peer).is_some_and(|neighbour| self.is_away(peer, neighbour))
+    }
+
+    /// The same of a neighbour. Who lost its state has lost its promises: such a member is gone for good, and who has its
+    /// name now is a newcomer.
+    fn is_away(&self, peer: &PeerId, neighbour: &Neighbour) -> bool {
+        #[cfg(test)]
+        if self.flaws.trust_names {
+            return neighbour.gone;
+        }
+        let member = self.durable.roster().and_then(|roster| roster.incarnation(peer));
+        let heard = neighbour.greeting.as_ref().map(|greeting| greeting.incarnation);
+        neighbour.gone || member.zip(heard).is_some_and(|(member, heard)| member != heard)
     }
 
     fn gone(&self) -> BTreeSet<PeerId> {
-        self.neighbours.iter().filter(|(_, neighbour)| neighbour.gone).map(|(peer, _)| peer.clone()).collect()
+        self.neighbours
+            .iter()
+            .filter(|(peer, neighbour)| self.is_away(peer, neighbour))
+            .map(|(peer, _)| peer.clone())
+            .collect()
     }
 
     /// The term of this round's messages that a leader sends.

@@ -263,12 +263,16 @@ pub enum Waiting {
     Founders(Vec<PeerId>),
     /// The next round's leader admits this peer.
     Admission,
+    /// The others let go of a member that has this peer's name and another state directory.
+    Namesake,
     /// So many members are gone that the others cannot decide.
     Quorum {
         /// Who is missing.
         missing: Vec<PeerId>,
         /// How many of them must come back.
         needed: usize,
+        /// Those of the missing in whose place somebody is here with another state directory, without their promises.
+        forgot: Vec<PeerId>,
     },
     /// Nobody sends the newest model, from which this peer is to go on.
     Model {
@@ -307,13 +311,21 @@ impl fmt::Display for Waiting {
                 write!(f, "waiting for {} to confirm the first roster", list(peers))
             }
             Waiting::Admission => f.write_str("waiting for the federation to admit this peer to its next round"),
-            Waiting::Quorum { missing, needed } => {
+            Waiting::Namesake => f.write_str(
+                "a member of the federation has this peer's name and another state directory; waiting until the others let \
+                 it go",
+            ),
+            Waiting::Quorum { missing, needed, forgot } => {
                 let of = missing.len();
                 write!(
                     f,
                     "no majority of the roster is here; waiting for {needed} of the {of} missing: {}",
                     list(missing)
-                )
+                )?;
+                match forgot.as_slice() {
+                    [] => Ok(()),
+                    forgot => write!(f, " (here with a new state directory, which does not count: {})", list(forgot)),
+                }
             }
             Waiting::Model { round, holders } => {
                 write!(f, "nobody sends the model of round {round}; waiting for one who has it: {}", list(holders))

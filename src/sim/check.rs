@@ -11,7 +11,7 @@ use crate::journal::Blobs;
 use crate::protocol::message::{Body, Envelope, Head};
 use crate::protocol::{Decree, Durable, Outcome, Roster};
 use crate::transfer::{Codec, Codecs};
-use crate::types::{Digest, PeerId, Round, Term};
+use crate::types::{Digest, Incarnation, PeerId, Round, Term};
 use crate::weights::{Layout, Weights};
 
 pub(super) const ONE_DECREE: &str = "I1 (one decree a round)";
@@ -60,6 +60,7 @@ struct Books {
 /// What the check may look at of one peer, up or down.
 pub(super) struct Persisted<'a> {
     pub peer: &'a PeerId,
+    pub incarnation: Incarnation,
     pub durable: &'a Durable,
     pub blobs: &'a Blobs,
 }
@@ -148,7 +149,8 @@ impl Check {
         if self.summary.as_ref() != Some(&decree.summary) {
             return Err((ONE_DECREE, format!("{:?} has another summary of the inputs than the genesis", decree.round)));
         }
-        let holders = all.iter().filter(|peer| roster.contains(peer.peer) && holds(peer, decree)).count();
+        let votes = |peer: &Persisted<'_>| roster.incarnation(peer.peer) == Some(peer.incarnation);
+        let holders = all.iter().filter(|peer| votes(peer) && holds(peer, decree)).count();
         if holders < roster.quorum() {
             let needed = roster.quorum();
             return Err((QUORUM_HOLDS, format!("{:?} is held by {holders}, not {needed}", decree.round)));
@@ -208,6 +210,12 @@ impl Check {
             return Err((TRAINED_ONCE, format!("{peer} trained {round:?} again")));
         }
         Ok(())
+    }
+
+    /// A peer has lost its state, and another one has its name. What it has promised is not forgotten here.
+    pub(super) fn replaced(&mut self, peer: &PeerId) {
+        self.heads.remove(peer);
+        self.books.remove(peer);
     }
 
     /// A peer has lost these blobs with its power.

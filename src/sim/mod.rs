@@ -85,9 +85,13 @@ mod tests {
     /// The first violation among some seeds, with the protocol's rules as `flaws` has them.
     fn first_violation(flaws: Flaws, seeds: u64) -> Option<Violation> {
         let scenario = Scenario { crashes: 6, cuts: 4, loss: 0.1, codec: Codec::TopK, ..Scenario::default() };
+        first_violation_of(&scenario, flaws, seeds)
+    }
+
+    fn first_violation_of(scenario: &Scenario, flaws: Flaws, seeds: u64) -> Option<Violation> {
         (0..seeds).find_map(|seed| {
             let mut quiet = |_: Duration, _: &PeerId, _: &str| {};
-            let mut world = world::World::new(&scenario, seed, Detail::Commits, &mut quiet);
+            let mut world = world::World::new(scenario, seed, Detail::Commits, &mut quiet);
             world.flaws = flaws;
             world.run().err()
         })
@@ -109,6 +113,15 @@ mod tests {
     fn without_taking_back_what_did_not_count_something_learned_is_lost() {
         let violation = first_violation(Flaws { forget_returned: true, ..Flaws::default() }, 300);
         assert!(violation.is_some_and(|v| v.invariant.starts_with("I7")), "the simulation noticed nothing");
+    }
+
+    #[test]
+    fn a_peer_that_lost_its_state_and_kept_its_name_breaks_no_promise_as_it_is_no_member() {
+        let scenario = Scenario { crashes: 2, losses_of_state: 4, loss: 0.1, ..Scenario::default() };
+        assert_eq!(first_violation_of(&scenario, Flaws::default(), 200), None);
+        let violation = first_violation_of(&scenario, Flaws { trust_names: true, ..Flaws::default() }, 200);
+        let found = violation.expect("the simulation noticed nothing").invariant;
+        assert!(found.starts_with("I1") || found.starts_with("I2") || found.starts_with("I4"), "{found}");
     }
 
     #[test]

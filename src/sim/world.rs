@@ -20,7 +20,7 @@ use crate::sim::trainer::ArithmeticTrainer;
 use crate::sim::{Detail, Report, Scenario, Trace, Violation};
 use crate::training::Trainer;
 use crate::transfer::{CHUNK_BYTES_MIN, Codec, Intake, Keep, Manifest};
-use crate::types::{Address, Digest, PeerId, Round, Term};
+use crate::types::{Address, Digest, Incarnation, PeerId, Round, Term};
 use crate::weights::Layout;
 
 /// How long after the last fault the federation may take to finish, besides what its rounds may take.
@@ -37,6 +37,8 @@ pub(super) struct World<'a> {
     network: Network,
     check: Check,
     peers: BTreeMap<PeerId, SimulatedPeer>,
+    /// Peers whose state is lost, and whose name another one has.
+    replaced: Vec<(PeerId, SimulatedPeer)>,
     queue: BTreeMap<(Instant, u64), Happening>,
     sequence: u64,
     origin: Instant,
@@ -70,6 +72,8 @@ struct SimulatedPeer {
     /// Crash after so many more actions.
     crash_after: Option<usize>,
     lost_for_good: bool,
+    /// How often it has lost its state and come back under its name.
+    incarnation: u64,
     /// The model's layout, until the peer is told.
     prepared: Option<Arc<Layout>>,
     training: Option<(Round, Manifest)>,
@@ -118,6 +122,7 @@ impl<'a> World<'a> {
             rng: ChaCha8Rng::seed_from_u64(seed),
             check: Check::new(scenario.codecs(), scenario.strategy(seed)),
             peers: BTreeMap::new(),
+            replaced: Vec::new(),
             queue: BTreeMap::new(),
             sequence: 0,
             origin,
@@ -186,6 +191,7 @@ impl<'a> World<'a> {
             receiving: BTreeMap::new(),
             crash_after: None,
             lost_for_good: false,
+            incarnation: 0,
             prepared: None,
             training: None,
             stopped: false,
@@ -238,8 +244,11 @@ impl<'a> World<'a> {
     fn is_quorum_lost(&self) -> bool {
         let Some(newest) = self.check.newest() else { return false };
         let roster = &newest.next_roster;
-        let left = roster.members().iter().filter(|id| self.peers.get(*id).is_some_and(|peer| !peer.lost_for_good));
-        left.count() < roster.quorum()
+        let is_left = |id: &&PeerId| {
+            let member = roster.incarnation(id);
+            self.peers.get(*id).is_some_and(|peer| !peer.lost_for_good && member == Some(Incarnation(peer.incarnation)))
+        };
+        roster.members().iter().filter(is_left).count() < roster.quorum()
     }
 
     fn describe(&self) -> String {
@@ -343,7 +352,8 @@ impl<'a> World<'a> {
             (trainer.layout(), trainer.num_examples(), trainer.summary())
         };
         let broker = Address::new(&format!("{id}:1883")).ok();
-        let identity = Identity { peer: id.clone(), layout, num_examples, broker, summary: Bytes::from(summary) };
+        let (incarnation, summary) = (Incarnation(simulated.incarnation), Bytes::from(summary));
+        let identity = Identity { peer: id.clone(), incarnation, layout, num_examples, broker, summary };
         let peer = Peer::new(self.config.clone(), identity, simulated.durable.clone(), &held, self.now);
         #[cfg(test)]
         let peer = {
@@ -517,12 +527,14 @@ impl<'a> World<'a> {
     }
 
     fn check_persisted(&mut self, id: &PeerId) -> Result<(), Broken> {
-        let peers = &self.peers;
+        let (peers, replaced) = (&self.peers, &self.replaced);
         let all = || {
-            let every = peers.iter();
-            let persisted =
-                every.filter_map(|(id, peer)| peer.durable.as_ref().map(|durable| (id, durable, &peer.blobs)));
-            persisted.map(|(peer, durable, blobs)| Persisted { peer, durable, blobs }).collect()
+            let every = peers.iter().chain(replaced.iter().map(|(id, peer)| (id, peer)));
+            let persisted = every.filter_map(|(id, peer)| {
+                let (incarnation, blobs) = (Incarnation(peer.incarnation), &peer.blobs);
+                peer.durable.as_ref().map(|durable| Persisted { peer: id, incarnation, durable, blobs })
+            });
+            persisted.collect()
         };
         match &peers[id].durable {
             Some(durable) => {
@@ -631,18 +643,26 @@ impl<'a> World<'a> {
         }
     }
 
-    /// A machine burns down; another takes its place under a new name.
+    /// A machine burns down; another takes its place, under a new name or the old one.
     fn lose_state(&mut self, id: &PeerId) {
         self.faults += 1;
         self.say(id, "loses its state");
         self.take_down(id);
-        if let Some(peer) = self.peers.get_mut(id) {
-            // What it had held counts for what was decided with it.
-            peer.lost_for_good = true;
+        let Some(lost) = self.peers.get_mut(id) else { return };
+        // What it had held counts for what was decided with it.
+        lost.lost_for_good = true;
+        let (start, incarnation) = (lost.start, lost.incarnation + 1);
+        let keeps_name = self.rng.random_bool(0.5);
+        let Ok(heir) = PeerId::new(&if keeps_name { id.to_string() } else { format!("{id}.new") }) else { return };
+        if keeps_name {
+            self.replaced.extend(self.peers.remove_entry(id));
+            self.check.replaced(id);
         }
-        let Ok(heir) = PeerId::new(&format!("{id}.new")) else { return };
         if !self.peers.contains_key(&heir) {
             self.add(heir.clone());
+            if let Some(peer) = self.peers.get_mut(&heir).filter(|_| keeps_name) {
+                (peer.start, peer.incarnation) = (start, incarnation);
+            }
             let back = Duration::from_millis(self.rng.random_range(50..4_000));
             self.schedule(back, Happening::Start(heir));
         }

@@ -100,13 +100,14 @@ impl FromStr for Policy {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::protocol::samples;
 
     fn peer(name: &str) -> PeerId {
         PeerId::new(name).unwrap()
     }
 
     fn roster(len: usize) -> Roster {
-        Roster::of(&(0..len).map(|i| peer(&format!("p{i}"))).collect())
+        samples::roster((0..len).map(|i| format!("p{i}")))
     }
 
     fn leaders(policy: &Policy, roster: &Roster, rounds: u64) -> Vec<PeerId> {

@@ -351,14 +351,14 @@ impl Peer {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::protocol::samples::{hello, id, identity, says};
-    use crate::protocol::{Action, Config, Durable, Event, Roster};
+    use crate::protocol::samples::{hello, id, identity, roster, says};
+    use crate::protocol::{Action, Config, Durable, Event};
 
     #[test]
     fn a_candidate_that_comes_later_gets_the_vote_soon() {
         let mut now = Instant::now();
         let mut durable = Durable::default();
-        durable.founding.roster = Some(Roster::of(&["a", "b", "c"].map(id).into()));
+        durable.founding.roster = Some(roster(["a", "b", "c"]));
         durable.open.ballots.insert(Term(0), id("b"));
         let mut peer = Peer::new(Config::default(), identity("a"), Some(durable), &BTreeSet::new(), now);
         let votes = |actions: Vec<Action>| {
@@ -379,7 +379,7 @@ mod tests {
     fn followers_go_with_a_leader_that_makes_way_and_not_with_others() {
         let now = Instant::now();
         let mut durable = Durable::default();
-        durable.founding.roster = Some(Roster::of(&["a", "b", "c"].map(id).into()));
+        durable.founding.roster = Some(roster(["a", "b", "c"]));
         let mut peer = Peer::new(Config::default(), identity("a"), Some(durable), &BTreeSet::new(), now);
         peer.handle(Event::Connected, now);
         let leading =

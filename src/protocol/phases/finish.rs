@@ -129,14 +129,14 @@ mod tests {
     use super::*;
     use crate::protocol::decree::{Outcome, Reason};
     use crate::protocol::message::{Body, Head, Hello};
-    use crate::protocol::samples::{hello, id, identity, says};
-    use crate::protocol::{Action, Config, Decree, Durable, Event, Roster};
+    use crate::protocol::samples::{hello, id, identity, roster, says};
+    use crate::protocol::{Action, Config, Decree, Durable, Event};
     use crate::types::{Digest, Round};
 
     #[test]
     fn who_is_started_when_all_is_over_stays_a_while_for_those_who_lack_the_model() {
         let now = Instant::now();
-        let roster = Roster::of(&["a", "b"].map(id).into());
+        let roster = roster(["a", "b"]);
         let model = *Decree::sample(&roster).model();
         let decree =
             Decree { round: Round(4), outcome: Outcome::Finish(Reason::Rounds, model), ..Decree::sample(&roster) };

@@ -233,8 +233,8 @@ mod tests {
     use super::*;
     use crate::protocol::decree::Outcome;
     use crate::protocol::message::{Body, Head};
-    use crate::protocol::samples::{self, id, identity};
-    use crate::protocol::{Config, Decree, Done, Durable, Event, Roster};
+    use crate::protocol::samples::{self, id, identity, roster};
+    use crate::protocol::{Config, Decree, Done, Durable, Event};
     use crate::transfer::Codec;
     use crate::types::Metrics;
 
@@ -245,7 +245,7 @@ mod tests {
 
     /// `a` leads term 1 of round 1, and holds updates of `b` and `c`.
     fn leader(now: Instant) -> (Peer, Vec<Action>) {
-        let decree = Decree::sample(&Roster::of(&["a", "b", "c"].map(id).into()));
+        let decree = Decree::sample(&roster(["a", "b", "c"]));
         let (accepts, genesis) = (["a", "b"].map(id).into(), decree.digest());
         let parent = decree.digest();
         let mut durable = Durable { head: Some(Head { decree, accepts, genesis }), ..Durable::default() };

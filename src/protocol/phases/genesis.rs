@@ -62,7 +62,8 @@ impl Peer {
             self.timers.clear(Timer::Call);
             return;
         }
-        let roster = Roster::of(&self.genesis.present);
+        let incarnation = |peer: &PeerId| Some((peer.clone(), self.incarnation_of(peer)?));
+        let roster = Roster::of(self.genesis.present.iter().filter_map(incarnation).collect());
         if self.genesis.calling.as_ref() != Some(&roster) {
             self.call(roster);
             self.timers.clear(Timer::Call);
@@ -179,7 +180,7 @@ impl Peer {
             return self.publish(Topic::Election(Round::GENESIS, sender.clone()), self.founded(founded));
         }
         let sees_others = self.genesis.present.iter().any(|peer| !roster.contains(peer));
-        if !roster.contains(&self.me) || !roster.contains(sender) || sees_others || !self.is_compatible(sender) {
+        if !self.is_in(roster, &self.me) || !roster.contains(sender) || sees_others || !self.is_compatible(sender) {
             return;
         }
         let topic = Topic::Election(Round::GENESIS, sender.clone());
@@ -276,7 +277,7 @@ impl Peer {
     }
 
     fn enter_founded(&mut self, roster: Roster, summary: Bytes, by_me: bool, now: Instant) {
-        if self.head().is_some() || self.durable.founding.roster.is_some() || !roster.contains(&self.me) {
+        if self.head().is_some() || self.durable.founding.roster.is_some() || !self.is_in(&roster, &self.me) {
             return;
         }
         self.durable.founding.roster = Some(roster.clone());

@@ -46,6 +46,7 @@ impl Peer {
     pub(in crate::protocol) fn say_hello(&mut self, now: Instant) {
         let head = self.head().map(|head| (head.decree.round, head.decree.digest()));
         let hello = Hello {
+            incarnation: self.incarnation,
             entries: self.entries.clone(),
             layout: self.layout_digest,
             num_examples: self.num_examples,
@@ -64,7 +65,7 @@ impl Peer {
     /// Members are heard by their leader all the time; the others only by their hellos.
     fn hello_interval(&self) -> Duration {
         match self.durable.roster() {
-            Some(roster) if roster.contains(&self.me) => {
+            Some(roster) if self.is_member(&self.me) => {
                 let often = if self.head().is_some() { self.config.election_timeout } else { self.heartbeat() };
                 often * crowd(roster.len())
             }
@@ -111,6 +112,7 @@ impl Peer {
         if let Some(neighbour) = self.neighbours.get_mut(&sender) {
             let other_group = difference.is_some().then(|| hello.group());
             neighbour.greeting = Some(Greeting {
+                incarnation: hello.incarnation,
                 other_group,
                 done: hello.done,
                 lag: Lag::of_other(hello.lag_ms),

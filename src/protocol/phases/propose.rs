@@ -1,6 +1,6 @@
 //! Proposing and accepting: the leader forms a decree; a member that holds its model makes both durable and accepts.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::time::Instant;
 
 use crate::protocol::decree::{self, Decree, Outcome};
@@ -9,7 +9,7 @@ use crate::protocol::phases::round::{Aggregate, Work};
 use crate::protocol::timer::Timer;
 use crate::protocol::{Contributor, Notice, Peer, Roster, Topic};
 use crate::transfer::Manifest;
-use crate::types::{Digest, PeerId, Round, Term};
+use crate::types::{Digest, Incarnation, PeerId, Round, Term};
 
 impl Peer {
     pub(in crate::protocol) fn advance_leader(&mut self, now: Instant) {
@@ -111,11 +111,17 @@ impl Peer {
     /// newcomers who vanish at once cannot stop the federation.
     fn next_roster(&self, now: Instant) -> Roster {
         let since = self.open.leading.as_ref().map_or(now, |leading| leading.since);
+        let member = |peer: &PeerId| self.durable.roster().and_then(|roster| roster.incarnation(peer));
         let members = self.durable.roster().map(|roster| roster.members()).unwrap_or_default();
-        let live: BTreeSet<PeerId> = members.iter().filter(|peer| self.is_there(peer, since, now)).cloned().collect();
+        let live = members.iter().filter(|peer| self.is_there(peer, since, now));
+        let live: BTreeMap<PeerId, Incarnation> = live
+            .filter_map(|peer| Some((peer.clone(), member(peer)?)))
+            .chain([(self.me.clone(), self.incarnation)])
+            .collect();
         let room = live.len().saturating_sub(1).max(1);
-        let newcomers: Vec<PeerId> = self.present(now).into_iter().filter(|peer| !members.contains(peer)).collect();
-        Roster::of(&live.into_iter().chain(newcomers.into_iter().take(room)).chain([self.me.clone()]).collect())
+        let newcomers = self.present(now).into_iter().filter(|peer| member(peer).is_none());
+        let newcomers = newcomers.filter_map(|peer| self.incarnation_of(&peer).map(|incarnation| (peer, incarnation)));
+        Roster::of(newcomers.take(room).chain(live).collect())
     }
 
     fn propose(&mut self, decree: Decree, now: Instant) {
@@ -251,6 +257,7 @@ impl Peer {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
     use std::time::Duration;
 
     use super::*;
@@ -260,7 +267,7 @@ mod tests {
     use crate::transfer::{Intake, Keep};
 
     fn roster() -> Roster {
-        Roster::of(&["a", "b", "c", "d"].map(id).into())
+        samples::roster(["a", "b", "c", "d"])
     }
 
     /// What `b` proposes as the genesis.
@@ -383,7 +390,7 @@ mod tests {
     fn the_newest_model_may_be_had_of_members_that_were_not_needed_for_it() {
         let now = Instant::now();
         let mut peer = follower("a", now);
-        let next_roster = Roster::of(&["a", "b", "c", "d", "e"].map(id).into());
+        let next_roster = samples::roster(["a", "b", "c", "d", "e"]);
         let decree = Decree { next_roster, ..decree() };
         let genesis = decree.digest();
         let head = Head { decree, accepts: ["b", "c", "d"].map(id).into(), genesis };

@@ -226,7 +226,7 @@ impl Peer {
     pub(in crate::protocol) fn lot(&self) -> Option<Digest> {
         let parent = match self.head() {
             Some(head) => head.decree.model().digest,
-            None => self.durable.roster()?.digest(),
+            None => self.durable.roster()?.names_digest(),
         };
         Some(Digest::of(&[&parent.0[..], &self.round().0.to_le_bytes()].concat()))
     }

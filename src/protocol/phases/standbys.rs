@@ -50,7 +50,7 @@ mod tests {
 
     use super::*;
     use crate::protocol::message::{Body, Head, Hello};
-    use crate::protocol::samples::{hello, id, identity, says};
+    use crate::protocol::samples::{hello, id, identity, roster, says};
     use crate::protocol::{Config, Decree, Durable, Event, Identity};
     use crate::types::Digest;
 
@@ -60,7 +60,7 @@ mod tests {
 
     /// Peer `a`, which hosts a broker of its own; `standbys`: as its newest decree has them, if it has one.
     fn peer(standbys: Option<&[(&str, &str)]>) -> Peer {
-        let roster = Roster::of(&["a", "b", "c"].map(id).into());
+        let roster = roster(["a", "b", "c"]);
         let head = standbys.map(|standbys| Head {
             decree: Decree {
                 leader: id("b"),
@@ -93,7 +93,7 @@ mod tests {
     fn a_decree_names_what_hellos_say_and_else_what_its_parent_did() {
         let mut peer = peer(Some(&[("b", "old"), ("c", "kept"), ("d", "gone")]));
         hears_hello(&mut peer, "b", None);
-        let roster = Roster::of(&["a", "b", "c", "e"].map(id).into());
+        let roster = roster(["a", "b", "c", "e"]);
         let expected = [(id("a"), address("own")), (id("c"), address("kept"))];
         assert_eq!(peer.next_standbys(&roster), expected.into(), "b hosts none any more, d is no member");
         hears_hello(&mut peer, "e", Some("kept"));
@@ -107,7 +107,7 @@ mod tests {
         for name in &names {
             hears_hello(&mut peer, name, Some(name));
         }
-        let roster = Roster::of(&names.iter().map(|name| id(name)).collect());
+        let roster = roster(&names);
         assert_eq!(peer.next_standbys(&roster).len(), STANDBYS_MAX);
     }
 

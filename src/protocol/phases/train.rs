@@ -152,13 +152,13 @@ impl Peer {
 mod tests {
     use super::*;
     use crate::protocol::message::{Envelope, Head, Leading};
-    use crate::protocol::samples::{id, identity, says};
-    use crate::protocol::{Config, Decree, Done, Durable, Event, Roster};
+    use crate::protocol::samples::{id, identity, roster, says};
+    use crate::protocol::{Config, Decree, Done, Durable, Event};
 
     #[test]
     fn a_leader_that_counts_on_an_update_which_was_lost_is_told_that_none_comes() {
         let now = Instant::now();
-        let decree = Decree::sample(&Roster::of(&["a", "b"].map(id).into()));
+        let decree = Decree::sample(&roster(["a", "b"]));
         let model = *decree.model();
         let (accepts, genesis) = (["a", "b"].map(id).into(), decree.digest());
         let mut durable =

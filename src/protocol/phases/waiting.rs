@@ -28,18 +28,19 @@ impl Peer {
             return None;
         }
         let Some(roster) = self.durable.roster() else { return self.waiting_for_genesis(now) };
-        if !roster.contains(&self.me) {
+        if !self.is_member(&self.me) {
             // Who hears no member is at the wrong broker, or there is no quorum to admit it.
             let astray = !roster.members().iter().any(|peer| self.is_live(peer, now));
-            let missing = || Waiting::Quorum { missing: roster.members().to_vec(), needed: roster.quorum() };
-            return Some(if astray { missing() } else { Waiting::Admission });
+            let missing = || self.lacks_quorum(roster.members().to_vec(), roster.quorum());
+            let admission = if roster.contains(&self.me) { Waiting::Namesake } else { Waiting::Admission };
+            return Some(if astray { missing() } else { admission });
         }
         let missing: Vec<PeerId> =
             roster.members().iter().filter(|peer| !self.may_be_there(peer, now)).cloned().collect();
         let present = roster.len() - missing.len();
         let needed = roster.quorum().saturating_sub(present);
         if needed > 0 {
-            return Some(Waiting::Quorum { missing, needed });
+            return Some(self.lacks_quorum(missing, needed));
         }
         if self.head_model().is_some_and(|model| !self.transfers.holds(&model.digest))
             && now.saturating_duration_since(self.open.marks.entered) >= self.silence()
@@ -48,6 +49,14 @@ impl Peer {
             return Some(Waiting::Model { round: self.last_model_round(), holders: self.head_holders() });
         }
         self.lacks_updates().or(self.fails_again()).map(|(present, needed)| Waiting::Updates { present, needed })
+    }
+
+    fn lacks_quorum(&self, missing: Vec<PeerId>, needed: usize) -> Waiting {
+        let here = |peer: &&PeerId| {
+            self.neighbours.get(*peer).is_some_and(|neighbour| !neighbour.gone && self.is_away(peer, neighbour))
+        };
+        let forgot = missing.iter().filter(here).cloned().collect();
+        Waiting::Quorum { missing, needed, forgot }
     }
 
     /// Whether this peer's training failed in one term after the other, so that it takes part in a round without updates:
@@ -62,10 +71,9 @@ impl Peer {
         let early = now.saturating_duration_since(self.open.marks.entered) < self.silence();
         let leads = self.open.leading.is_some();
         self.is_live(peer, now)
-            || self
-                .neighbours
-                .get(peer)
-                .map_or(early, |neighbour| !neighbour.gone && (early || !leads && self.open.following.is_some()))
+            || self.neighbours.get(peer).map_or(early, |neighbour| {
+                !self.is_away(peer, neighbour) && (early || !leads && self.open.following.is_some())
+            })
     }
 
     fn waiting_for_genesis(&self, now: Instant) -> Option<Waiting> {
@@ -86,15 +94,15 @@ impl Peer {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::protocol::message::{Body, Head};
-    use crate::protocol::samples::{id, identity, says};
-    use crate::protocol::{Action, Config, Decree, Durable, Event, Roster};
-    use crate::types::{Digest, Round};
+    use crate::protocol::message::{Body, Head, Hello};
+    use crate::protocol::samples::{hello, id, identity, roster, says};
+    use crate::protocol::{Action, Config, Decree, Durable, Event, Identity, Roster};
+    use crate::types::{Digest, Incarnation, Round};
     use std::collections::BTreeSet;
 
     /// The decree of a round, of whose next round these are members.
     fn head(round: u64, members: &[&str]) -> Head {
-        let next_roster = Roster::of(&members.iter().copied().map(id).collect());
+        let next_roster = roster(members);
         let decree = Decree { round: Round(round), leader: id("b"), ..Decree::sample(&next_roster) };
         Head { decree, accepts: vec![id("b"), id("c")], genesis: Digest::of(b"genesis") }
     }
@@ -126,5 +134,41 @@ mod tests {
             }
         }
         assert_eq!(waits, [Some(Waiting::Model { round: Round(5), holders: vec![id("b"), id("c")] })]);
+    }
+
+    #[test]
+    fn who_lost_its_state_waits_for_the_member_of_its_name_to_be_let_go_and_promises_nothing() {
+        let mut now = Instant::now();
+        let newcomer = Identity { incarnation: Incarnation(7), ..identity("a") };
+        let mut peer = Peer::new(Config::default(), newcomer, None, &BTreeSet::new(), now);
+        peer.handle(Event::Connected, now);
+        let mut hears = |head: Head| {
+            let mut actions = peer.handle(says("b", head.decree.round.0 + 1, 0, Body::Head(head)), now);
+            now += peer.heartbeat();
+            actions.extend(peer.handle(Event::Tick, now));
+            (told(&actions).pop(), peer.durable.open.ballots.len())
+        };
+        assert_eq!(hears(head(4, &["a", "b", "c"])), (Some(Some(Waiting::Namesake)), 0));
+        assert_eq!(hears(head(5, &["b", "c"])), (Some(Some(Waiting::Admission)), 0));
+        let mut admitted = head(6, &["a", "b", "c"]);
+        admitted.decree.next_roster = Roster::of(
+            [("a", 7), ("b", 0), ("c", 0)].map(|(name, incarnation)| (id(name), Incarnation(incarnation))).into(),
+        );
+        assert_eq!(hears(admitted), (Some(None), 1));
+    }
+
+    #[test]
+    fn a_member_that_lost_its_state_is_gone_and_it_is_said_that_somebody_else_is_here() {
+        let now = Instant::now();
+        let durable = Durable { head: Some(head(4, &["a", "b"])), ..Durable::default() };
+        let mut peer = Peer::new(Config::default(), identity("a"), Some(durable), &BTreeSet::new(), now);
+        peer.handle(Event::Connected, now);
+        let hello = Hello { incarnation: Incarnation(7), ..hello(&peer) };
+        peer.handle(says("b", 0, 0, Body::Hello(hello)), now);
+        assert!(peer.is_gone(&id("b")));
+        let actions = peer.handle(Event::Tick, now + peer.heartbeat());
+        let waits = Waiting::Quorum { missing: vec![id("b")], needed: 1, forgot: vec![id("b")] };
+        assert_eq!(told(&actions), [Some(waits.clone())]);
+        assert!(waits.to_string().ends_with("(here with a new state directory, which does not count: b)"), "{waits}");
     }
 }
