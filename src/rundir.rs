@@ -5,7 +5,7 @@
 //!   config.toml         the effective configuration
 //!   events.jsonl        what happened, one JSON object a line
 //!   model.safetensors   the last global model that is known here
-//!   best.safetensors    the one with the lowest validation loss so far
+//!   best.safetensors    the one with the lowest validation loss so far, of those measured on as many examples as the last
 //! ```
 //!
 //! Models are written beside their file and renamed, so whoever reads one reads a whole one. The log grows by a few lines
@@ -39,8 +39,9 @@ pub const MODEL: &str = "model.safetensors";
 /// The name of the best model.
 pub const BEST: &str = "best.safetensors";
 
-/// The metadata's key of the validation loss, by which the best model is known.
+/// The metadata's keys of the validation loss, by which the best model is known, and of how many examples it is over.
 const VAL_LOSS: &str = "val_loss";
+const VAL_EXAMPLES: &str = "val_examples";
 
 /// An open run directory.
 #[derive(Debug)]
@@ -53,8 +54,8 @@ pub struct RunDir {
     lines: String,
     /// Models that are not in their files yet.
     models: BTreeMap<&'static str, Bytes>,
-    /// The validation loss of the best model.
-    best: Option<f64>,
+    /// The validation loss of the best model, and over how many examples.
+    best: Option<(f64, u64)>,
 }
 
 /// A global model and what is known of it.
@@ -210,11 +211,12 @@ impl RunDir {
     pub fn save(&mut self, model: &NamedModel<'_>) -> Result<(), RunDirError> {
         let bytes = Bytes::from(to_safetensors(&model.inputs.beside(model.weights), &metadata(model))?);
         self.models.insert(MODEL, bytes.clone());
-        if let Some(loss) = model.metrics.map(|metrics| metrics.loss)
-            && self.best.is_none_or(|best| loss < best)
+        // Where peers have come or gone other examples are measured: easier ones are no merit of a model.
+        if let Some(Metrics { loss, num_examples, .. }) = model.metrics
+            && self.best.is_none_or(|(best, over)| over != num_examples || loss < best)
         {
             self.models.insert(BEST, bytes);
-            self.best = Some(loss);
+            self.best = Some((loss, num_examples));
         }
         self.write_models()
     }
@@ -297,10 +299,10 @@ fn open_events(path: &Path) -> std::io::Result<File> {
 }
 
 /// A file that cannot be read is no best model: the next one takes its place.
-fn best_loss(dir: &Path) -> Option<f64> {
+fn best_loss(dir: &Path) -> Option<(f64, u64)> {
     let bytes = fs::read(dir.join(BEST)).ok()?;
     let (_, metadata) = from_safetensors(&bytes).ok()?;
-    metadata.get(VAL_LOSS)?.parse().ok()
+    Some((metadata.get(VAL_LOSS)?.parse().ok()?, metadata.get(VAL_EXAMPLES)?.parse().ok()?))
 }
 
 fn metadata(model: &NamedModel<'_>) -> BTreeMap<String, String> {
@@ -314,7 +316,7 @@ fn metadata(model: &NamedModel<'_>) -> BTreeMap<String, String> {
         [
             (VAL_LOSS, metrics.loss.to_string()),
             ("val_accuracy", metrics.accuracy.to_string()),
-            ("val_examples", metrics.num_examples.to_string()),
+            (VAL_EXAMPLES, metrics.num_examples.to_string()),
         ]
     });
     let names = [("features", &model.inputs.features), ("classes", &model.inputs.classes)];
@@ -333,7 +335,12 @@ mod tests {
     }
 
     fn save(run_dir: &mut RunDir, round: u64, loss: Option<f64>) {
-        let metrics = loss.map(|loss| Metrics { num_examples: 4, loss, accuracy: 0.5, ..Metrics::default() });
+        save_measured(run_dir, round, loss.map(|loss| (loss, 4)));
+    }
+
+    fn save_measured(run_dir: &mut RunDir, round: u64, measured: Option<(f64, u64)>) {
+        let metrics =
+            measured.map(|(loss, num_examples)| Metrics { num_examples, loss, accuracy: 0.5, ..Metrics::default() });
         let digest = Digest::of(&round.to_le_bytes());
         let weights = weights(round as f32);
         run_dir
@@ -370,6 +377,16 @@ mod tests {
         assert_eq!(round_of(dir.path(), BEST), "6");
         let names = fs::read_dir(dir.path()).unwrap().count();
         assert_eq!(names, 3, "a temporary file is left over");
+    }
+
+    #[test]
+    fn the_best_model_is_not_one_that_was_measured_on_fewer_examples() {
+        let dir = tempfile::tempdir().unwrap();
+        let best = |round, loss, num_examples| {
+            save_measured(&mut RunDir::open(dir.path()).unwrap(), round, Some((loss, num_examples)));
+            round_of(dir.path(), BEST)
+        };
+        assert_eq!([best(1, 0.2, 8), best(2, 0.5, 12), best(3, 0.6, 12), best(4, 0.4, 12)], ["1", "2", "2", "4"]);
     }
 
     #[test]

@@ -88,8 +88,8 @@ fn decree() -> impl Strategy<Value = Decree> {
     let contributor = (peer(), digest(), any::<u64>(), step_sum(), metrics()).prop_map(
         |(peer, update, num_examples, step_sum, metrics)| Contributor { peer, update, num_examples, step_sum, metrics },
     );
-    let record =
-        (prop::option::of((0.0..9.0f64, round())), any::<u32>()).prop_map(|(best, stale)| Record { best, stale });
+    let record = (prop::option::of((0.0..9.0f64, any::<u64>())), any::<u32>())
+        .prop_map(|(reference, stale)| Record { reference, stale });
     let contributors = prop::collection::vec(contributor, 0..4);
     let standbys = prop::collection::btree_map(peer(), address(), 0..3);
     let who = (round(), digest(), peer(), term());
@@ -262,7 +262,7 @@ fn a_round_after_which_there_is_none_is_refused() {
         ),
         contributors: Vec::new(),
         parent_metrics: None,
-        record: Record { best: None, stale: 0 },
+        record: Record { reference: None, stale: 0 },
         next_roster: roster.clone(),
         standbys: BTreeMap::new(),
         summary: Bytes::new(),

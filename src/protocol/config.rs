@@ -36,7 +36,8 @@ pub struct Config {
     /// Stop when the global model's validation accuracy (all peers, weighted) reaches this, 0 to 1.
     pub target_accuracy: Option<f64>,
 
-    /// The improvement of the validation loss that still counts as one. See [`patience`](Self::patience).
+    /// The smallest drop of the validation loss that counts as an improvement, in one round or in several together. See
+    /// [`patience`](Self::patience).
     pub tolerance: f64,
 
     /// Stop when the validation loss has not improved by more than `tolerance` for this many rounds. 0: never.

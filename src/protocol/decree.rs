@@ -104,8 +104,8 @@ pub struct Contributor {
 /// newcomer, stops where every other would.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Record {
-    /// The lowest validation loss, and the round whose model had it.
-    pub best: Option<(f64, Round)>,
+    /// The validation loss to improve on, and over how many examples it was measured.
+    pub reference: Option<(f64, u64)>,
     /// How many models in a row did not improve on it by more than `tolerance`.
     pub stale: u32,
 }
@@ -118,15 +118,17 @@ impl Contributor {
 }
 
 impl Record {
-    /// The record after the model of `round` was measured.
+    /// The record after another model was measured.
+    ///
+    /// Many small improvements are together a large one, so they leave the reference where it is. Where peers have come or
+    /// gone other examples are measured, and what was lost or won says nothing of the model.
     #[must_use]
-    pub fn with(self, metrics: &Metrics, round: Round, tolerance: f64) -> Record {
-        match self.best {
-            Some((best, at)) if metrics.loss >= best - tolerance => {
-                let best = if metrics.loss < best { (metrics.loss, round) } else { (best, at) };
-                Record { best: Some(best), stale: self.stale.saturating_add(1) }
+    pub fn with(self, metrics: &Metrics, tolerance: f64) -> Record {
+        match self.reference {
+            Some((loss, num_examples)) if num_examples == metrics.num_examples && metrics.loss >= loss - tolerance => {
+                Record { reference: self.reference, stale: self.stale.saturating_add(1) }
             }
-            _ => Record { best: Some((metrics.loss, round)), stale: 0 },
+            _ => Record { reference: Some((metrics.loss, metrics.num_examples)), stale: 0 },
         }
     }
 }
@@ -200,18 +202,26 @@ mod tests {
     }
 
     #[test]
-    fn an_improvement_within_the_tolerance_is_none() {
-        let record = Record::default().with(&metrics(1.0, 0.5), Round(0), 0.1);
-        let record = record.with(&metrics(0.95, 0.5), Round(1), 0.1);
-        assert_eq!(record, Record { best: Some((0.95, Round(1))), stale: 1 });
-        assert_eq!(record.with(&metrics(0.5, 0.5), Round(2), 0.1).stale, 0);
-        assert_eq!(record.with(&metrics(2.0, 0.5), Round(2), 0.1), Record { best: Some((0.95, Round(1))), stale: 2 });
+    fn an_improvement_within_the_tolerance_is_none_but_several_together_are_one() {
+        let after = |losses: &[f64]| {
+            losses.iter().fold(Record::default(), |record, &loss| record.with(&metrics(loss, 0.5), 0.1))
+        };
+        assert_eq!(after(&[1.0, 0.95]), Record { reference: Some((1.0, 10)), stale: 1 });
+        assert_eq!(after(&[1.0, 0.95, 2.0]), Record { reference: Some((1.0, 10)), stale: 2 });
+        assert_eq!(after(&[1.0, 0.95, 0.91, 0.87]), Record { reference: Some((0.87, 10)), stale: 0 });
+    }
+
+    #[test]
+    fn losses_over_other_examples_are_not_compared() {
+        let record = Record { reference: Some((0.2, 10)), stale: 3 };
+        let more = Metrics { num_examples: 15, ..metrics(0.5, 0.5) };
+        assert_eq!(record.with(&more, 0.0), Record { reference: Some((0.5, 15)), stale: 0 });
     }
 
     #[test]
     fn the_first_stopping_rule_that_is_met_names_the_reason() {
         let config = Config { rounds: 3, target_accuracy: Some(0.9), patience: 2, ..Config::default() };
-        let stale = |stale| Record { best: Some((1.0, Round(0))), stale };
+        let stale = |stale| Record { reference: Some((1.0, 10)), stale };
         let good = metrics(1.0, 0.9);
         assert_eq!(stop(&config, Round(2), Some(&metrics(1.0, 0.8)), &stale(0)), None);
         assert_eq!(stop(&config, Round(2), Some(&good), &stale(2)), Some(Reason::TargetAccuracy));

@@ -328,7 +328,9 @@ fn check_decree(decree: &Decree) -> Result<(), MessageError> {
     if !decree.contributors.iter().all(|part| STEP_SUMS.contains(&part.step_sum)) {
         return Err(MessageError::Limit("the sum of local steps"));
     }
-    if !measured.into_iter().all(Metrics::is_finite) || decree.record.best.is_some_and(|(loss, _)| !loss.is_finite()) {
+    if !measured.into_iter().all(Metrics::is_finite)
+        || decree.record.reference.is_some_and(|(loss, _)| !loss.is_finite())
+    {
         return Err(MessageError::Limit("a metric"));
     }
     Ok(())

@@ -85,7 +85,7 @@ impl Peer {
 
     fn record(&self, metrics: Option<&crate::types::Metrics>) -> decree::Record {
         let before = self.head().map(|head| head.decree.record).unwrap_or_default();
-        metrics.map_or(before, |metrics| before.with(metrics, self.parent_round(), self.config.tolerance))
+        metrics.map_or(before, |metrics| before.with(metrics, self.config.tolerance))
     }
 
     fn form_decree(&self, outcome: Outcome, contributors: Vec<Contributor>, now: Instant) -> Decree {
