@@ -536,6 +536,10 @@ impl Layers {
             let rule = "scaffold sends control variates with each update, as f32, f16 or bf16";
             return Err(self.conflict("codec", "strategy", rule));
         }
+        if settings.codec == "topk" && settings.norm == "batch" {
+            let rule = "what topk keeps back overshoots, which makes running variances negative: set norm = group";
+            return Err(self.conflict("codec", "norm", rule));
+        }
         let by_sgd = settings.optimizer == "sgd";
         if matches!(strategy.rule, Rule::Scaffold | Rule::FedNova) && !by_sgd {
             let rule = "scaffold and fednova count the steps of sgd: set optimizer = sgd";
@@ -1098,6 +1102,7 @@ mod tests {
             ("strategy = 'fedavgm'\nmodel_codec = 'int8'", "leave model_codec at f32"),
             ("strategy = 'scaffold'\ncodec = 'topk'", "as f32, f16 or bf16"),
             ("strategy = 'fednova'\noptimizer = 'adam'", "set optimizer = sgd"),
+            ("norm = 'batch'\ncodec = 'topk'", "set norm = group"),
         ];
         for (text, hint) in cases {
             let Err(ConfigError::Conflict { rule, .. }) = with_file(text) else { panic!("{text} is taken") };

@@ -6,6 +6,7 @@
 //!   peer               the peer's name, which one of that name it is, and its federation, as text
 //!   state              the newest state: header, checksum, payload; of this directory's peer alone
 //!   settings.json      what the peers of its federation agree on, by key
+//!   examples           which examples it trained on and held out, like the state
 //!   blobs/<digest>.blob
 //!   blobs/<digest>.unflushed
 //! ```
@@ -73,6 +74,7 @@ const LOCK: &str = "lock";
 const IDENTITY: &str = "peer";
 const STATE: &str = "state";
 const SETTINGS: &str = "settings.json";
+const EXAMPLES: &str = "examples";
 const BLOBS: &str = "blobs";
 
 /// How the first line of an identity file starts; its version follows.
@@ -212,6 +214,9 @@ impl Journal {
     /// The name of the state file in the state directory.
     pub const STATE_FILE: &str = STATE;
 
+    /// The name of the file that says which examples the peer trained on and held out.
+    pub const EXAMPLES_FILE: &str = EXAMPLES;
+
     /// Opens the state directory `dir`, or creates it for a peer of `federation` called `name` (without one: a random
     /// name).
     ///
@@ -245,8 +250,22 @@ impl Journal {
     /// After an error the state on disk may be the old or the new one: whoever cannot save must not send what
     /// depends on it. It may save again if there is an [obstacle](JournalError::obstacle) that passes, and stops else.
     pub fn save_state(&mut self, bytes: &[u8]) -> Result<(), JournalError> {
-        let header = state_header(self.incarnation, bytes);
-        self.disk.replace(&self.disk.dir, STATE, &[&header, bytes])
+        self.save(STATE, bytes)
+    }
+
+    fn save(&self, name: &str, bytes: &[u8]) -> Result<(), JournalError> {
+        self.disk.replace(&self.disk.dir, name, &[&state_header(self.incarnation, bytes), bytes])
+    }
+
+    /// What was [saved](Self::save_examples) last of the examples that the peer trained on and held out, if anything was.
+    pub fn examples(&self) -> Result<Option<Vec<u8>>, JournalError> {
+        let path = self.disk.dir.join(EXAMPLES);
+        read_if_there(&path)?.map(|bytes| parse_state(&path, self.incarnation, bytes)).transpose()
+    }
+
+    /// Notes which examples the peer trains on and holds out, in place of what was noted before.
+    pub fn save_examples(&self, bytes: &[u8]) -> Result<(), JournalError> {
+        self.save(EXAMPLES, bytes)
     }
 
     /// What was [saved](Self::save_settings) last of what the peers agree on, if anything was. No promise rests on it.
@@ -491,7 +510,8 @@ fn temporary_name(name: &str, number: u64) -> String {
 fn is_temporary(name: &str) -> bool {
     let parts = name.strip_suffix(".tmp").and_then(|name| name.rsplit_once('.'));
     parts.is_some_and(|(name, number)| {
-        number.parse::<u64>().is_ok() && ([IDENTITY, STATE, SETTINGS].contains(&name) || name.ends_with(BLOB_END))
+        number.parse::<u64>().is_ok()
+            && ([IDENTITY, STATE, SETTINGS, EXAMPLES].contains(&name) || name.ends_with(BLOB_END))
     })
 }
 

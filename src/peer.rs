@@ -17,8 +17,8 @@ use crate::protocol::{self, Difference, Durable, Topics};
 use crate::training::export::{self, from_safetensors};
 use crate::training::external::{ExternalConfig, ExternalTrainer};
 use crate::training::{
-    BurnTrainer, DataError, Dataset, Examples, Partition, PartitionError, ReadError, Source, Task, Train, TrainError,
-    Trainer, histogram,
+    BurnTrainer, DataError, Dataset, Examples, Partition, PartitionError, ReadError, Seen, Source, Task, Train,
+    TrainError, Trainer, histogram,
 };
 use crate::transport::mqtt::probe::Probe;
 use crate::transport::mqtt::{MqttConfig, MqttTransport, TransportError};
@@ -122,6 +122,12 @@ pub enum PeerError {
         /// Something on which peers agree: what the federation has, and what is asked for.
         difference: Difference,
     },
+    /// The data that a run shares out are not those that it began with.
+    #[error("the data are not those that the run of {} began with: shared out anew, examples that were trained on would be held out", dir.display())]
+    OtherData {
+        /// The state directory of the peer that noticed.
+        dir: PathBuf,
+    },
     /// An accuracy is asked for where there is none.
     #[error("target_accuracy = {target}, and its data have a number to tell, of which there is no accuracy")]
     NoAccuracy {
@@ -183,7 +189,7 @@ impl LocalPeer {
     /// # Panics
     /// If the settings name no state directory: the caller chooses one.
     pub fn open_with(settings: &Settings, examples: Option<&Examples>) -> Result<Self, PeerError> {
-        Self::with(settings, |name| {
+        Self::with(settings, |name, past| {
             if let Some(command) = &settings.trainer {
                 let trainer = ExternalTrainer::start(external(settings, command), name.clone())?;
                 let lesson =
@@ -191,9 +197,10 @@ impl LocalPeer {
                 return Ok((Box::new(trainer) as Box<dyn Trainer>, lesson));
             }
             let (train, held_out) = match examples {
-                Some(examples) => own_data(settings, examples)?,
-                None => own_data(settings, &read_data(settings)?)?,
+                Some(examples) => own_data(settings, examples, past.seen)?,
+                None => own_data(settings, &read_data(settings)?, past.seen)?,
             };
+            past.note(&train, &held_out, settings)?;
             let mut lesson = Lesson::of(settings, &train, &held_out);
             let mut training = settings.training();
             if train.task() == Task::Numbers {
@@ -217,12 +224,12 @@ impl LocalPeer {
     /// # Panics
     /// If the settings name no state directory: the caller chooses one.
     pub fn of_trainer(settings: &Settings, trainer: Box<dyn Trainer>) -> Result<Self, PeerError> {
-        Self::with(settings, |_| Ok((trainer, Lesson { data: "its own".into(), ..Lesson::default() })))
+        Self::with(settings, |_, _| Ok((trainer, Lesson { data: "its own".into(), ..Lesson::default() })))
     }
 
     fn with(
         settings: &Settings,
-        make: impl FnOnce(&PeerId) -> Result<(Box<dyn Trainer>, Lesson), PeerError>,
+        make: impl FnOnce(&PeerId, Past<'_>) -> Result<(Box<dyn Trainer>, Lesson), PeerError>,
     ) -> Result<Self, PeerError> {
         let state_dir = settings.state_dir.clone().expect("the caller has chosen a state directory");
         let (journal, loaded) = Journal::open(&state_dir, &settings.federation, settings.peer.as_ref())?;
@@ -235,7 +242,9 @@ impl LocalPeer {
             journal.blobs().open(manifest.digest)?;
         }
         let name = loaded.peer;
-        let (trainer, lesson) = make(&name)?;
+        let has_begun = durable.as_ref().is_some_and(|durable| durable.head.is_some());
+        let seen = if has_begun { seen_examples(&journal)? } else { Seen::default() };
+        let (trainer, lesson) = make(&name, Past { journal: &journal, seen: &seen })?;
         let agreed = shared(settings, &lesson).entries();
         if let Some(durable) = durable.as_ref().filter(|durable| durable.head.is_some())
             && let Some(before) = journal.settings()?
@@ -513,8 +522,36 @@ pub fn read_data(settings: &Settings) -> Result<Examples, ReadError> {
     settings.source().read(settings.held_out_source().as_ref(), &settings.read_options())
 }
 
+/// What a peer had in earlier runs.
+struct Past<'a> {
+    journal: &'a Journal,
+    /// The examples.
+    seen: &'a Seen,
+}
+
+impl Past<'_> {
+    /// Keeps what the peer trains on and holds out now, before it does either.
+    fn note(&self, train: &Dataset, held_out: &Dataset, settings: &Settings) -> Result<(), PeerError> {
+        let mut seen = self.seen.clone();
+        seen.note(train, held_out);
+        if seen == *self.seen {
+            return Ok(());
+        }
+        // Shared out anew, they would go to other peers, which do not know on what was trained.
+        if settings.part.is_some() && !self.seen.is_empty() {
+            return Err(PeerError::OtherData { dir: self.journal.dir().to_owned() });
+        }
+        Ok(self.journal.save_examples(&seen.encode())?)
+    }
+}
+
+fn seen_examples(journal: &Journal) -> Result<Seen, PeerError> {
+    let Some(bytes) = journal.examples()? else { return Ok(Seen::default()) };
+    Seen::decode(&bytes).ok_or_else(|| PeerError::State(journal.dir().join(Journal::EXAMPLES_FILE)))
+}
+
 /// The examples of this peer to train on and to measure with: the data set, or its part of it.
-fn own_data(settings: &Settings, examples: &Examples) -> Result<(Dataset, Dataset), PeerError> {
+fn own_data(settings: &Settings, examples: &Examples, seen: &Seen) -> Result<(Dataset, Dataset), PeerError> {
     let train = match (&examples.train, settings.part) {
         (Train::Whole(all), None) => all.clone(),
         (Train::Whole(all), Some(part)) => share(all, settings.partition(), part, settings.seed)?,
@@ -528,7 +565,9 @@ fn own_data(settings: &Settings, examples: &Examples) -> Result<(Dataset, Datase
         let (column, class) = (table.label.clone(), train.class_names().concat());
         return Err(DataError::OneClass { column, class }.into());
     }
-    let Some(held_out) = &examples.held_out else { return Ok(train.split(settings.val_fraction, settings.seed)?) };
+    let Some(held_out) = &examples.held_out else {
+        return Ok(train.split_as_before(settings.val_fraction, settings.seed, seen)?);
+    };
     // Of what is held out for all, each measures with a part: the mean over all peers is that of the whole.
     let held_out = match settings.part.filter(|part| part.of <= held_out.len()) {
         Some(part) => share(held_out, Partition::Iid, part, settings.seed)?,
@@ -572,7 +611,9 @@ mod tests {
     fn the_parts_of_a_data_set_are_the_whole() {
         let dir = tempfile::tempdir().unwrap();
         let examples = read_data(&settings(dir.path())).unwrap();
-        let of_part = |part: Option<Part>| own_data(&Settings { part, ..settings(dir.path()) }, &examples).unwrap();
+        let of_part = |part: Option<Part>| {
+            own_data(&Settings { part, ..settings(dir.path()) }, &examples, &Seen::default()).unwrap()
+        };
         let parts: Vec<_> = (1..=4).map(|index| of_part(Some(Part { index, of: 4 }))).collect();
         let size = |(train, held_out): &(Dataset, Dataset)| train.len() + held_out.len();
         assert_eq!(parts.iter().map(size).sum::<usize>(), size(&of_part(None)));
@@ -590,7 +631,7 @@ mod tests {
         let val_data = Some(format!("csv:{}/test.txt", dir.path().display()));
         let of_part = |part: Option<Part>| {
             let settings = Settings { part, data: data.clone(), val_data: val_data.clone(), ..settings(dir.path()) };
-            own_data(&settings, &read_data(&settings).unwrap())
+            own_data(&settings, &read_data(&settings).unwrap(), &Seen::default())
         };
         let sizes: Vec<_> = (1..=2)
             .map(|index| of_part(Some(Part { index, of: 2 })).unwrap())
@@ -646,6 +687,40 @@ mod tests {
         assert!(open("e", Some(&dir.path().join("missing")), 4).is_err());
     }
 
+    /// Has a peer remember that a round was decided.
+    fn decide(journal: &mut Journal, outcome: impl FnOnce(Manifest) -> Decided) {
+        let model = Manifest::of(b"the model", 1024, Codec::F32).unwrap();
+        journal.put_blob(model.digest, &Bytes::from_static(b"the model")).unwrap();
+        let roster = Roster::of([(PeerId::new("a").unwrap(), Incarnation(0))].into());
+        let decree = Decree { outcome: outcome(model), ..Decree::sample(&roster) };
+        let (accepts, genesis) = (Vec::new(), decree.digest());
+        let durable = Durable { head: Some(Head { decree, accepts, genesis }), ..Durable::default() };
+        journal.save_state(&durable.encode()).unwrap();
+    }
+
+    #[test]
+    fn what_was_trained_on_is_not_held_out_later_and_a_run_is_not_shared_out_anew() {
+        let (joined, of_run) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let open = |dir: &Path, part, val_fraction| LocalPeer::open(&Settings { part, val_fraction, ..settings(dir) });
+        let held_out = |val_fraction| {
+            let peer = open(joined.path(), None, val_fraction).unwrap();
+            (peer.lesson.num_held_out.unwrap(), peer)
+        };
+        let (few, _) = held_out(0.2);
+        let (more, mut peer) = held_out(0.5);
+        assert!(few < more, "nothing was trained yet");
+        decide(&mut peer.journal, Decided::Model);
+        drop(peer);
+        assert_eq!(held_out(0.7).0, more);
+
+        let part = |index| Some(Part { index, of: 2 });
+        let mut peer = open(of_run.path(), part(1), 0.2).unwrap();
+        decide(&mut peer.journal, Decided::Model);
+        drop(peer);
+        assert!(open(of_run.path(), part(1), 0.2).is_ok());
+        assert!(matches!(open(of_run.path(), part(2), 0.2), Err(PeerError::OtherData { .. })));
+    }
+
     #[test]
     fn a_state_directory_is_not_taken_for_one_of_another_federation() {
         let dir = tempfile::tempdir().unwrap();
@@ -653,25 +728,16 @@ mod tests {
         let open_with =
             |rounds, hidden| LocalPeer::open(&Settings { rounds, hidden: vec![hidden], ..settings.clone() });
         let open = |rounds| open_with(rounds, 8);
-        let roster = Roster::of([(PeerId::new("a").unwrap(), Incarnation(0))].into());
-        let model = Manifest::of(b"the model", 1024, Codec::F32).unwrap();
-        let decide = |journal: &mut Journal, outcome| {
-            journal.put_blob(model.digest, &Bytes::from_static(b"the model")).unwrap();
-            let decree = Decree { outcome, ..Decree::sample(&roster) };
-            let (accepts, genesis) = (Vec::new(), decree.digest());
-            let durable = Durable { head: Some(Head { decree, accepts, genesis }), ..Durable::default() };
-            journal.save_state(&durable.encode()).unwrap();
-        };
         let why = |opened: Result<LocalPeer, PeerError>| opened.err().unwrap().to_string();
         drop(open_with(6, 4).unwrap());
         let mut peer = open(7).unwrap();
-        decide(&mut peer.journal, Decided::Model(model));
+        decide(&mut peer.journal, Decided::Model);
         drop(peer);
         let error = why(open_with(7, 4));
         assert!(error.ends_with("has hidden = 8, and now hidden = 4 is asked for"), "{error}");
         // It is for the others to say whether they go on for longer, too.
         let mut peer = open(8).unwrap();
-        decide(&mut peer.journal, Decided::Finish(Reason::Rounds, model));
+        decide(&mut peer.journal, |model| Decided::Finish(Reason::Rounds, model));
         drop(peer);
         assert!(open(8).unwrap().has_finished());
         let error = why(open(9));

@@ -229,6 +229,10 @@ impl From<PeerError> for Failure {
                 .hint("use the version of rodizio that wrote it, or join as a new peer with an empty --state-dir"),
             PeerError::NoAccuracy { .. } => Failure::new(Exit::Usage, error)
                 .hint("leave --target-accuracy out (--patience and --rounds end it), or choose classes with --task"),
+            PeerError::OtherData { .. } => Failure::new(Exit::Usage, error).hint(
+                "go on with the data as they were, or begin a new run with --init and the model of this one; --val-data holds out a \
+                 file of its own",
+            ),
             PeerError::OtherSettings { .. } => Failure::new(Exit::Usage, error).hint(
                 "give it the settings and data that it had; to train anew choose another --federation, or remove the directory",
             ),

@@ -32,7 +32,7 @@ pub use augment::Augment;
 pub use burn_trainer::BurnTrainer;
 pub use config::{Backend, Norm, Optimizer, SettingError, TrainingConfig};
 pub use dataset::{
-    COLUMN, Column, DataError, Dataset, Examples, ReadError, ReadOptions, Source, Table, Targets, Task, Train,
+    COLUMN, Column, DataError, Dataset, Examples, ReadError, ReadOptions, Seen, Source, Table, Targets, Task, Train,
 };
 pub use models::{Model, ModelError};
 pub use named::UnknownName;

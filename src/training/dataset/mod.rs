@@ -13,11 +13,13 @@ mod digits;
 mod idx;
 mod images;
 mod schema;
+mod seen;
 mod source;
 mod table;
 mod text;
 
 pub use schema::COLUMN;
+pub use seen::Seen;
 pub use source::{Examples, ReadError, ReadOptions, Source, Train};
 pub use table::{Column, Table};
 
@@ -329,6 +331,11 @@ impl Dataset {
     /// without a class of their own are drawn alike. At least one example is left to train on if there is any; at least
     /// one is held out if there are two and `val_fraction` is above 0.
     pub fn split(&self, val_fraction: f64, seed: u64) -> Result<(Self, Self), DataError> {
+        self.split_as_before(val_fraction, seed, &Seen::default())
+    }
+
+    /// The same, but that examples which were seen before stay on the side where they were.
+    pub fn split_as_before(&self, val_fraction: f64, seed: u64, seen: &Seen) -> Result<(Self, Self), DataError> {
         if !(0.0..1.0).contains(&val_fraction) {
             return Err(DataError::Fraction(val_fraction));
         }
@@ -344,6 +351,7 @@ impl Dataset {
             held_out.extend_from_slice(&indices[..quota]);
             train.extend_from_slice(&indices[quota..]);
         }
+        let (train, held_out) = seen.sides(self, train, held_out);
         Ok((self.subset(&train), self.subset(&held_out)))
     }
 }
