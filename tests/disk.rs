@@ -439,7 +439,8 @@ fn after_many_rounds_a_peer_keeps_the_last_model_and_no_more() {
         let names = |dir: &Path| -> BTreeSet<String> {
             fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
         };
-        assert_eq!(names(&state_dir), ["blobs", "lock", "peer", "settings.json", "state"].map(str::to_owned).into());
+        let files = ["blobs", "examples", "lock", "peer", "settings.json", "state"];
+        assert_eq!(names(&state_dir), files.map(str::to_owned).into());
         assert!(fs::metadata(state_dir.join("state")).unwrap().len() < 4096);
         let blobs = names(&state_dir.join("blobs"));
         assert!(blobs.contains(&format!("{last}.blob")) && blobs.len() <= 2, "{blobs:?}");
