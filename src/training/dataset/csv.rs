@@ -145,6 +145,7 @@ impl Rows {
             let hint = "a table needs a column beside the label and those that are ignored";
             return Err(ReadError::new(self.lines[0].path.display(), "no column is left to learn from", hint));
         }
+        features.iter().chain([&label]).try_for_each(|&at| self.check_breaks(at))?;
         let columns = features.iter().map(|&at| self.describe(at, options)).collect::<Result<Vec<_>, _>>()?;
         let table = Table { columns, label: self.names[label].clone() };
         let path = self.lines[0].path.display();
@@ -191,6 +192,16 @@ impl Rows {
 
     fn cells(&self, at: usize) -> impl Iterator<Item = (&Line, &str)> {
         self.lines.iter().map(move |line| (line, &line.cells[at])).filter(|(_, cell)| !is_missing(cell))
+    }
+
+    /// Two stray quotes make one value of all lines between them; what categories and classes are called is told to others.
+    fn check_breaks(&self, at: usize) -> Result<(), ReadError> {
+        let broken = |(line, cell): (_, &str)| Some((line, cell.split_once(['\n', '\r'])?.0.to_owned()));
+        let Some((line, first)) = self.cells(at).find_map(broken) else { return Ok(()) };
+        let what = format!("the value that begins with {first:?} holds a line break");
+        let hint =
+            "a stray quote joins lines: remove it, or the line break, or leave the column out with --ignore-columns";
+        Err(ReadError::new(line.place(&self.names[at]), what, hint))
     }
 
     /// Numbers, unless a value is none; then categories, in the order of their texts.
@@ -321,12 +332,9 @@ fn number(cell: &str) -> Option<f64> {
 fn lines(path: &Path) -> Result<Vec<Line>, ReadError> {
     let bytes = read_bytes(path).map_err(|error| ReadError::io(path, &error))?;
     let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&bytes);
-    let mut reader = ReaderBuilder::new()
-        .has_headers(false)
-        .flexible(true)
-        .trim(Trim::All)
-        .delimiter(separator(bytes))
-        .from_reader(bytes);
+    let separator = separator(bytes);
+    let mut reader =
+        ReaderBuilder::new().has_headers(false).flexible(true).trim(Trim::All).delimiter(separator).from_reader(bytes);
     let shared = Arc::new(path.to_owned());
     let mut lines = Vec::new();
     let (mut number, mut counted) = (1, 0);
@@ -337,7 +345,29 @@ fn lines(path: &Path) -> Result<Vec<Line>, ReadError> {
         counted = start;
         lines.push(Line { path: shared.clone(), number, cells });
     }
+    if let Some(at) = open_quote(bytes, separator) {
+        let place = format!("{}, line {}", path.display(), 1 + line_ends(&bytes[..at]));
+        let hint = "remove the quote or close it; one inside a quoted value is written twice";
+        return Err(ReadError::new(place, "a quoted value begins there and never ends", hint));
+    }
     Ok(lines)
+}
+
+/// Where the quoted value begins that the file ends inside of, if it does: the reader takes all lines behind a stray quote
+/// for one value, and says nothing. As there, only a quote that a value begins with opens it.
+fn open_quote(bytes: &[u8], separator: u8) -> Option<usize> {
+    let (mut begin, mut inside, mut may_open) = (0, false, true);
+    for (at, &byte) in bytes.iter().enumerate() {
+        if byte == b'"' && (inside || may_open) {
+            // Right behind one that closes, it is one of a pair, which stands for a quote.
+            let is_second = !inside && bytes[..at].ends_with(b"\"");
+            begin = if inside || is_second { begin } else { at };
+            (inside, may_open) = (!inside, true);
+        } else {
+            may_open = byte == separator || matches!(byte, b'\r' | b'\n');
+        }
+    }
+    inside.then_some(begin)
 }
 
 /// Where a record begins. The reader takes empty lines, and the second half of a line's end in Windows' files, for its
@@ -676,6 +706,33 @@ mod tests {
         assert!(error.starts_with("my.csv, line 2, column \"dose\": \"1O\" is no number"), "{error}");
         let missing = read(&[Path::new("/no/such/my.csv")], &options()).unwrap_err();
         assert!(missing.to_string().starts_with("/no/such/my.csv: No such file"));
+    }
+
+    #[test]
+    fn a_stray_quote_swallows_no_lines() {
+        let hint = "(remove the quote or close it; one inside a quoted value is written twice)";
+        let rest = "2,no\n".repeat(9);
+        for (text, line) in [("a,b\n1,yes\n1,\"no\n", 3), ("a,b\r\n\"1\",\"no\"\"\r\n", 2), ("a,b\n\"\n1\",\"", 3)] {
+            let expected = format!("my.csv, line {line}: a quoted value begins there and never ends {hint}");
+            assert_eq!(refused(format!("{text}{rest}"), &options()), expected, "{text:?}");
+        }
+        let notes = "age,note,sick\n1,x,no\n2,\"y,no\n3,x,yes\n4,y\",no\n5,x,yes\n";
+        let expected = "my.csv, line 3, column \"note\": the value that begins with \"y,no\" holds a line break (a stray quote joins";
+        assert!(refused(notes, &options()).starts_with(expected));
+        assert!(refused("age,sick\n1,\"no\n2,yes\"\n3,no\n", &options()).contains("column \"sick\": the value"));
+        let ignored = ReadOptions { ignored: vec!["note".into()], ..options() };
+        assert_eq!(read_text(notes, &ignored).unwrap().len(), 3);
+    }
+
+    proptest! {
+        #[test]
+        fn a_file_ends_inside_quotes_where_its_reader_says_so(text in "[a\",\r\n]{0,30}") {
+            // Then what comes behind it is no line of its own.
+            let more = format!("{text}\nend\n");
+            let records = ReaderBuilder::new().has_headers(false).flexible(true).from_reader(more.as_bytes()).into_records();
+            let apart = records.last().unwrap().unwrap() == vec!["end"];
+            prop_assert_eq!(open_quote(text.as_bytes(), b',').is_none(), apart);
+        }
     }
 
     #[test]
