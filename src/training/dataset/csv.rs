@@ -190,6 +190,11 @@ impl Rows {
         ReadError::new(self.lines[0].path.display(), format!("there is no column {name:?}"), hint)
     }
 
+    /// The different values of a column, as categories and classes are called.
+    fn texts(&self, at: usize) -> BTreeSet<&str> {
+        self.cells(at).map(|(_, cell)| plain(cell)).collect()
+    }
+
     fn cells(&self, at: usize) -> impl Iterator<Item = (&Line, &str)> {
         self.lines.iter().map(move |line| (line, &line.cells[at])).filter(|(_, cell)| !is_missing(cell))
     }
@@ -219,7 +224,7 @@ impl Rows {
             let hint = format!("write points for commas, or list all values with --categories '{name}=A|B'");
             return Err(ReadError::new(line.place(&name), what, hint));
         }
-        let categories: BTreeSet<&str> = self.cells(at).map(|(_, cell)| cell).collect();
+        let categories = self.texts(at);
         let numbers = categories.iter().filter(|text| number(text).is_some()).count();
         if numbers > CLASSES_MAX {
             let what = format!("{text:?} is no number, and {numbers} different values of this column are");
@@ -245,7 +250,7 @@ impl Rows {
             _ if is_missing(cell) => f64::NAN,
             None => number(cell).expect("a column with any other value is one of categories"),
             Some(categories) => {
-                let category = categories.iter().position(|category| category == cell);
+                let category = categories.iter().position(|category| category == plain(cell));
                 category.ok_or_else(|| not_listed(line, &column.name, cell, categories))? as f64
             }
         });
@@ -263,7 +268,7 @@ impl Rows {
             ));
         }
         let no_number = self.cells(at).find(|(_, cell)| number(cell).is_none());
-        let distinct: BTreeSet<&str> = self.cells(at).map(|(_, cell)| cell).collect();
+        let distinct = self.texts(at);
         let listed = options.categories.get(name);
         let many_numbers = no_number.is_none() && listed.is_none() && distinct.len() > CLASSES_MAX;
         match (options.regression.unwrap_or(many_numbers), no_number) {
@@ -288,7 +293,7 @@ impl Rows {
             called.and_then(|names| Some(names[index_of(cell, names)?].clone())).unwrap_or_else(|| cell.to_owned())
         };
         let texts = match listed.or(called) {
-            Some(names) => classes(names.iter().cloned()),
+            Some(names) => classes(sorted(names)),
             None => classes(distinct.iter().map(|text| (*text).to_owned())),
         };
         if texts.len() > self.lines.len() / 2 && texts.len() > CLASSES_MAX && options.categories.is_empty() {
@@ -296,7 +301,7 @@ impl Rows {
             return Err(ReadError::new(self.lines[0].path.display(), what, "choose the label's column with --label"));
         }
         let label = |line: &Line| {
-            let class = class_of(&line.cells[at]);
+            let class = class_of(plain(&line.cells[at]));
             let label = texts.iter().position(|text| *text == class);
             Ok(label.ok_or_else(|| not_listed(line, name, &class, &texts))? as u32)
         };
@@ -311,7 +316,7 @@ fn index_of(text: &str, names: &[String]) -> Option<usize> {
 }
 
 fn sorted(texts: &[String]) -> Vec<String> {
-    texts.iter().cloned().collect::<BTreeSet<_>>().into_iter().collect()
+    texts.iter().map(|text| plain(text).to_owned()).collect::<BTreeSet<_>>().into_iter().collect()
 }
 
 fn not_listed(line: &Line, column: &str, cell: &str, listed: &[String]) -> ReadError {
@@ -326,6 +331,20 @@ fn is_missing(cell: &str) -> bool {
 /// A cell as a number that a feature can be.
 fn number(cell: &str) -> Option<f64> {
     cell.parse().ok().filter(|number: &f64| (*number as f32).is_finite())
+}
+
+/// A whole number without the point and zeros that one peer's program writes and another's does not: `1` for `1.0`. What
+/// may be a code, such as `007`, `1e5` or `250.10`, is left as it stands.
+fn plain(text: &str) -> &str {
+    let unsigned = text.strip_prefix('-').unwrap_or(text);
+    let Some((whole, zeros)) = unsigned.split_once('.') else { return text };
+    let is_whole = !whole.is_empty() && whole.bytes().all(|byte| byte.is_ascii_digit());
+    let is_code = !is_whole || whole.len() > 1 && whole.starts_with('0');
+    if is_code || zeros.is_empty() || zeros.bytes().any(|byte| byte != b'0') {
+        return text;
+    }
+    // Zero has no sign.
+    if whole == "0" { whole } else { &text[..text.len() - zeros.len() - 1] }
 }
 
 /// Every line that is not empty.
@@ -424,7 +443,7 @@ fn scikit_class_names(lines: &[Line]) -> Option<Vec<String>> {
     let (first, second) = (&lines.first()?.cells, &lines.get(1)?.cells);
     let is_count = |at: usize, count: usize| first.get(at).and_then(|cell| cell.parse().ok()) == Some(count);
     let is_one = is_count(0, lines.len() - 1) && is_count(1, second.len() - 1) && first.len() >= 4;
-    is_one.then(|| first.iter().skip(2).map(str::to_owned).collect())
+    is_one.then(|| first.iter().skip(2).map(|name| plain(name).to_owned()).collect())
 }
 
 /// Whether the first line names the columns: no cell of it is a number or missing, and either some column below is of
@@ -611,6 +630,24 @@ mod tests {
         );
         listed.categories.insert("city".into(), Vec::new());
         assert!(refused(PEOPLE, &listed).contains("no column \"city\""));
+    }
+
+    #[test]
+    fn a_whole_number_is_the_same_category_or_class_however_it_is_written() {
+        let written = ["1.0", "1.00", "-2.0", "-0.0", "0.0", "10.0", "12345678901234567890.0"];
+        assert_eq!(written.map(plain), ["1", "1", "-2", "0", "0", "10", "12345678901234567890"]);
+        for code in
+            ["1", "-1", "007", "07.0", "1.", ".0", "-.0", "1e5", "1.0e5", "250.10", "1.0.0", "+1.0", "A1.0", "v.0", ""]
+        {
+            assert_eq!(plain(code), code);
+        }
+        let whole = read_text("stage,sick\n1,0\n2,1\nX,0\n", &options()).unwrap();
+        let mut listed = options();
+        let floats = "stage,sick\n1.0,0.0\n2.0,1.0\nX,0\n";
+        assert_eq!(read_text(floats, &listed), Ok(whole.clone()));
+        listed.categories.insert("stage".into(), ["1.0", "2", "X"].map(String::from).into());
+        listed.categories.insert("sick".into(), ["0", "1.0"].map(String::from).into());
+        assert_eq!(read_text(floats, &listed), Ok(whole));
     }
 
     #[test]
