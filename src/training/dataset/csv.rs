@@ -90,13 +90,16 @@ impl Rows {
         }
         let named = class_names.is_none() && options.header.unwrap_or_else(|| is_header(&lines));
         let names = if named {
-            lines.remove(0).cells.iter().map(str::to_owned).collect()
+            let cells = lines.remove(0).cells;
+            let name = |(at, cell): (usize, &str)| if cell.is_empty() { by_number(at) } else { cell.to_owned() };
+            cells.iter().enumerate().map(name).collect()
         } else {
-            (1..=width).map(|number| format!("column {number}")).collect::<Vec<_>>()
+            (0..width).map(by_number).collect::<Vec<_>>()
         };
         if let Some(name) = names.iter().enumerate().find(|(index, name)| names[..*index].contains(name)) {
             let what = format!("two columns are called {:?}", name.1);
-            return Err(ReadError::new(path.display(), what, "give each column a name of its own"));
+            let hint = "give each column a name of its own; or --header no, if the first line names none";
+            return Err(ReadError::new(path.display(), what, hint));
         }
         if lines.is_empty() {
             return Err(empty());
@@ -115,7 +118,7 @@ impl Rows {
                 self.lines[0].path.display(),
                 self.names.join(", ")
             );
-            let hint = "all files, also that of --val-data, need the same columns";
+            let hint = "all files, also that of --val-data, need the same columns; --header says whether the first lines name them";
             return Err(ReadError::new(other.lines[0].path.display(), what, hint));
         };
         for line in &mut other.lines {
@@ -190,6 +193,14 @@ impl Rows {
         ReadError::new(self.lines[0].path.display(), format!("there is no column {name:?}"), hint)
     }
 
+    /// A value that is wrong, unless it is a name.
+    fn mistake(&self, line: &Line, at: usize, what: String, hint: impl Into<String>) -> ReadError {
+        let hint = hint.into();
+        let is_first = !self.named && line.number == 1;
+        let hint = if is_first { format!("{hint}; or --header yes, if the line names the columns") } else { hint };
+        ReadError::new(line.place(&self.names[at]), what, hint)
+    }
+
     /// The different values of a column, as categories and classes are called.
     fn texts(&self, at: usize) -> BTreeSet<&str> {
         self.cells(at).map(|(_, cell)| plain(cell)).collect()
@@ -222,7 +233,7 @@ impl Rows {
         if self.cells(at).all(|(_, cell)| with_point(cell)) {
             let what = format!("{text:?} is no number: numbers have a point, as in {:?}", text.replacen(',', ".", 1));
             let hint = format!("write points for commas, or list all values with --categories '{name}=A|B'");
-            return Err(ReadError::new(line.place(&name), what, hint));
+            return Err(self.mistake(line, at, what, hint));
         }
         let categories = self.texts(at);
         let numbers = categories.iter().filter(|text| number(text).is_some()).count();
@@ -231,7 +242,7 @@ impl Rows {
             let hint = format!(
                 "correct the value, leave the cell empty if there is none, or list all values with --categories '{name}=A|B'"
             );
-            return Err(ReadError::new(line.place(&name), what, hint));
+            return Err(self.mistake(line, at, what, hint));
         }
         if categories.len() > CATEGORIES_MAX {
             let what = format!(
@@ -239,7 +250,7 @@ impl Rows {
                 categories.len()
             );
             let hint = format!("correct the value, or leave the column out with --ignore-columns {name:?}");
-            return Err(ReadError::new(line.place(&name), what, hint));
+            return Err(self.mistake(line, at, what, hint));
         }
         Ok(Column { name, categories: Some(categories.into_iter().map(str::to_owned).collect()) })
     }
@@ -274,7 +285,7 @@ impl Rows {
         match (options.regression.unwrap_or(many_numbers), no_number) {
             (true, Some((line, text))) => {
                 let what = format!("{text:?} is no number, as task regression needs");
-                Err(ReadError::new(line.place(name), what, "correct it, or use --task classes"))
+                Err(self.mistake(line, at, what, "correct it, or use --task classes"))
             }
             (true, None) => Ok(Targets::Numbers(self.cells(at).filter_map(|(_, cell)| number(cell)).collect())),
             (false, _) => self.classes(at, &distinct, options),
@@ -313,6 +324,11 @@ impl Rows {
 /// The index, if it is one, that scikit-learn's tables write in the place of one of these names.
 fn index_of(text: &str, names: &[String]) -> Option<usize> {
     text.parse().ok().filter(|index| *index < names.len())
+}
+
+/// What a column without a name is called.
+fn by_number(at: usize) -> String {
+    format!("column {}", at + 1)
 }
 
 fn sorted(texts: &[String]) -> Vec<String> {
@@ -446,17 +462,17 @@ fn scikit_class_names(lines: &[Line]) -> Option<Vec<String>> {
     is_one.then(|| first.iter().skip(2).map(|name| plain(name).to_owned()).collect())
 }
 
-/// Whether the first line names the columns: no cell of it is a number or missing, and either some column below is of
-/// numbers, or none of its cells comes again below.
+/// Whether the first line names the columns: a text of it stands over a column of numbers; or all its cells are texts, none
+/// of which comes again below. The cell over the numbers that pandas gives to lines may be empty.
 fn is_header(lines: &[Line]) -> bool {
-    let Some((first, rest)) = lines.split_first() else { return false };
-    if rest.is_empty() || first.cells.iter().any(|cell| is_missing(cell) || number(cell).is_some()) {
-        return false;
-    }
+    let Some((first, rest)) = lines.split_first().filter(|(_, rest)| !rest.is_empty()) else { return false };
     let below = |at: usize| rest.iter().map(move |line| &line.cells[at]).filter(|cell| !is_missing(cell));
     let of_numbers = |at: usize| below(at).next().is_some() && below(at).all(|cell| number(cell).is_some());
     let comes_again = |at: usize| below(at).any(|cell| *cell == first.cells[at]);
-    (0..first.cells.len()).any(of_numbers) || !(0..first.cells.len()).any(comes_again)
+    let is_text = |at: &usize| !is_missing(&first.cells[*at]) && number(&first.cells[*at]).is_none();
+    let (texts, others): (Vec<usize>, Vec<usize>) = (0..first.cells.len()).partition(is_text);
+    let all_name = others.is_empty() || others == [0] && first.cells[0].is_empty() && of_numbers(0);
+    texts.iter().any(|&at| of_numbers(at)) || all_name && !texts.iter().any(|&at| comes_again(at))
 }
 
 #[cfg(test)]
@@ -557,6 +573,21 @@ mod tests {
         assert_eq!(read_text("red,big,a\nblue,big,b\nred,big,c\n", &forced).unwrap().len(), 2);
         let with_mark = "\u{feff}x;y;z\r\n3;4;b\r\n\r\n1;2;a\r\n";
         assert_eq!(columns(&read_text(with_mark, &options()).unwrap())[0].0, "x");
+        for text in
+            ["0,1,label\n1.5,2.5,1\n1.5,?,0\n", ",age,label\n0,1.5,yes\n1,2.5,no\n", ",age,label\n0,a,yes\n1,b,no\n"]
+        {
+            let data = read_text(text, &options()).unwrap();
+            assert_eq!((data.len(), data.table().unwrap().label.as_str()), (2, "label"), "{text:?}");
+        }
+        assert_eq!(columns(&read_text(",age,sick\n0,1,1\n", &options()).unwrap())[1].0, "column 1");
+        for text in [",2,a\n3,4,b\n", ",red,big\n3,blue,big\n", "?,red,a\n3,blue,b\n"] {
+            assert_eq!(read_text(text, &options()).unwrap().len(), 2, "{text:?}");
+        }
+        let many: String = (0..40).map(|age| format!("{age},{}\n", age % 2)).collect();
+        let unnamed = ReadOptions { header: Some(false), ..options() };
+        assert!(refused(format!("age,sick\n{many}"), &unnamed).contains("; or --header yes, if the line names"));
+        assert!(refused(format!("age,1\n{many}x,1\n"), &options()).contains("; or --header yes, if the line names"));
+        assert!(!refused(format!("0,1\nx,1\n{many}"), &options()).contains("--header"));
         let scikit = "3,2,bad,good\n1,2,0\n1,3,1\n4,4,1\n";
         let data = read_text(scikit, &options()).unwrap();
         assert_eq!((data.len(), data.class_names()), (3, &["bad".to_owned(), "good".into()][..]));
