@@ -193,6 +193,29 @@ impl Rows {
         ReadError::new(self.lines[0].path.display(), format!("there is no column {name:?}"), hint)
     }
 
+    /// Numbers with commas would become categories or classes, and nobody would see it.
+    fn check_spelling(&self, at: usize) -> Result<(), ReadError> {
+        let name = &self.names[at];
+        let Some((line, text)) = self.no_number(at) else { return Ok(()) };
+        let all = |are: fn(&str) -> bool| self.cells(at).all(|(_, cell)| number(cell).is_some() || are(cell));
+        let listed = format!("or list all values with --categories '{name}=A|B'");
+        let (what, hint) = if all(has_thousands) {
+            let hint =
+                format!("leave out such commas, as in {}, and write points for decimal ones", text.replace(',', ""));
+            ("its comma seems to separate thousands".to_owned(), hint)
+        } else if all(|cell| number(&cell.replacen(',', ".", 1)).is_some()) {
+            let what = format!("numbers have a point, as in {:?}", text.replacen(',', ".", 1));
+            (what, "write points for commas".to_owned())
+        } else {
+            return Ok(());
+        };
+        Err(self.mistake(line, at, format!("{text:?} is no number: {what}"), format!("{hint}, {listed}")))
+    }
+
+    fn no_number(&self, at: usize) -> Option<(&Line, &str)> {
+        self.cells(at).find(|(_, cell)| number(cell).is_none())
+    }
+
     /// A value that is wrong, unless it is a name.
     fn mistake(&self, line: &Line, at: usize, what: String, hint: impl Into<String>) -> ReadError {
         let hint = hint.into();
@@ -226,15 +249,10 @@ impl Rows {
         if let Some(categories) = options.categories.get(&name) {
             return Ok(Column { name, categories: Some(sorted(categories)) });
         }
-        let Some((line, text)) = self.cells(at).find(|(_, cell)| number(cell).is_none()) else {
+        let Some((line, text)) = self.no_number(at) else {
             return Ok(Column { name, categories: None });
         };
-        let with_point = |cell: &str| number(&cell.replacen(',', ".", 1)).is_some();
-        if self.cells(at).all(|(_, cell)| with_point(cell)) {
-            let what = format!("{text:?} is no number: numbers have a point, as in {:?}", text.replacen(',', ".", 1));
-            let hint = format!("write points for commas, or list all values with --categories '{name}=A|B'");
-            return Err(self.mistake(line, at, what, hint));
-        }
+        self.check_spelling(at)?;
         let categories = self.texts(at);
         let numbers = categories.iter().filter(|text| number(text).is_some()).count();
         if numbers > CLASSES_MAX {
@@ -278,9 +296,11 @@ impl Rows {
                 "remove the line, or choose the label's column with --label",
             ));
         }
-        let no_number = self.cells(at).find(|(_, cell)| number(cell).is_none());
-        let distinct = self.texts(at);
         let listed = options.categories.get(name);
+        if listed.is_none() && options.regression != Some(false) {
+            self.check_spelling(at)?;
+        }
+        let (no_number, distinct) = (self.no_number(at), self.texts(at));
         let many_numbers = no_number.is_none() && listed.is_none() && distinct.len() > CLASSES_MAX;
         match (options.regression.unwrap_or(many_numbers), no_number) {
             (true, Some((line, text))) => {
@@ -347,6 +367,15 @@ fn is_missing(cell: &str) -> bool {
 /// A cell as a number that a feature can be.
 fn number(cell: &str) -> Option<f64> {
     cell.parse().ok().filter(|number: &f64| (*number as f32).is_finite())
+}
+
+/// Whether a number has commas between its thousands: three digits stand behind each.
+fn has_thousands(cell: &str) -> bool {
+    let whole = cell.split_once('.').map_or(cell, |(whole, _)| whole);
+    let mut groups = whole.trim_start_matches(['-', '+']).split(',');
+    let first = groups.next().unwrap_or_default();
+    let rest = groups.all(|group| group.len() == 3 && group.bytes().all(|byte| byte.is_ascii_digit()));
+    rest && (1..=3).contains(&first.len()) && !first.starts_with('0') && number(&cell.replace(',', "")).is_some()
 }
 
 /// A whole number without the point and zeros that one peer's program writes and another's does not: `1` for `1.0`. What
@@ -643,6 +672,26 @@ mod tests {
         let regression = ReadOptions { regression: Some(true), ..options() };
         assert_eq!(read_text(&few, &regression).unwrap().task(), Task::Numbers);
         assert!(refused(PEOPLE, &regression).starts_with("my.csv, line 2, column \"sick\": \"no\" is no number"));
+    }
+
+    #[test]
+    fn numbers_with_commas_are_no_classes() {
+        let mut task = options();
+        let label = "age;hba1c\n1;5,4\n2;6\n3;5,9\n";
+        let error = refused(label, &task);
+        assert!(
+            error.starts_with("my.csv, line 2, column \"hba1c\": \"5,4\" is no number: numbers have a point"),
+            "{error}"
+        );
+        task.regression = Some(false);
+        assert_eq!(read_text(label, &task).unwrap().class_names(), ["5,4", "5,9", "6"], "as was said");
+        let error = refused("pay;sick\n900;1\n1,000;0\n2,345,678.5;0\n", &options());
+        let expected = "my.csv, line 3, column \"pay\": \"1,000\" is no number: its comma seems to separate thousands (leave out such commas, as in 1000,";
+        assert!(error.starts_with(expected), "{error}");
+        for decimal in ["0,123", "1234,567", "12,34", "1,5e2"] {
+            let error = refused(format!("pay;sick\n1,234;1\n{decimal};0\n"), &options());
+            assert!(error.contains("numbers have a point, as in \"1.234\""), "{error}");
+        }
     }
 
     #[test]
