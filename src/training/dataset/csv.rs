@@ -193,13 +193,18 @@ impl Rows {
         ReadError::new(self.lines[0].path.display(), format!("there is no column {name:?}"), hint)
     }
 
-    /// Numbers with commas would become categories or classes, and nobody would see it.
+    /// Numbers that are too large or have commas would become categories or classes, and nobody would see it.
     fn check_spelling(&self, at: usize) -> Result<(), ReadError> {
         let name = &self.names[at];
         let Some((line, text)) = self.no_number(at) else { return Ok(()) };
         let all = |are: fn(&str) -> bool| self.cells(at).all(|(_, cell)| number(cell).is_some() || are(cell));
         let listed = format!("or list all values with --categories '{name}=A|B'");
-        let (what, hint) = if all(has_thousands) {
+        let (what, hint) = if all(|cell| cell.parse::<f64>().is_ok()) {
+            (
+                "numbers are from -3.4e38 to 3.4e38".to_owned(),
+                "correct it, or leave the cell empty if there is none".to_owned(),
+            )
+        } else if all(has_thousands) {
             let hint =
                 format!("leave out such commas, as in {}, and write points for decimal ones", text.replace(',', ""));
             ("its comma seems to separate thousands".to_owned(), hint)
@@ -692,6 +697,23 @@ mod tests {
             let error = refused(format!("pay;sick\n1,234;1\n{decimal};0\n"), &options());
             assert!(error.contains("numbers have a point, as in \"1.234\""), "{error}");
         }
+    }
+
+    #[test]
+    fn numbers_beyond_all_reason_are_no_categories() {
+        for text in ["1e39", "-1e400", "inf", "NAN"] {
+            let expected = |column: &str| {
+                format!(
+                    "my.csv, line 3, column {column:?}: {text:?} is no number: numbers are from -3.4e38 to 3.4e38 (correct it,"
+                )
+            };
+            let error = refused(format!("age,sick\n1,0\n{text},1\n"), &options());
+            assert!(error.starts_with(&expected("age")), "{error}");
+            let error = refused(format!("age,sick\n1,0\n2,{text}\n"), &options());
+            assert!(error.starts_with(&expected("sick")), "{error}");
+        }
+        let codes = read_text("code,sick\n1e39,0\n2,1\nA7,0\n", &options()).unwrap();
+        assert_eq!(columns(&codes), [("code", Some(vec!["1e39", "2", "A7"]))]);
     }
 
     #[test]
