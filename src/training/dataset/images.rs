@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use image::imageops::FilterType;
-use image::{ImageReader, Limits};
+use image::{DynamicImage, ImageReader, Limits};
 
 use super::source::{ReadError, ReadOptions, sorted_names};
 use super::{Dataset, Targets};
@@ -88,22 +88,33 @@ fn read_picture(path: &Path, options: &ReadOptions, features: &mut Vec<f32>) -> 
         picture = picture.resize_exact(size as u32, size as u32, FilterType::Triangle);
     }
     let (width, height) = (picture.width() as usize, picture.height() as usize);
-    let bytes = match options.channels {
-        1 => picture.into_luma8().into_raw(),
-        _ => picture.into_rgb8().into_raw(),
-    };
-    let channels = options.channels;
-    for channel in 0..channels {
-        features.extend(bytes.iter().skip(channel).step_by(channels).map(|&value| f32::from(value) / 255.0));
+    match options.channels {
+        1 if is_deep(&picture) => add(&picture.into_luma16(), 1, u16::MAX, features),
+        1 => add(&picture.into_luma8(), 1, u8::MAX, features),
+        _ if is_deep(&picture) => add(&picture.into_rgb16(), 3, u16::MAX, features),
+        _ => add(&picture.into_rgb8(), 3, u8::MAX, features),
     }
     Ok((height, width))
+}
+
+/// Whether it has 16 bits a channel. They are kept: a scanner of 12 bits writes into the lowest of them.
+fn is_deep(picture: &DynamicImage) -> bool {
+    use DynamicImage::{ImageLuma16, ImageLumaA16, ImageRgb16, ImageRgba16};
+    matches!(picture, ImageLuma16(_) | ImageLumaA16(_) | ImageRgb16(_) | ImageRgba16(_))
+}
+
+/// Adds pixels, whose channels stand side by side, one channel after the other.
+fn add<T: Copy + Into<f32>>(pixels: &[T], channels: usize, max: T, features: &mut Vec<f32>) {
+    for channel in 0..channels {
+        features.extend(pixels.iter().skip(channel).step_by(channels).map(|&value| value.into() / max.into()));
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use std::fs;
 
-    use image::RgbImage;
+    use image::{ImageBuffer, Luma, RgbImage};
 
     use super::*;
 
@@ -132,6 +143,19 @@ mod tests {
         let grey = read(dir.path(), &ReadOptions { channels: 1, image_size: Some(4), ..options() }).unwrap();
         assert_eq!((grey.shape(), grey.len()), (&[1, 4, 4][..], 2));
         assert!(grey.example(1).iter().all(|&value| value > 0.1 && value < 0.5));
+    }
+
+    #[test]
+    fn sixteen_bits_are_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        save(dir.path(), "cat/1.png", 1, 1, [255; 3]);
+        save(dir.path(), "dog/1.png", 1, 1, [0; 3]);
+        let dim = ImageBuffer::from_pixel(1, 1, Luma([1000_u16]));
+        dim.save(dir.path().join("dog/1.png")).unwrap();
+        for channels in [1, 3] {
+            let data = read(dir.path(), &ReadOptions { channels, ..options() }).unwrap();
+            assert_eq!((data.example(0), data.example(1)), (&[1.0; 3][..channels], &[1000.0 / 65535.0; 3][..channels]));
+        }
     }
 
     #[test]
