@@ -6,6 +6,7 @@ use std::sync::Arc;
 use burn::tensor::{Device, Tensor, TensorData};
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
+use tracing::warn;
 
 use super::config::{Backend, TrainingConfig};
 use super::dataset::{DataError, Dataset};
@@ -110,6 +111,10 @@ impl BurnTrainer {
         if let Some(start) = self.start.take() {
             let fitted = arranged(&start, self.weights.layout());
             self.weights = fitted.map_err(|[here, given]| TrainError::Start { here, given })?;
+        }
+        for (column, value) in self.train.outliers(summary) {
+            let peer = &self.peer;
+            warn!(%peer, column, value, "a value is more than 20 standard deviations from the mean of all peers: is it right?");
         }
         self.names = Names { features, classes: train.class_names().to_vec() };
         (self.train, self.held_out) = (train, held_out);

@@ -313,7 +313,7 @@ impl Dataset {
     }
 
     /// The examples of a table as a model learns from them, if `summary` is what all peers' tables together are like: each
-    /// number, also one to tell, less the mean and in standard deviations; a feature of 0 or 1 for each category of any
+    /// number, also one to tell, less the mean and in standard deviations, of which 100 are the most; a feature of 0 or 1 for each category of any
     /// peer; and the classes of all peers. A missing number is the mean, a missing category the most frequent one, a
     /// category that nobody had is none of them. Other examples are left as they are.
     ///
@@ -323,6 +323,15 @@ impl Dataset {
         let Values::Table(table, values) = &self.values else { return Ok(self.clone()) };
         let (features, width, targets) = table.standardise(values, &self.targets, summary)?;
         Self::of(features, &[width], targets)
+    }
+
+    /// Of a table that is not standardised yet, the columns with a number more than 20 standard deviations from the mean of
+    /// all peers, as `summary` has it, and the first such number of each.
+    pub fn outliers(&self, summary: &Summary) -> Vec<(&str, f64)> {
+        match &self.values {
+            Values::Features(_) => Vec::new(),
+            Values::Table(table, values) => table.outliers(values, &self.targets, summary),
+        }
     }
 
     /// Splits into examples to train on and examples held out to measure with, drawn by `seed`.

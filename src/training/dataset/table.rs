@@ -5,6 +5,13 @@ use std::collections::BTreeMap;
 use super::{DataError, Targets};
 use crate::aggregation::statistics::{Column as Statistics, Counts, Moments, Summary};
 
+/// Where standardised numbers end. One that is so far off is a mistake or alone: it is not to be the whole loss, nor to make
+/// a peer's training fail.
+const SCALED_MAX: f64 = 100.0;
+
+/// A value to train on that is so many standard deviations from the mean is worth a warning.
+const SCALED_USUAL: f64 = 20.0;
+
 /// The columns of a table whose values are as they were read: numbers not standardised, missing ones not imputed,
 /// categories not features yet.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -96,7 +103,7 @@ impl Table {
     }
 
     /// The features of all examples, `[examples, features]` with how many features those are, and what is to be told:
-    /// numbers as `(x - mean) / std`, a missing one as the mean; categories as 0 and 1, a missing one as the most frequent
+    /// numbers as `(x - mean) / std`, cut at 100, a missing one as the mean; categories as 0 and 1, a missing one as the most frequent
     /// one, one that the summary does not know as zeros.
     pub(super) fn standardise(
         &self,
@@ -116,6 +123,18 @@ impl Table {
             example.iter().zip(&encodings).for_each(|(&value, encoding)| encoding.encode(value, &mut features));
         }
         Ok((features, width, self.to_tell(targets, label)?))
+    }
+
+    /// The first value of each column of numbers, also of those to tell, that is far from the mean of all peers.
+    pub(super) fn outliers<'a>(&'a self, values: &[f64], targets: &Targets, summary: &Summary) -> Vec<(&'a str, f64)> {
+        let numbers: &[f64] = if let Targets::Numbers(numbers) = targets { numbers } else { &[] };
+        let of_column = |(at, (column, statistics)): (usize, (&'a Column, &Statistics))| {
+            let values = values.iter().skip(at).step_by(self.columns.len());
+            Some((column.name.as_str(), first_far(values, statistics)?))
+        };
+        let of_label = |statistics: &Statistics| Some((self.label.as_str(), first_far(numbers, statistics)?));
+        let columns = self.columns.iter().zip(&summary.columns).enumerate().filter_map(of_column);
+        columns.chain(summary.columns.last().and_then(of_label)).collect()
     }
 
     fn to_tell(&self, targets: &Targets, label: &Statistics) -> Result<Targets, DataError> {
@@ -167,6 +186,12 @@ impl Encoding {
     }
 }
 
+fn first_far<'a>(values: impl IntoIterator<Item = &'a f64>, statistics: &Statistics) -> Option<f64> {
+    let (Statistics::Number(moments) | Statistics::Target(moments)) = statistics else { return None };
+    let (mean, std) = moments.scale();
+    values.into_iter().copied().find(|value| (value - mean).abs() > SCALED_USUAL * std)
+}
+
 fn moments<'a>(values: impl IntoIterator<Item = &'a f64>) -> Moments {
     let mut moments = Moments::default();
     values.into_iter().for_each(|&value| moments.add(value));
@@ -195,13 +220,29 @@ pub(super) fn classes(names: impl IntoIterator<Item = String>) -> Vec<String> {
 
 /// A number less its mean, in standard deviations.
 fn scaled(value: f64, mean: f64, std: f64) -> f32 {
-    // Far outliers end somewhere finite: one of them is not to make a whole peer's training fail.
-    ((value - mean) / std).clamp(-1e6, 1e6) as f32
+    ((value - mean) / std).clamp(-SCALED_MAX, SCALED_MAX) as f32
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_number_that_is_far_off_is_told_and_cut() {
+        let columns = ["age", "dose"].map(|name| Column { name: name.into(), categories: None }).into();
+        let table = Table { columns, label: "pay".into() };
+        let mut values: Vec<f64> = (0..2000).map(|at| f64::from(at % 5)).collect();
+        let mut pay = vec![0.0; 1000];
+        let targets = Targets::Numbers(pay.clone());
+        let summary = table.summary(&values, &targets);
+        assert!(table.outliers(&values, &targets, &summary).is_empty());
+        (values[1], values[5], pay[7]) = (f64::NAN, -1e30, 50.0);
+        let targets = Targets::Numbers(pay);
+        assert_eq!(table.outliers(&values, &targets, &summary), [("dose", -1e30), ("pay", 50.0)]);
+        let (features, _, targets) = table.standardise(&values, &targets, &summary).unwrap();
+        assert_eq!((features[1], features[5]), (0.0, -100.0));
+        assert!(matches!(targets, Targets::Numbers(pay) if pay[7] == 50.0));
+    }
 
     #[test]
     fn classes_are_in_the_order_of_their_numbers_or_else_of_their_letters() {
