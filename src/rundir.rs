@@ -101,15 +101,23 @@ impl Inputs {
     /// The weights with what is subtracted from an input (`input.mean`) and what it is then divided by (`input.std`),
     /// `[features]` each, and with the like of the numbers to tell (`target.mean` and `target.std`, `[1]`).
     fn beside(&self, weights: &Weights) -> Weights {
-        let Some(Scales { mean, std, target }) = &self.scales else { return weights.clone() };
-        let targets = target.iter().flat_map(|[mean, std]| [("target.mean", vec![*mean]), ("target.std", vec![*std])]);
-        let own = [("input.mean", mean.clone()), ("input.std", std.clone())].into_iter().chain(targets);
+        let Some(scales) = &self.scales else { return weights.clone() };
         let (mut layout, mut values) = (Layout::clone(weights.layout()), weights.values().to_vec());
-        for (name, numbers) in own {
+        for (name, numbers) in scales.named() {
             layout.tensors.push(TensorSpec { name: name.into(), shape: vec![numbers.len()] });
             values.extend(numbers.iter().map(|&number| number as f32));
         }
         Weights::new(Arc::new(layout), values).expect("each tensor comes with its values")
+    }
+}
+
+impl Scales {
+    /// The numbers under the names that they have in a file.
+    fn named(&self) -> Vec<(&'static str, Vec<f64>)> {
+        let targets =
+            self.target.iter().flat_map(|&[mean, std]| [("target.mean", vec![mean]), ("target.std", vec![std])]);
+        let inputs = [("input.mean", self.mean.clone()), ("input.std", self.std.clone())];
+        inputs.into_iter().chain(targets).collect()
     }
 }
 
@@ -322,7 +330,10 @@ fn metadata(model: &NamedModel<'_>) -> BTreeMap<String, String> {
     let names = [("features", &model.inputs.features), ("classes", &model.inputs.classes)];
     let named = names.into_iter().filter(|(_, names)| !names.is_empty());
     let named = named.map(|(key, names)| (key, serde_json::Value::from(names.clone()).to_string()));
-    known.into_iter().chain(named).chain(measured).map(|(key, value)| (key.to_owned(), value)).collect()
+    // The tensors of these names are rounded to F32, of which seconds since 1970 are 128 apart.
+    let scales = model.inputs.scales.iter().flat_map(Scales::named);
+    let scales = scales.map(|(key, numbers)| (key, serde_json::Value::from(numbers).to_string()));
+    known.into_iter().chain(named).chain(scales).chain(measured).map(|(key, value)| (key.to_owned(), value)).collect()
 }
 
 #[cfg(test)]
@@ -400,6 +411,23 @@ mod tests {
         }
         assert_eq!(metadata["digest"].len(), 64);
         assert_eq!(metadata["rodizio"], env!("CARGO_PKG_VERSION"));
+    }
+
+    #[test]
+    fn a_model_says_how_inputs_are_standardised_to_the_last_digit() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut run_dir = RunDir::open(dir.path()).unwrap();
+        let scales = Scales { mean: vec![1_700_000_012.345, 0.1], std: vec![2.5, 1.0], target: Some([7.0, 0.3]) };
+        let inputs = Inputs { scales: Some(scales), ..Inputs::default() };
+        let weights = Weights::new(Arc::new(Layout::default()), Vec::new()).unwrap();
+        let (round, digest) = (Round(1), Digest::of(b"weights"));
+        let model = NamedModel { weights: &weights, federation: "ward", round, digest, metrics: None, inputs: &inputs };
+        run_dir.save(&model).unwrap();
+        let (weights, metadata) = from_safetensors(&fs::read(dir.path().join(MODEL)).unwrap()).unwrap();
+        let exact = ["input.mean", "input.std", "target.mean", "target.std"].map(|key| metadata[key].as_str());
+        assert_eq!(exact, ["[1700000012.345,0.1]", "[2.5,1.0]", "[7.0]", "[0.3]"]);
+        let rounded = [1_700_000_012.345, 0.1, 2.5, 1.0, 7.0, 0.3].map(|number: f64| number as f32);
+        assert_eq!(weights.values(), rounded);
     }
 
     #[test]
