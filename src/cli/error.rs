@@ -127,8 +127,8 @@ impl Failure {
                         "the warnings say why updates are missing; --min-updates says how many are needed, \
                          --round-timeout how long a round waits for them"
                     }
-                    Waiting::Quorum { forgot, .. } if !forgot.is_empty() => {
-                        "start those peers with the state directories they had; if these are lost, choose another \
+                    _ if waiting.is_for_lost_state() => {
+                        "start each peer with the state directory it had; if too many are lost, choose another \
                          --federation, with --init and a model.safetensors to go on from"
                     }
                     _ => "--wait-timeout sets how long to wait",

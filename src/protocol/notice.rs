@@ -295,6 +295,15 @@ impl Waiting {
     pub fn is_for_company(&self) -> bool {
         matches!(self, Waiting::Peers { .. } | Waiting::Founders(_) | Waiting::Quorum { .. })
     }
+
+    /// Whether a member is here with another state directory than it had.
+    pub fn is_for_lost_state(&self) -> bool {
+        match self {
+            Waiting::Namesake => true,
+            Waiting::Quorum { forgot, .. } => !forgot.is_empty(),
+            _ => false,
+        }
+    }
 }
 
 impl fmt::Display for Waiting {
