@@ -23,7 +23,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 /// What is waited for comes within this, or never. RabbitMQ takes 12 s to start on an idle machine.
-const LIMIT: Duration = Duration::from_secs(180);
+const LIMIT: Duration = Duration::from_secs(600);
 
 /// How long to wait before looking again.
 const PAUSE: Duration = Duration::from_millis(10);

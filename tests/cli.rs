@@ -189,7 +189,7 @@ fn nothing_is_coloured_in_a_pipe() {
 }
 
 /// What is waited for comes within this, or never.
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(600);
 
 /// A running program, started in `dir`. It is killed when the test ends first.
 struct Program {

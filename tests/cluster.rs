@@ -28,7 +28,7 @@ use tokio::sync::mpsc::unbounded_channel;
 use tokio::time::timeout;
 
 /// What is waited for comes within this, or never.
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(600);
 
 /// More rounds than any test lasts.
 const ENDLESS: u64 = 1_000_000;
@@ -67,7 +67,8 @@ impl Place {
             election_timeout: Duration::from_secs(30),
             round_timeout: Duration::from_secs(600),
             settle_time: Duration::from_millis(20),
-            wait_timeout: LIMIT,
+            // Who gives up says what is missing, and says so before the test gives up.
+            wait_timeout: LIMIT / 2,
             brokers: vec![reachable_at(self.broker.addr()).to_string()],
             ..Layers::new().settings().unwrap()
         }

@@ -25,7 +25,7 @@ use rodizio::types::{Digest, Round};
 use tempfile::TempDir;
 
 /// What is waited for comes within this, or never.
-const LIMIT: Duration = Duration::from_secs(120);
+const LIMIT: Duration = Duration::from_secs(600);
 
 /// How often it is looked.
 const POLL: Duration = Duration::from_millis(5);

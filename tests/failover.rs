@@ -23,7 +23,7 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
 /// What is waited for comes within this, or never.
-const LIMIT: Duration = Duration::from_secs(120);
+const LIMIT: Duration = Duration::from_secs(600);
 
 /// More rounds than any test lasts.
 const ENDLESS: u64 = 1_000_000;
@@ -211,7 +211,8 @@ fn settings(peers: usize, rounds: u64, brokers: &[SocketAddr]) -> Settings {
         election_timeout: Duration::from_secs(10),
         round_timeout: Duration::from_secs(600),
         settle_time: Duration::from_millis(20),
-        wait_timeout: LIMIT,
+        // Who gives up says what is missing, and says so before the test gives up.
+        wait_timeout: LIMIT / 2,
         brokers: brokers.iter().map(SocketAddr::to_string).collect(),
         ..Layers::new().settings().unwrap()
     }

@@ -23,7 +23,7 @@ use rodizio::weights::Layout;
 use tokio::time::timeout;
 
 /// What is waited for comes within this, or never.
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(600);
 
 /// Strategy, server optimizer, and peers: as many as the strategy asks for.
 const RUNS: &[(&str, &str, usize)] = &[
@@ -65,7 +65,7 @@ fn settings(broker: &Broker, flags: &[(&str, &str)]) -> Settings {
         // A busy machine is not to make leaders seem silent.
         ("election_timeout", "30s".into()),
         ("settle_time", "20ms".into()),
-        ("wait_timeout", "60s".into()),
+        ("wait_timeout", "5m".into()),
     ];
     let mut layers = Layers::new();
     let own = own.iter().map(|(key, text)| (*key, text.as_str()));

@@ -21,7 +21,7 @@ use crate::processes::{End, Program, Surroundings, signal};
 use crate::stage::has_part_in;
 
 /// What is waited for comes within this, or never.
-const LIMIT: Duration = Duration::from_secs(300);
+const LIMIT: Duration = Duration::from_secs(600);
 
 /// How often the log of events is read.
 const POLL: Duration = Duration::from_millis(2);
