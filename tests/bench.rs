@@ -1,14 +1,24 @@
 //! `rodizio bench` from outside: every measurement runs and tells everything that it promises.
 
 use std::process::{Command, Output};
+use std::sync::mpsc::channel;
+use std::thread;
+use std::time::Duration;
 
 use rodizio::broker::{Broker, BrokerConfig};
 use serde_json::Value;
+use tokio::net::TcpSocket;
+
+/// A measurement ends within this, or never.
+const LIMIT: Duration = Duration::from_secs(600);
 
 fn bench(args: &str) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_rodizio"));
     command.arg("bench").args(args.split(' ')).env_remove("RODIZIO_LOG");
-    command.output().expect("cargo built the program before this test")
+    let (sender, receiver) = channel();
+    thread::spawn(move || sender.send(command.output()));
+    let output = receiver.recv_timeout(LIMIT).unwrap_or_else(|_| panic!("bench {args} does not end"));
+    output.expect("cargo built the program before this test")
 }
 
 fn measured(args: &str) -> Value {
@@ -167,21 +177,25 @@ fn rounds_are_measured_in_one_process_and_in_memory() {
 
 #[test]
 fn codecs_halve_and_quarter_what_a_round_sends_and_topk_sends_next_to_no_updates() {
-    // What is lost on a busy machine is sent again: the fewest bytes of several runs are what the codec needs.
-    let sent = |codecs: &str| {
-        let args = "round --bytes 2MB --chunk-bytes 64KiB --rounds 2 --peers 3 --memory --processes=false";
-        let run = |_| number(&measured(&format!("{args} {codecs}")), "wire.sent_bytes");
-        (0..3).map(run).fold(f64::INFINITY, f64::min)
-    };
-    let exact = sent("--codec f32");
-    // Messages without weights take as much whatever the codec.
-    for (codec, share) in [("f16", 0.5), ("bf16", 0.5), ("int8", 0.25)] {
-        let found = sent(&format!("--codec {codec} --model-codec {codec}")) / exact;
-        assert!((found / share - 1.0).abs() < 0.02, "{codec}: {found}");
+    // An update of each of two trainers, and the new model; messages without weights take as much whatever the codec.
+    let expected = [
+        ("--codec f32", 3.0, 3.06),
+        ("--codec f16 --model-codec f16", 1.5, 1.53),
+        ("--codec bf16 --model-codec bf16", 1.5, 1.53),
+        ("--codec int8 --model-codec int8", 0.75, 0.765),
+        ("--codec topk", 1.0, 1.06),
+    ];
+    // A model has no more chunks than a receiver keeps that does not know of the model yet.
+    let args = "round --bytes 2MB --chunk-bytes 256KiB --rounds 2 --peers 3 --memory --processes=false";
+    for (codecs, least, most) in expected {
+        // What is lost on a busy machine is sent again: one run in which nothing was shows what the codec needs.
+        let mut seen = Vec::new();
+        let fits = |_| {
+            seen.push(number(&measured(&format!("{args} {codecs}")), "wire.sent_per_model"));
+            (least..most).contains(seen.last().unwrap())
+        };
+        assert!((0..10).any(fits), "{codecs}: {seen:?}");
     }
-    let models = exact / 3.0;
-    let updates = (sent("--codec topk") - models) / (exact - models);
-    assert!(updates < 0.03, "{updates}");
 }
 
 #[test]
@@ -212,7 +226,9 @@ fn what_cannot_be_measured_is_refused_with_a_hint() {
     if cfg!(target_os = "linux") {
         refused("round --bytes 900GB", 2, "4 peers take about");
     }
-    // Nothing listens on a port that was free a moment ago.
-    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-    refused(&format!("transfer --bytes 4 --processes=false --broker 127.0.0.1:{port}"), 3, "127.0.0.1");
+    // The port is taken, and nobody listens.
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let addr = socket.local_addr().unwrap();
+    refused(&format!("transfer --bytes 4 --processes=false --broker {addr}"), 3, "127.0.0.1");
 }
