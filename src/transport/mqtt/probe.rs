@@ -456,6 +456,9 @@ mod tests {
 
     const CHUNK: usize = 512 << 10;
 
+    /// A busy machine is not to make a broker seem silent.
+    const PATIENCE: Duration = Duration::from_secs(10);
+
     /// A broker with one topic, and with as many faults as a test wants.
     #[derive(Clone, Debug)]
     struct Fake {
@@ -474,6 +477,8 @@ mod tests {
         delay: Duration,
         /// How much later than its answer a message reaches subscribers.
         lag: Duration,
+        /// How long it is waited for: short for those that are to be found silent.
+        patience: Duration,
     }
 
     impl Default for Fake {
@@ -490,6 +495,7 @@ mod tests {
                 closes: true,
                 delay: Duration::ZERO,
                 lag: Duration::ZERO,
+                patience: PATIENCE,
             }
         }
     }
@@ -596,8 +602,9 @@ mod tests {
         async fn probe(self) -> Result<Found, String> {
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let addr = listener.local_addr().unwrap();
+            let patience = self.patience;
             let serving = tokio::spawn(self.serve(listener));
-            let found = probe(&addr.to_string()).await;
+            let found = probe(&addr.to_string(), patience).await;
             serving.abort();
             found.map_err(|error| error.replace(&addr.to_string(), "ADDR"))
         }
@@ -621,10 +628,9 @@ mod tests {
         let _ = socket.write_all(&bytes).await;
     }
 
-    async fn probe(address: &str) -> Result<Found, String> {
+    async fn probe(address: &str, patience: Duration) -> Result<Found, String> {
         let broker = broker::Broker::start(BrokerConfig::default()).await.unwrap();
         let mut config = mqtt_config(&broker, "a", None);
-        let patience = Duration::from_millis(300);
         config.keep_alive = Duration::from_secs(1);
         config.probe = Some(Probe { topic: "t/probe/a".to_owned(), chunk_bytes: CHUNK, patience });
         let there = super::super::parse_broker(address).unwrap();
@@ -665,7 +671,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_broker_without_qos_1_is_named() {
-        let silent = Fake { acknowledges: false, ..Fake::default() };
+        let silent = Fake { acknowledges: false, patience: Duration::from_millis(300), ..Fake::default() };
         let less = Fake { qos: QoS::AtMostOnce, ..Fake::default() };
         for fake in [silent, less] {
             assert_eq!(fake.probe().await.unwrap_err(), "the broker at ADDR does not carry messages of QoS 1");
@@ -674,7 +680,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_broker_without_last_wills_is_named() {
-        let mute = Fake { wills: false, ..Fake::default() };
+        // Only the last thing of all does not come.
+        let mute = Fake { wills: false, patience: Duration::from_secs(3), ..Fake::default() };
         let strict = Fake { refuses_wills: true, ..Fake::default() };
         for fake in [mute, strict] {
             let expected = "the broker at ADDR does not publish the last will of a connection that breaks";
@@ -698,7 +705,9 @@ mod tests {
     /// Every answer takes longer than the patience for a quick link, and that to a ping longer than its interval.
     #[tokio::test]
     async fn a_slow_link_is_given_its_time() {
-        let found = Fake { delay: Duration::from_millis(700), ..Fake::default() }.probe().await.unwrap();
+        let patience = Duration::from_millis(300);
+        let slow = Fake { delay: Duration::from_millis(700), patience, ..Fake::default() };
+        let found = slow.probe().await.unwrap();
         assert_eq!((found.chunk_bytes_max, found.retained), (None, Retained::Kept));
         assert!(found.took > Duration::from_millis(2400), "{found:?}");
     }
@@ -708,7 +717,7 @@ mod tests {
         let config = BrokerConfig { packet_bytes_max: 200_000, ..BrokerConfig::default() };
         let broker = broker::Broker::start(config).await.unwrap();
         for _ in 0..2 {
-            let found = probe(&broker.addr().to_string()).await.unwrap();
+            let found = probe(&broker.addr().to_string(), PATIENCE).await.unwrap();
             assert_eq!((found.chunk_bytes_max, found.retained), (Some(128 << 10), Retained::Kept));
         }
         broker.deserted().await;
