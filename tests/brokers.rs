@@ -316,6 +316,12 @@ fn commits(entries: &[Entry]) -> impl Iterator<Item = &RoundCommitted> {
         _ => None,
     })
 }
+/// By a shell: each has this command, and not every machine has a program of that name.
+fn signal(name: &str, pid: u32) {
+    let sent = Command::new("sh").arg("-c").arg(format!("kill -{name} {pid}")).status().unwrap();
+    assert!(sent.success(), "no process {pid}");
+}
+
 
 /// Every round's commit, on which all who tell of it agree; and how many of them there are in all.
 fn rounds(entries: &[Entry]) -> (Vec<RoundCommitted>, usize) {
@@ -398,8 +404,8 @@ fn a_leader_that_is_killed_is_replaced_at_its_last_will(dir: &Path, broker: &str
     let of_leader = entries.iter().filter(|entry| entry.peer == leader);
     let mut pids =
         of_leader.filter_map(|entry| if let Event::Started { pid, .. } = entry.event { Some(pid) } else { None });
-    let pid = pids.next_back().expect("whoever leads has started").to_string();
-    assert!(Command::new("kill").args(["-KILL", &pid]).status().unwrap().success());
+    let pid = pids.next_back().expect("whoever leads has started");
+    signal("KILL", pid);
 
     let (_, entries) = run.end();
     let (rounds, _) = rounds(&entries);

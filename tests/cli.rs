@@ -219,11 +219,12 @@ impl Program {
     }
 
     fn signal(&self, name: &str) {
-        let sent = Command::new("kill").args([&format!("-{name}"), &self.child.id().to_string()]).status().unwrap();
+        let sent = Command::new("sh").arg("-c").arg(format!("kill -{name} {}", self.child.id())).status().unwrap();
         assert!(sent.success());
     }
 
     /// Waits for the end; returns the exit code, stdout and stderr.
+    /// By a shell: each has this command, and not every machine has a program of that name.
     fn end(mut self) -> (Option<i32>, String, String) {
         let mut stdout = Vec::new();
         // It keeps its stdout open as long as it runs.

@@ -229,7 +229,8 @@ impl Drop for Run {
 }
 
 fn signal(name: &str, pids: &[u32]) {
-    let sent = Command::new("kill").arg(format!("-{name}")).args(pids.iter().map(u32::to_string)).status().unwrap();
+    let pids: Vec<String> = pids.iter().map(u32::to_string).collect();
+    let sent = Command::new("sh").arg("-c").arg(format!("kill -{name} {}", pids.join(" "))).status().unwrap();
     assert!(sent.success(), "no process {pids:?}");
 }
 
@@ -239,6 +240,7 @@ const CALM: [&str; 6] = ["--json", "--run-dir", "run", "--election-timeout", "50
 const LONG_TRAINING: [&str; 2] = ["--local-epochs", "60"];
 
 /// A peer of five cannot write: either its promises, or only the large files of its jobs.
+/// By a shell: each has this command, and not every machine has a program of that name.
 fn one_peer_waits_for_room(left: u64, more: &[&str]) {
     let rounds = 16;
     let mut run = Run::new();

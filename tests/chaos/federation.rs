@@ -4,7 +4,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::PathBuf;
-use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
@@ -17,7 +16,7 @@ use rodizio::types::{Digest, PeerId, Round, Term};
 use tempfile::TempDir;
 
 use crate::network::Network;
-use crate::processes::{End, Program, Surroundings, signal};
+use crate::processes::{End, Program, Surroundings, kill, signal};
 use crate::stage::has_part_in;
 
 /// What is waited for comes within this, or never.
@@ -252,7 +251,8 @@ impl Federation {
     pub(crate) fn kill_all(&mut self) {
         let children: Vec<u32> = std::mem::take(&mut self.pids).into_values().collect();
         let run = &mut self.programs[0];
-        signal("KILL", &[&[run.child.id()], &children[..]].concat());
+        // The children first: they end by themselves when the run does, and are then no processes to send a signal to.
+        signal("KILL", &[&children[..], &[run.child.id()]].concat());
         run.end = End::Any;
         run.child.wait().unwrap();
         for peer in peers() {
@@ -444,8 +444,7 @@ impl Drop for Federation {
         if self.programs.iter_mut().any(is_running_run) {
             // A peer that is stopped does not see that its parent ends.
             let pids: Vec<u32> = self.pids.values().copied().collect();
-            let killed = Command::new("kill").arg("-KILL").args(pids.iter().map(u32::to_string)).output();
-            drop(killed);
+            drop(kill("KILL", &pids).output());
         }
         for program in &mut self.programs {
             // An error says that it has ended.

@@ -66,8 +66,14 @@ impl Program {
     }
 }
 
-/// Sends a signal to processes that run.
+/// Sends a signal to processes that run. By a shell: each has this command, and not every machine has a program of that name.
 pub(crate) fn signal(name: &str, pids: &[u32]) {
-    let sent = Command::new("kill").arg(format!("-{name}")).args(pids.iter().map(u32::to_string)).status().unwrap();
-    assert!(sent.success(), "no process {pids:?}");
+    assert!(kill(name, pids).status().unwrap().success(), "no process {pids:?}");
+}
+
+pub(crate) fn kill(name: &str, pids: &[u32]) -> Command {
+    let pids: Vec<String> = pids.iter().map(u32::to_string).collect();
+    let mut command = Command::new("sh");
+    command.arg("-c").arg(format!("kill -{name} {}", pids.join(" ")));
+    command
 }
