@@ -1,5 +1,9 @@
 //! The program from outside: what it prints where, and how it exits.
 
+mod common {
+    pub(crate) mod hosts;
+}
+
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Read};
 use std::net::TcpListener;
@@ -9,7 +13,9 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
 use std::time::Duration;
 
+use common::hosts::own_host;
 use rodizio::config::KEYS;
+use tokio::net::TcpSocket;
 
 const SUBCOMMANDS: [&str; 6] = ["run", "broker", "join", "bench", "sim", "config"];
 
@@ -218,13 +224,13 @@ impl Program {
         }
     }
 
+    /// By a shell: each has this command, and not every machine has a program of that name.
     fn signal(&self, name: &str) {
         let sent = Command::new("sh").arg("-c").arg(format!("kill -{name} {}", self.child.id())).status().unwrap();
         assert!(sent.success());
     }
 
     /// Waits for the end; returns the exit code, stdout and stderr.
-    /// By a shell: each has this command, and not every machine has a program of that name.
     fn end(mut self) -> (Option<i32>, String, String) {
         let mut stdout = Vec::new();
         // It keeps its stdout open as long as it runs.
@@ -506,8 +512,8 @@ fn a_port_that_is_taken_is_exit_code_3() {
 #[test]
 fn a_peer_that_is_started_before_its_broker_waits_for_it() {
     let dir = tempfile::tempdir().unwrap();
-    // Nobody listens there any more, and nobody else gets the port so soon.
-    let addr = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    // Nobody listens there any more, and nobody else takes a port of this host.
+    let addr = TcpListener::bind((own_host(), 0)).unwrap().local_addr().unwrap().to_string();
     let args = ["join", "--min-peers", "2", "--rounds", "1"];
     let mut early = Program::start(dir.path(), &[&args[..], &["--peer", "early", "--broker", &addr]].concat());
     early.until_said("; waiting for one");
@@ -520,9 +526,11 @@ fn a_peer_that_is_started_before_its_broker_waits_for_it() {
 #[test]
 fn a_broker_that_does_not_answer_is_exit_code_3() {
     let dir = tempfile::tempdir().unwrap();
-    // Nobody listens there any more, and nobody else gets the port so soon.
-    let addr = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
-    let join = ["join", "--broker", &addr, "--wait-timeout", "4s"];
+    // The port is taken, and nobody listens.
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let addr = socket.local_addr().unwrap().to_string();
+    let join = ["join", "--broker", &addr, "--wait-timeout", "10s"];
     let (code, stdout, stderr) = Program::start(dir.path(), &join).end();
     assert_eq!((code, stdout.as_str()), (Some(3), ""), "{stderr}");
     assert!(stderr.contains("; waiting for one\n"), "{stderr}");

@@ -1,6 +1,7 @@
 //! Brokers that die, freeze, come back or cannot be reached by all: the federation goes on, and stays one.
 
 mod common {
+    pub(crate) mod hosts;
     pub(crate) mod peers;
 }
 
@@ -8,6 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use common::hosts::own_host;
 use common::peers::{Peers, Running, commit, peer};
 use rodizio::broker::{Broker, BrokerConfig};
 use rodizio::cluster::{self, start_broker};
@@ -199,6 +201,11 @@ async fn broker() -> Broker {
     start_broker("127.0.0.1:0", 8, CHUNK_BYTES).await.unwrap()
 }
 
+/// A broker that comes back at its port, which nobody takes meanwhile.
+async fn returning_broker() -> Broker {
+    start_broker(&format!("{}:0", own_host()), 8, CHUNK_BYTES).await.unwrap()
+}
+
 /// The settings of a federation of `peers` that are told of `brokers`.
 fn settings(peers: usize, rounds: u64, brokers: &[SocketAddr]) -> Settings {
     Settings {
@@ -276,7 +283,7 @@ async fn a_broker_that_dies_while_updates_are_gathered_costs_no_training_and_no_
 async fn a_broker_that_comes_back_draws_nobody_away_and_who_restarts_knows_the_standby() {
     const NAMES: [&str; 3] = ["a", "b", "c"];
     let mut place = Peers::new(LIMIT);
-    let (first, standby) = (broker().await, broker().await);
+    let (first, standby) = (returning_broker().await, broker().await);
     let settings = impatient(settings(3, ENDLESS, &[first.addr()]));
     let mut running: Vec<_> = NAMES
         .iter()
@@ -380,7 +387,7 @@ async fn before_there_is_a_federation_peers_at_different_brokers_find_each_other
 #[tokio::test(flavor = "multi_thread")]
 async fn a_host_that_returns_alone_to_its_own_broker_joins_the_others_at_the_standby() {
     let mut place = Peers::new(LIMIT);
-    let (first, standby) = (broker().await, broker().await);
+    let (first, standby) = (returning_broker().await, broker().await);
     let addr = first.addr();
     let of_host = impatient(settings(3, ENDLESS, &[]));
     let of_others = impatient(settings(3, ENDLESS, &[addr]));

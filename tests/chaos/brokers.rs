@@ -7,6 +7,7 @@ use rodizio::events::Event;
 use rodizio::types::PeerId;
 
 use crate::federation::{Federation, Figures, Joining, PEERS, STANDBY, peers};
+use crate::hosts::own_host;
 use crate::processes::{Surroundings, signal};
 use crate::stage::{LONG_TRAINING, Stage};
 
@@ -83,10 +84,9 @@ fn is_at(peer: &PeerId, who: &PeerId, event: &Event) -> bool {
     peer == who && matches!(event, Event::Connected { .. })
 }
 
-/// Addresses that are free, and stay so: nobody else takes a port of a host that is made of this process's number.
+/// Addresses that are free, and stay so: nobody else takes a port of this host.
 fn free_addresses() -> [String; 2] {
-    let [_, high, middle, low] = std::process::id().to_be_bytes();
-    let host = format!("127.{high}.{middle}.{low}");
-    let probes = [(); 2].map(|()| TcpListener::bind((host.as_str(), 0)).unwrap());
+    let host = own_host();
+    let probes = [(); 2].map(|()| TcpListener::bind((host, 0)).unwrap());
     probes.map(|probe| probe.local_addr().unwrap().to_string())
 }

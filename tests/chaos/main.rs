@@ -13,6 +13,8 @@
 mod brokers;
 mod clocks;
 mod federation;
+#[path = "../common/hosts.rs"]
+mod hosts;
 mod leaders;
 mod links;
 #[path = "../common/log.rs"]
