@@ -210,6 +210,18 @@ impl Run {
         self.entries().into_iter().filter_map(pid).collect()
     }
 
+    /// Waits until no process holds the state directory of one of these peers: one that was killed may have a flush to end.
+    fn wait_for_release(&self, peers: usize) {
+        let since = Instant::now();
+        for number in 1..=peers {
+            let lock = File::open(self.path(&format!("run/peers/peer-{number}/lock"))).unwrap();
+            while lock.try_lock().is_err() {
+                assert!(since.elapsed() < LIMIT, "peer-{number} does not end");
+                thread::sleep(POLL);
+            }
+        }
+    }
+
     fn signal(&self, name: &str) {
         signal(name, &[self.child.as_ref().unwrap().id()]);
     }
@@ -228,6 +240,7 @@ impl Drop for Run {
     }
 }
 
+/// By a shell: each has this command, and not every machine has a program of that name.
 fn signal(name: &str, pids: &[u32]) {
     let pids: Vec<String> = pids.iter().map(u32::to_string).collect();
     let sent = Command::new("sh").arg("-c").arg(format!("kill -{name} {}", pids.join(" "))).status().unwrap();
@@ -240,54 +253,49 @@ const CALM: [&str; 6] = ["--json", "--run-dir", "run", "--election-timeout", "50
 const LONG_TRAINING: [&str; 2] = ["--local-epochs", "60"];
 
 /// A peer of five cannot write: either its promises, or only the large files of its jobs.
-/// By a shell: each has this command, and not every machine has a program of that name.
-fn one_peer_waits_for_room(left: u64, more: &[&str]) {
-    let rounds = 16;
+fn one_peer_waits_for_room(left: u64, rounds: u64, more: &[&str]) {
+    let is_of_it = |entry: &Entry| entry.peer.as_str() == "peer-3";
     let mut run = Run::new();
     let Some(disk) = SmallDisk::mount(&run.path("run/peers/peer-3"), 8 << 10) else { return };
-    let own = ["5", "--processes", "--rounds", "16"];
+    let own = ["5", "--processes", "--rounds", &rounds.to_string()];
     run.start(&[&CALM[..], &own, more].concat());
     run.until_committed(Round(1));
-    disk.fill_but(left);
-    let (path, why) = run.until("a pause", |run| {
-        // What is deleted with a commit leaves room that was not there before.
-        disk.fill_but(left);
-        run.entries().into_iter().find_map(|entry| match entry.event {
-            Event::Paused { path, why } if entry.peer.as_str() == "peer-3" => Some((path, why)),
-            _ => None,
-        })
-    });
-    assert_eq!((path.as_str(), why.as_str()), ("run/peers/peer-3", "the disk is full"));
-    let before = run.entries().len();
     run.until("a round without the peer that waits", |run| {
-        let committed = |entry: &Entry| match &entry.event {
-            Event::RoundCommitted(c) => Some(c.round),
-            _ => None,
-        };
-        run.entries()[before..].iter().find_map(committed)
+        let entries = run.entries();
+        let paused = |entry: &Entry| matches!(&entry.event, Event::Paused { .. }) && is_of_it(entry);
+        let since = entries.iter().rposition(paused).map_or(&[][..], |at| &entries[at..]);
+        let committed = |entry: &Entry| matches!(&entry.event, Event::RoundCommitted(_));
+        let found = since.iter().any(committed) && run.paused() == BTreeSet::from(["peer-3".to_owned()]);
+        if !found {
+            // Again and again: what is deleted with a commit leaves room that was not there before.
+            disk.fill_but(left);
+        }
+        found.then_some(())
     });
-    assert_eq!(run.paused(), BTreeSet::from(["peer-3".to_owned()]));
     disk.make_room();
     run.until("the peer going on", |run| run.paused().is_empty().then_some(()));
     run.conclude(rounds, 5);
     let resumed = run.entries().iter().position(|entry| entry.event == Event::Resumed).unwrap();
-    let takes_part = |entry: &Entry| matches!(&entry.event, Event::Trained { .. }) && entry.peer.as_str() == "peer-3";
+    let takes_part = |entry: &Entry| matches!(&entry.event, Event::Trained { .. }) && is_of_it(entry);
     assert!(run.entries()[resumed..].iter().any(takes_part), "it does not train any more");
     let stderr = run.stderr();
     let told =
         "warning: the disk is full: peer-3 cannot write run/peers/peer-3; it waits, and goes on once there is room\n";
-    assert_eq!(stderr.matches(told).count(), 1, "{stderr}");
+    // Mostly one: it goes on for a moment where there was room for a moment.
+    let pause = Event::Paused { path: "run/peers/peer-3".to_owned(), why: "the disk is full".to_owned() };
+    let pauses = run.entries().iter().filter(|entry| entry.event == pause).count();
+    assert!(pauses > 0 && stderr.matches(told).count() == pauses, "{pauses} pauses: {stderr}");
     assert!(stderr.contains("peer-3 can write again, and goes on\n"), "{stderr}");
 }
 
 #[test]
 fn a_peer_whose_disk_is_full_waits_while_the_others_go_on() {
-    one_peer_waits_for_room(0, &LONG_TRAINING);
+    one_peer_waits_for_room(0, 16, &LONG_TRAINING);
 }
 
 #[test]
 fn a_peer_whose_disk_has_room_for_promises_and_not_for_models_waits_as_well() {
-    one_peer_waits_for_room(64 << 10, &["--hidden", "1024", "--local-epochs", "2"]);
+    one_peer_waits_for_room(64 << 10, 40, &["--hidden", "1024", "--local-epochs", "2"]);
 }
 
 #[test]
@@ -397,6 +405,7 @@ fn a_run_that_was_killed_with_all_its_processes_goes_on_with_resume() {
     assert_eq!(pids.len(), 3);
     signal("KILL", &pids.iter().copied().chain([run.child.as_ref().unwrap().id()]).collect::<Vec<_>>());
     assert_eq!(run.end().0, None);
+    run.wait_for_release(3);
     run.start(&["--resume", "run", "--rounds", "9"]);
     assert_eq!(run.end().0, Some(2));
     assert!(run.stderr().contains("rounds = 8, and now rounds = 9\nhint: set rounds = 8 "), "{}", run.stderr());
