@@ -347,7 +347,7 @@ impl Drop for EndRouter {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use bytes::{BufMut, BytesMut};
     use rumqttd::protocol::v4::V4;
     use rumqttd::protocol::{
@@ -444,6 +444,15 @@ mod tests {
 
     async fn broker() -> Broker {
         Broker::start(BrokerConfig::default()).await.unwrap()
+    }
+
+    /// For a broker whose port is to stay free once it has left it: nobody else takes one of a loopback host that is made
+    /// of this process's number.
+    pub(crate) fn on_own_host() -> BrokerConfig {
+        let [_, high, middle, low] = std::process::id().to_be_bytes();
+        // Not every system has more loopback hosts than one.
+        let host = if cfg!(target_os = "linux") { [127, high, middle, low] } else { [127, 0, 0, 1] };
+        BrokerConfig { listen: (host, 0).into(), ..BrokerConfig::default() }
     }
 
     /// The broker still serves others.
@@ -586,7 +595,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_stopped_broker_closes_its_connections_and_leaves_its_port() {
-        let first = broker().await;
+        let first = Broker::start(on_own_host()).await.unwrap();
         let addr = first.addr();
         let mut wire = Wire::connect(&first, "a", None).await;
         wire.publish("kept", b"kept", true).await;
@@ -609,22 +618,27 @@ mod tests {
             let names = tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("comm")).ok());
             names.filter(|found| found.trim_end() == name).count()
         }
-        async fn ends(name: &str) {
-            while threads_named(name) > 0 {
-                tokio::task::yield_now().await;
-            }
+        // A thread gives itself its name once it runs, and ends some time after it was told to.
+        async fn become_so_many(name: &str, count: usize) {
+            let looking = async {
+                while threads_named(name) != count {
+                    tokio::task::yield_now().await;
+                }
+            };
+            let limit = Duration::from_secs(60);
+            tokio::time::timeout(limit, looking).await.unwrap_or_else(|_| panic!("{count} threads {name}"));
         }
         let stopped = broker().await;
         let name = stopped.router.name.clone();
-        assert_eq!(threads_named(&name), 1);
+        become_so_many(&name, 1).await;
         stopped.stop().await;
-        ends(&name).await;
+        become_so_many(&name, 0).await;
 
         let dropped = broker().await;
         let name = dropped.router.name.clone();
-        assert_eq!(threads_named(&name), 1);
+        become_so_many(&name, 1).await;
         drop(dropped);
-        ends(&name).await;
+        become_so_many(&name, 0).await;
     }
 
     #[tokio::test]
