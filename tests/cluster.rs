@@ -299,7 +299,7 @@ async fn a_round_in_which_all_trainers_fail_is_tried_again_long_before_its_time_
     let mut place = Place::new().await;
     // Longer than this test may last.
     let round_timeout = LIMIT * 10;
-    let settings = Settings { election_timeout: Duration::from_secs(2), round_timeout, ..place.settings(3, 2) };
+    let settings = Settings { election_timeout: Duration::from_secs(5), round_timeout, ..place.settings(3, 2) };
     let start = |name: &str| {
         let settings =
             Settings { peer: Some(peer(name)), state_dir: Some(place.dir.path().join(name)), ..settings.clone() };
@@ -539,7 +539,7 @@ async fn founders_train_a_model_for_the_categories_and_classes_that_they_have_to
 
     // A class that nobody knows cannot be told by this model.
     let stranger = start_alone(&place, "d", &table("stranger.csv", of("Oslo", "yes") + &of("Oslo", "dead")));
-    let ended = stranger.await.unwrap();
+    let ended = timeout(LIMIT, stranger).await.expect("the stranger does not end").unwrap();
     let Err(PeerError::Node(NodeError::Unfit(error))) = ended else { panic!("{ended:?}") };
     assert!(
         error.to_string().contains("\"dead\"") && error.to_string().contains("[\"maybe\", \"no\", \"yes\"]"),

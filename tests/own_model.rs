@@ -71,7 +71,8 @@ async fn three_peers_learn_what_none_of_them_has_seen() {
     let cluster = Cluster::of_trainers(&settings, dir.path(), |peer| Ok(Box::new(Sine::new(peer)))).unwrap();
     let (entries, mut told) = tokio::sync::mpsc::unbounded_channel();
     let (_stop, stop) = Stop::new();
-    cluster.run(&stop, &entries).await;
+    let limit = std::time::Duration::from_secs(600); // they take seconds
+    tokio::time::timeout(limit, cluster.run(&stop, &entries)).await.expect("the peers do not end");
     let loss = |entry: Entry| if let Event::RoundCommitted(round) = entry.event { round.val_loss } else { None };
     let losses: Vec<f64> = std::iter::from_fn(|| told.try_recv().ok()).filter_map(loss).collect();
     assert!(losses.last() < losses.first().map(|first| first / 2.0).as_ref(), "{losses:?}");
