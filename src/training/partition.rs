@@ -340,9 +340,16 @@ fn level(parts: &mut [Vec<usize>], least: usize) {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use proptest::prelude::*;
+    use proptest::test_runner::RngSeed;
+
+    /// The same cases on every run, also for the readers of data sets.
+    pub(crate) fn cases() -> ProptestConfig {
+        let rng_seed = RngSeed::Fixed(0x0d12_1021_0000_0003);
+        ProptestConfig { rng_seed, failure_persistence: None, ..ProptestConfig::default() }
+    }
 
     const DIRICHLET: Partition = Partition::Dirichlet { alpha: 0.3 };
 
@@ -359,6 +366,8 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(cases())]
+
         #[test]
         fn every_example_goes_to_one_peer_and_no_peer_is_left_out(
             kind in kinds(),

@@ -569,6 +569,7 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(crate::training::partition::tests::cases())]
         /// Whatever a file holds and whatever columns are named, it is read or refused.
         #[test]
         fn no_file_makes_the_reader_panic(

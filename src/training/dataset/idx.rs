@@ -194,6 +194,7 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(crate::training::partition::tests::cases())]
         /// A file with any byte changed is read or refused.
         #[test]
         fn no_file_makes_the_reader_panic(at in 0usize..34, byte: u8, packed: bool) {

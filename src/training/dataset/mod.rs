@@ -549,6 +549,7 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(crate::training::partition::tests::cases())]
         #[test]
         fn a_split_covers_the_data_once_and_leaves_something_to_train_on(
             labels in prop::collection::vec(0u32..3, 1..60),
