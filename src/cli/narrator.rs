@@ -8,6 +8,7 @@ use crate::cli::output::{Notice, Quality, RoundLine, Summary};
 use crate::config::Value;
 use crate::events::{Entry, Event, RoundCommitted};
 use crate::rundir::MODEL;
+use crate::training::{CATEGORIES, COLUMN};
 use crate::transport::mqtt::probe::MESSAGE_BYTES_SETTINGS;
 use crate::types::{Digest, PeerId, Round};
 
@@ -313,7 +314,10 @@ impl Narrator {
                 "round {round}: the strategy needs {needed} updates to keep bad ones out of the model, and got {updates}"
             ),
             Event::Incompatible { who, key, theirs, mine } => {
-                format!("{who} cannot take part: its {key} is {theirs}, here it is {mine}")
+                let text = format!("{who} cannot take part: its {key} is {theirs}, here it is {mine}");
+                let is_kind = key.starts_with(COLUMN) && [theirs, mine].iter().any(|kind| *kind == CATEGORIES);
+                let of_none = "a column without values has numbers, unless --categories lists some";
+                if is_kind { format!("{text} ({of_none})") } else { text }
             }
             Event::EarlierFederation { round } => {
                 format!("the broker still keeps the end of an earlier federation of this name (round {round})")
@@ -473,6 +477,23 @@ mod tests {
         narrator.stopping();
         narrator.warned.clear();
         assert!(narrator.hear(&left).is_empty());
+    }
+
+    #[test]
+    fn a_column_without_values_is_told_how_to_be_one_of_categories() {
+        let mut narrator = narrator(&["a"]);
+        let mut warning = |key: &str, theirs: &str, mine: &str| {
+            let [key, theirs, mine] = [key, theirs, mine].map(str::to_owned);
+            let told =
+                narrator.hear(&Entry::now(&peer("a"), Event::Incompatible { who: peer("b"), key, theirs, mine }));
+            let [Notice::Warning { text }] = &told[..] else { panic!("{told:?}") };
+            text.clone()
+        };
+        let text = warning("column town", "categories", "numbers");
+        let expected =
+            "b cannot take part: its column town is categories, here it is numbers (a column without values has";
+        assert!(text.starts_with(expected), "{text}");
+        assert!(warning("column sick", "label: classes", "label: numbers").ends_with("here it is label: numbers"));
     }
 
     #[test]

@@ -18,7 +18,7 @@ mod source;
 mod table;
 mod text;
 
-pub use schema::COLUMN;
+pub use schema::{CATEGORIES, COLUMN};
 pub use seen::Seen;
 pub use source::{Examples, ReadError, ReadOptions, Source, Train};
 pub use table::{Column, Table};

@@ -18,7 +18,10 @@ pub const COLUMN: &str = "column ";
 /// What stands before the value of the column to tell.
 const LABEL: &str = "label: ";
 
-/// The kind of a column of numbers.
+/// The kind of a column of categories.
+pub const CATEGORIES: &str = "categories";
+
+/// The kind of a column of numbers, also of one without values.
 const NUMBERS: &str = "numbers";
 
 /// The entries of `data`, by name. Of a table only the kinds of its columns: their categories and classes are those that
@@ -27,7 +30,7 @@ pub(super) fn entries(data: &Dataset) -> BTreeMap<String, String> {
     let Some(table) = data.table() else { return entries_of_features(data) };
     let label = if data.task() == Task::Numbers { NUMBERS } else { "classes" };
     let mut entries = BTreeMap::from([(named(&table.label), format!("{LABEL}{label}"))]);
-    let kind = |column: &Column| if column.categories.is_some() { "categories" } else { NUMBERS };
+    let kind = |column: &Column| if column.categories.is_some() { CATEGORIES } else { NUMBERS };
     let names: Vec<&str> = table.columns.iter().map(|column| column.name.as_str()).collect();
     if names.len() <= COLUMNS_LISTED_MAX {
         entries.extend(table.columns.iter().map(|column| (named(&column.name), kind(column).to_owned())));
