@@ -103,8 +103,8 @@ impl Table {
     }
 
     /// The features of all examples, `[examples, features]` with how many features those are, and what is to be told:
-    /// numbers as `(x - mean) / std`, cut at 100, a missing one as the mean; categories as 0 and 1, a missing one as the most frequent
-    /// one, one that the summary does not know as zeros.
+    /// numbers as `(x - mean) / std`, cut at 100, a missing one as the mean; categories as 0 and 1, a missing one as the most
+    /// frequent one, one that the summary does not know as zeros.
     pub(super) fn standardise(
         &self,
         values: &[f64],
