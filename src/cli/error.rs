@@ -103,8 +103,8 @@ impl Failure {
                 let hint = match Key::find(key) {
                     None if classes_of(difference).is_some() => classes_of(difference).unwrap_or_default(),
                     None if key.starts_with(COLUMN) && theirs != UNKNOWN && mine != UNKNOWN => {
-                        "a column has numbers or categories at all peers alike, and one without values has numbers: correct \
-                         the values, or say so with --task or list those of all peers with --categories"
+                        "a column has numbers or categories at all peers alike, and one without values has numbers: \
+                         correct the values, or say so with --task or list those of all peers with --categories"
                             .into()
                     }
                     None if ["columns", "example shape"].contains(&key.as_str()) || key.starts_with(COLUMN) => {

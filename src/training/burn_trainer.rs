@@ -114,7 +114,8 @@ impl BurnTrainer {
         }
         for (column, value) in self.train.outliers(summary) {
             let peer = &self.peer;
-            warn!(%peer, column, value, "a value is more than 20 standard deviations from the mean of all peers: is it right?");
+            let text = "a value is more than 20 standard deviations from the mean of all peers: is it right?";
+            warn!(%peer, column, value, "{text}");
         }
         self.names = Names { features, classes: train.class_names().to_vec() };
         (self.train, self.held_out) = (train, held_out);

@@ -118,7 +118,8 @@ impl Rows {
                 self.lines[0].path.display(),
                 self.names.join(", ")
             );
-            let hint = "all files, also that of --val-data, need the same columns; --header says whether the first lines name them";
+            let hint = "all files, also that of --val-data, need the same columns; --header says whether the first lines \
+                        name them";
             return Err(ReadError::new(other.lines[0].path.display(), what, hint));
         };
         for line in &mut other.lines {
