@@ -32,8 +32,8 @@ pub use augment::Augment;
 pub use burn_trainer::BurnTrainer;
 pub use config::{Backend, Norm, Optimizer, SettingError, TrainingConfig};
 pub use dataset::{
-    CATEGORIES, COLUMN, Column, DataError, Dataset, Examples, ReadError, ReadOptions, Seen, Source, Table, Targets, Task,
-    Train,
+    CATEGORIES, COLUMN, Column, DataError, Dataset, Examples, ReadError, ReadOptions, Seen, Source, Table, Targets,
+    Task, Train,
 };
 pub use models::{Model, ModelError};
 pub use named::UnknownName;
