@@ -427,18 +427,30 @@ fn a_leader_that_is_killed_is_replaced_at_its_last_will(dir: &Path, broker: &str
 
 fn a_broker_that_is_killed_and_comes_back_is_found_again(dir: &Path, broker: &mut Outside) {
     // However late the broker is killed, the run is not over.
-    let mut run = Run::start(dir, "again", Some(&broker.address()), &["--local-epochs", "50", "--rounds", "100000"]);
+    let run = Run::start(dir, "again", Some(&broker.address()), &["--local-epochs", "50", "--rounds", "100000"]);
     run.until("the first round", |entries| commits(entries).next().map(drop));
     broker.kill();
     let lost = |entries: &[Entry]| entries.iter().any(|entry| matches!(entry.event, Event::Disconnected { .. }));
     run.until("the loss of the broker", |entries| lost(entries).then_some(()));
     assert!((0..ATTEMPTS).any(|_| broker.launch()), "{}", broker.log());
-    let last = |entries: &[Entry]| commits(entries).map(|commit| commit.round.0).max().unwrap();
-    let before = last(&run.entries());
-    run.until("two more rounds", |entries| (last(entries) >= before + 2).then_some(()));
+    goes_on(run);
+}
+
+/// Waits until each peer has committed rounds that nobody had, ends the run, and returns what the peers told: with a broker that
+/// was lost, some are away for long, and a run with a last round might end without them.
+fn goes_on(mut run: Run) -> Vec<Entry> {
+    let before = commits(&run.entries()).map(|commit| commit.round).max();
+    let newest = |entries: &[Entry], peer: &str| {
+        let own = entries.iter().filter(|entry| entry.peer.as_str() == peer);
+        own.filter_map(|entry| commits(std::slice::from_ref(entry)).next()).map(|commit| commit.round).max()
+    };
+    let all = |entries: &[Entry]| (1..=4).all(|number| newest(entries, &format!("peer-{number}")) > before);
+    run.until("a new round at each peer", |entries| all(entries).then_some(()));
     signal("INT", run.child.id());
     assert_eq!(run.wait().code(), Some(130), "{}", run.text("stderr"));
-    rounds(&run.entries());
+    let entries = run.entries();
+    rounds(&entries);
+    entries
 }
 
 #[test]
@@ -622,21 +634,12 @@ const VERY_PATIENT: [&str; 2] = ["--election-timeout", "60s"];
 fn a_nats_cluster_survives_the_death_of_server(index: usize) {
     let Some(mut cluster) = NatsCluster::start() else { return };
     let dir = tempfile::tempdir().unwrap();
-    let args = ["--hidden", "512,512", "--rounds", "4", "--local-epochs", "2"];
+    let args = ["--hidden", "512,512", "--rounds", "100000", "--local-epochs", "2"];
     let args = [&args[..], &VERY_PATIENT].concat();
     let run = Run::start(dir.path(), "cluster", Some(&cluster.addresses()), &args);
     run.until("the first round", |entries| commits(entries).next().map(drop));
     cluster.0[index].kill();
-    let (result, entries) = run.end();
-    assert_eq!(result["reason"], "rounds");
-    assert_eq!(rounds(&entries).0.len(), 4);
-    nobody_trains_a_round_twice(&entries);
-    // A round that did without somebody for a moment has another model than an undisturbed one: the same for all peers.
-    let last = entries.iter().filter_map(|entry| match &entry.event {
-        Event::Finished { digest, .. } => Some(digest.to_string()),
-        _ => None,
-    });
-    assert_eq!(last.collect::<Vec<_>>(), vec![result["digest"].as_str().unwrap(); 4]);
+    nobody_trains_a_round_twice(&goes_on(run));
 }
 
 #[test]
