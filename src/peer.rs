@@ -189,18 +189,18 @@ impl LocalPeer {
     /// # Panics
     /// If the settings name no state directory: the caller chooses one.
     pub fn open_with(settings: &Settings, examples: Option<&Examples>) -> Result<Self, PeerError> {
-        Self::with(settings, |name, past| {
+        Self::with(settings, |name, mut seen| {
             if let Some(command) = &settings.trainer {
                 let trainer = ExternalTrainer::start(external(settings, command), name.clone())?;
                 let lesson =
                     Lesson { data: "its own".into(), task: format!("trained by {command}"), ..Lesson::default() };
-                return Ok((Box::new(trainer) as Box<dyn Trainer>, lesson));
+                return Ok((Box::new(trainer) as Box<dyn Trainer>, lesson, seen));
             }
             let (train, held_out) = match examples {
-                Some(examples) => own_data(settings, examples, past.seen)?,
-                None => own_data(settings, &read_data(settings)?, past.seen)?,
+                Some(examples) => own_data(settings, examples, &seen)?,
+                None => own_data(settings, &read_data(settings)?, &seen)?,
             };
-            past.note(&train, &held_out, settings)?;
+            seen.note(&train, &held_out);
             let mut lesson = Lesson::of(settings, &train, &held_out);
             let mut training = settings.training();
             if train.task() == Task::Numbers {
@@ -214,7 +214,7 @@ impl LocalPeer {
             // Any peer may be the one whose initial weights all start from: they must have the same.
             let init = settings.init.as_deref().map(|path| start_from(&mut trainer, path)).transpose()?;
             lesson.entries.insert("init".into(), init.map_or_else(|| NONE.to_owned(), |digest| digest.to_string()));
-            Ok((Box::new(trainer), lesson))
+            Ok((Box::new(trainer), lesson, seen))
         })
     }
 
@@ -224,12 +224,13 @@ impl LocalPeer {
     /// # Panics
     /// If the settings name no state directory: the caller chooses one.
     pub fn of_trainer(settings: &Settings, trainer: Box<dyn Trainer>) -> Result<Self, PeerError> {
-        Self::with(settings, |_, _| Ok((trainer, Lesson { data: "its own".into(), ..Lesson::default() })))
+        Self::with(settings, |_, seen| Ok((trainer, Lesson { data: "its own".into(), ..Lesson::default() }, seen)))
     }
 
+    /// `make` gets the examples that the peer had before, and returns them with those that it has now.
     fn with(
         settings: &Settings,
-        make: impl FnOnce(&PeerId, Past<'_>) -> Result<(Box<dyn Trainer>, Lesson), PeerError>,
+        make: impl FnOnce(&PeerId, Seen) -> Result<(Box<dyn Trainer>, Lesson, Seen), PeerError>,
     ) -> Result<Self, PeerError> {
         let state_dir = settings.state_dir.clone().expect("the caller has chosen a state directory");
         let (journal, loaded) = Journal::open(&state_dir, &settings.federation, settings.peer.as_ref())?;
@@ -242,15 +243,23 @@ impl LocalPeer {
             journal.blobs().open(manifest.digest)?;
         }
         let name = loaded.peer;
-        let has_begun = durable.as_ref().is_some_and(|durable| durable.head.is_some());
-        let seen = if has_begun { seen_examples(&journal)? } else { Seen::default() };
-        let (trainer, lesson) = make(&name, Past { journal: &journal, seen: &seen })?;
+        // Before that nothing is trained.
+        let begun = durable.as_ref().filter(|durable| durable.head.is_some());
+        let before = if begun.is_some() { seen_examples(&journal)? } else { Seen::default() };
+        let (trainer, lesson, seen) = make(&name, before.clone())?;
         let agreed = shared(settings, &lesson).entries();
-        if let Some(durable) = durable.as_ref().filter(|durable| durable.head.is_some())
+        if let Some(durable) = begun
             && let Some(before) = journal.settings()?
             && let Some(difference) = other_federation(durable, before, agreed.clone())
         {
             return Err(PeerError::OtherSettings { dir: state_dir, difference });
+        }
+        if seen != before {
+            // Shared out anew, they would go to other peers, which do not know on what was trained.
+            if settings.part.is_some() && !before.is_empty() {
+                return Err(PeerError::OtherData { dir: state_dir });
+            }
+            journal.save_examples(&seen.encode())?;
         }
         journal.save_settings(&agreed)?;
         let (hosted, trusts_broker) = (None, false);
@@ -522,29 +531,7 @@ pub fn read_data(settings: &Settings) -> Result<Examples, ReadError> {
     settings.source().read(settings.held_out_source().as_ref(), &settings.read_options())
 }
 
-/// What a peer had in earlier runs.
-struct Past<'a> {
-    journal: &'a Journal,
-    /// The examples.
-    seen: &'a Seen,
-}
-
-impl Past<'_> {
-    /// Keeps what the peer trains on and holds out now, before it does either.
-    fn note(&self, train: &Dataset, held_out: &Dataset, settings: &Settings) -> Result<(), PeerError> {
-        let mut seen = self.seen.clone();
-        seen.note(train, held_out);
-        if seen == *self.seen {
-            return Ok(());
-        }
-        // Shared out anew, they would go to other peers, which do not know on what was trained.
-        if settings.part.is_some() && !self.seen.is_empty() {
-            return Err(PeerError::OtherData { dir: self.journal.dir().to_owned() });
-        }
-        Ok(self.journal.save_examples(&seen.encode())?)
-    }
-}
-
+/// The examples that a peer had in earlier runs.
 fn seen_examples(journal: &Journal) -> Result<Seen, PeerError> {
     let Some(bytes) = journal.examples()? else { return Ok(Seen::default()) };
     Seen::decode(&bytes).ok_or_else(|| PeerError::State(journal.dir().join(Journal::EXAMPLES_FILE)))
