@@ -327,6 +327,8 @@ pub struct Peer {
     brokers_told: Vec<Address>,
     durable: Durable,
     neighbours: BTreeMap<PeerId, Neighbour>,
+    /// Members that have lost their state, and with it their promises: who is here by their names are newcomers.
+    replaced: BTreeSet<PeerId>,
     genesis: Genesis,
     open: OpenRound,
     transfers: Transfers,
@@ -383,6 +385,7 @@ impl Peer {
             brokers_told: Vec::new(),
             durable,
             neighbours: BTreeMap::new(),
+            replaced: BTreeSet::new(),
             genesis: Genesis::default(),
             open: OpenRound::new(now),
             transfers,
@@ -675,16 +678,19 @@ impl Peer {
         self.neighbours.get(peer).is_some_and(|neighbour| self.is_away(peer, neighbour))
     }
 
-    /// The same of a neighbour. Who lost its state has lost its promises: such a member is gone for good, and who has its
-    /// name now is a newcomer.
+    /// The same of a neighbour. A member that lost its state is gone for good.
     fn is_away(&self, peer: &PeerId, neighbour: &Neighbour) -> bool {
+        neighbour.gone || self.replaced.contains(peer)
+    }
+
+    /// Whether a member has lost its state: somebody else says hello by its name.
+    fn is_replaced(&self, peer: &PeerId) -> bool {
         #[cfg(test)]
         if self.flaws.trust_names {
-            return neighbour.gone;
+            return false;
         }
         let member = self.durable.roster().and_then(|roster| roster.incarnation(peer));
-        let heard = neighbour.greeting.as_ref().map(|greeting| greeting.incarnation);
-        neighbour.gone || member.zip(heard).is_some_and(|(member, heard)| member != heard)
+        member.zip(self.incarnation_of(peer)).is_some_and(|(member, heard)| member != heard)
     }
 
     fn gone(&self) -> BTreeSet<PeerId> {

@@ -120,6 +120,11 @@ impl Peer {
             });
             neighbour.difference.clone_from(&difference);
         }
+        if self.is_replaced(&sender) {
+            self.replaced.insert(sender.clone());
+        } else {
+            self.replaced.remove(&sender);
+        }
         if hosts && self.head().is_none() {
             self.tell_brokers();
         }

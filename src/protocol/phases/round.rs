@@ -173,6 +173,7 @@ impl Peer {
             self.durable.open = crate::protocol::durable::Open { round, ..Default::default() };
         }
         self.open = OpenRound::new(now);
+        self.replaced = self.neighbours.keys().filter(|peer| self.is_replaced(peer)).cloned().collect();
         self.clear_round_timers();
         // What is still waited for in this round is told anew, and what is not is over.
         if self.last_waiting.take().is_some() {
