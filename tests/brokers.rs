@@ -5,6 +5,7 @@
 mod common {
     pub(crate) mod hosts;
     pub(crate) mod log;
+    pub(crate) mod signals;
 }
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -18,6 +19,7 @@ use std::time::{Duration, Instant};
 
 use common::hosts::own_host;
 use common::log;
+use common::signals::signal;
 use rodizio::broker::{Broker, BrokerConfig};
 use rodizio::events::{Entry, Event, RoundCommitted};
 use rodizio::types::{Digest, PeerId, Round};
@@ -316,12 +318,6 @@ impl Drop for Run {
     }
 }
 
-/// By a shell: each has this command, and not every machine has a program of that name.
-fn signal(name: &str, pid: u32) {
-    let sent = Command::new("sh").arg("-c").arg(format!("kill -{name} {pid}")).status().unwrap();
-    assert!(sent.success(), "no process {pid}");
-}
-
 fn commits(entries: &[Entry]) -> impl Iterator<Item = &RoundCommitted> {
     entries.iter().filter_map(|entry| match &entry.event {
         Event::RoundCommitted(commit) => Some(&**commit),
@@ -411,7 +407,7 @@ fn a_leader_that_is_killed_is_replaced_at_its_last_will(dir: &Path, broker: &str
     let mut pids =
         of_leader.filter_map(|entry| if let Event::Started { pid, .. } = entry.event { Some(pid) } else { None });
     let pid = pids.next_back().expect("whoever leads has started");
-    signal("KILL", pid);
+    signal("KILL", &[pid]);
 
     let (_, entries) = run.end();
     let (rounds, _) = rounds(&entries);
@@ -446,7 +442,7 @@ fn goes_on(mut run: Run) -> Vec<Entry> {
     };
     let all = |entries: &[Entry]| (1..=4).all(|number| newest(entries, &format!("peer-{number}")) > before);
     run.until("a new round at each peer", |entries| all(entries).then_some(()));
-    signal("INT", run.child.id());
+    signal("INT", &[run.child.id()]);
     assert_eq!(run.wait().code(), Some(130), "{}", run.text("stderr"));
     let entries = run.entries();
     rounds(&entries);

@@ -2,6 +2,7 @@
 
 mod common {
     pub(crate) mod hosts;
+    pub(crate) mod signals;
 }
 
 use std::collections::BTreeSet;
@@ -14,6 +15,7 @@ use std::thread;
 use std::time::Duration;
 
 use common::hosts::own_host;
+use common::signals::signal;
 use rodizio::config::KEYS;
 use tokio::net::TcpSocket;
 
@@ -224,10 +226,8 @@ impl Program {
         }
     }
 
-    /// By a shell: each has this command, and not every machine has a program of that name.
     fn signal(&self, name: &str) {
-        let sent = Command::new("sh").arg("-c").arg(format!("kill -{name} {}", self.child.id())).status().unwrap();
-        assert!(sent.success());
+        signal(name, &[self.child.id()]);
     }
 
     /// Waits for the end; returns the exit code, stdout and stderr.

@@ -6,6 +6,7 @@
 
 mod common {
     pub(crate) mod log;
+    pub(crate) mod signals;
 }
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -18,6 +19,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use common::log;
+use common::signals::signal;
 use rodizio::events::{Entry, Event};
 use rodizio::rundir::RunDir;
 use rodizio::training::export::from_safetensors;
@@ -238,13 +240,6 @@ impl Drop for Run {
             eprintln!("{}", self.stderr());
         }
     }
-}
-
-/// By a shell: each has this command, and not every machine has a program of that name.
-fn signal(name: &str, pids: &[u32]) {
-    let pids: Vec<String> = pids.iter().map(u32::to_string).collect();
-    let sent = Command::new("sh").arg("-c").arg(format!("kill -{name} {}", pids.join(" "))).status().unwrap();
-    assert!(sent.success(), "no process {pids:?}");
 }
 
 /// A run whose rounds last long enough to strike between two, and whose silent peers are not waited for long.

@@ -8,7 +8,8 @@ use rodizio::types::PeerId;
 
 use crate::federation::{Federation, Figures, Joining, PEERS, STANDBY, peers};
 use crate::hosts::own_host;
-use crate::processes::{Surroundings, signal};
+use crate::processes::Surroundings;
+use crate::signals::signal;
 use crate::stage::{LONG_TRAINING, Stage};
 
 /// What the peer that carries the broker is in the struck round.

@@ -16,7 +16,8 @@ use rodizio::types::{Digest, PeerId, Round, Term};
 use tempfile::TempDir;
 
 use crate::network::Network;
-use crate::processes::{End, Program, Surroundings, kill, signal};
+use crate::processes::{End, Program, Surroundings};
+use crate::signals::{kill, signal};
 use crate::stage::has_part_in;
 
 /// What is waited for comes within this, or never.

@@ -5,7 +5,7 @@ use std::time::SystemTime;
 use rodizio::events::Event;
 
 use crate::federation::{Federation, Figures, STRUCK};
-use crate::processes::signal;
+use crate::signals::signal;
 use crate::stage::{LONG_TRAINING, Stage, is_commit_of};
 
 pub(crate) fn dies(stage: Stage, seed: u64) -> Figures {

@@ -22,6 +22,8 @@ mod log;
 mod network;
 mod peers;
 mod processes;
+#[path = "../common/signals.rs"]
+mod signals;
 mod stage;
 
 use std::collections::BTreeMap;

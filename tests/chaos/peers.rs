@@ -6,7 +6,8 @@ use rodizio::events::Event;
 use rodizio::types::PeerId;
 
 use crate::federation::{CALM, COMMITTED, Federation, Figures, PART, peers};
-use crate::processes::{End, signal};
+use crate::processes::End;
+use crate::signals::signal;
 use crate::stage::{LONG_TRAINING, Stage, has_part_in};
 
 pub(crate) fn trainer_dies(stage: Stage, seed: u64) -> Figures {

@@ -1,4 +1,4 @@
-//! Processes of the program under test, and the signals that they get.
+//! Processes of the program under test.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -64,16 +64,4 @@ impl Program {
         };
         assert_eq!(code, expected, "seed {seed}: {}", self.stderr.display());
     }
-}
-
-/// Sends a signal to processes that run. By a shell: each has this command, and not every machine has a program of that name.
-pub(crate) fn signal(name: &str, pids: &[u32]) {
-    assert!(kill(name, pids).status().unwrap().success(), "no process {pids:?}");
-}
-
-pub(crate) fn kill(name: &str, pids: &[u32]) -> Command {
-    let pids: Vec<String> = pids.iter().map(u32::to_string).collect();
-    let mut command = Command::new("sh");
-    command.arg("-c").arg(format!("kill -{name} {}", pids.join(" ")));
-    command
 }

@@ -52,10 +52,8 @@ impl Peer {
     }
 
     fn lacks_quorum(&self, missing: Vec<PeerId>, needed: usize) -> Waiting {
-        let here = |peer: &&PeerId| {
-            self.neighbours.get(*peer).is_some_and(|neighbour| !neighbour.gone && self.is_away(peer, neighbour))
-        };
-        let forgot = missing.iter().filter(here).cloned().collect();
+        let is_here = |peer: &&PeerId| self.neighbours.get(*peer).is_some_and(|neighbour| !neighbour.gone);
+        let forgot = missing.iter().filter(|peer| self.replaced.contains(*peer)).filter(is_here).cloned().collect();
         Waiting::Quorum { missing, needed, forgot }
     }
 

@@ -74,8 +74,9 @@ impl Dataset {
     /// What names each example: a digest of its values and of what is to be told of it, whatever its place and whatever
     /// other examples there are.
     fn names_of_examples(&self) -> impl Iterator<Item = u64> + '_ {
-        (0..self.len()).map(|index| {
-            let mut bytes = Vec::new();
+        let mut bytes = Vec::new();
+        (0..self.len()).map(move |index| {
+            bytes.clear();
             self.write_values(index, &mut bytes);
             self.write_targets(index, &mut bytes);
             let digest = Digest::of(&bytes).0;
